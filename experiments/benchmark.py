@@ -1,0 +1,28 @@
+"""Benchmarks against peers, side by side in one run.
+
+    python -m experiments.benchmark {features,lact,ctc,step,checkpoint,loader} [options of the row]
+
+Every row compares the outputs first, then times both sides interleaved with equal threads and
+prints medians, quartiles and the ratio. `--help` after a row's name shows its options.
+"""
+
+import importlib
+import sys
+
+ROWS = ("features", "lact", "ctc", "step", "checkpoint", "loader")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    row, rest = argv[0], argv[1:]
+    if row not in ROWS:
+        print(f"no benchmark row {row!r}; choose from {', '.join(ROWS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"experiments.bench.{row}").main(rest) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

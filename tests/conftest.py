@@ -1,0 +1,37 @@
+"""Test settings: eight virtual CPU devices, a compile cache, and the shared data when it exists."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+os.environ.setdefault("JASR_CACHE", os.path.join(tempfile.gettempdir(), "jasr-test-cache"))
+
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def goldens():
+    """The committed goldens."""
+    return ROOT / "tests" / "goldens"
+
+
+@pytest.fixture(scope="session")
+def shared_dir():
+    """The folder of full goldens and real speech beside the checkout; skips without it."""
+    path = pathlib.Path(os.environ.get("JASR_SHARED", ROOT.parent / "shared"))
+    if not (path / "goldens").is_dir():
+        pytest.skip("the shared goldens and data are not here (set JASR_SHARED to their folder)")
+    return path
