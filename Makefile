@@ -1,0 +1,63 @@
+# jasr: `make quickstart` trains a recogniser in minutes, `make test` runs every test.
+# Both make their own environment in .venv the first time and keep it until setup.py changes.
+#
+#   PYTHON=python3.12    the interpreter that makes the environment (3.11 to 3.13)
+#   TORCH=torch==2.13.0  the PyTorch that the tests compare with; empty: whatever pip chooses
+#   TORCH_INDEX=URL      where pip finds it: PyTorch publishes an index of CPU-only wheels (the
+#                        address is on its "get started" page). Without it pip may choose a
+#                        build that brings some 3 GB of CUDA with it
+#   PIP_FLAGS=...        for every pip call, e.g. --no-index --find-links=wheels
+#   PYTEST_FLAGS=...     for pytest, e.g. "-x -k ctc"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+PIP_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
+RUN ?= runs/quickstart
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+SUM := $(shell cksum < setup.py | cut -d ' ' -f 1)
+LIGHT := $(VENV)/.light-$(SUM)
+FULL := $(VENV)/.full-$(SUM)
+
+# Compiled programs are kept between runs and shared by the test processes, small ones too.
+test: export JASR_CACHE := $(CURDIR)/.cache/xla
+test: export JAX_COMPILATION_CACHE_DIR := $(JASR_CACHE)
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
+
+.PHONY: venv test quickstart lint bench clean
+
+venv: $(FULL)
+
+test: $(FULL)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(FULL)
+	$(BIN)/python -m ruff check .
+
+bench: $(FULL)
+	$(BIN)/python -m experiments.benchmark all
+
+# Everything, for tests and development. PyTorch first and alone, so that lhotse and
+# transformers take the build chosen here.
+$(FULL):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)")
+	$(PIP) -e ".[all,dev]"
+	rm -f $(VENV)/.light-* $(VENV)/.full-*
+	touch $(FULL) $(LIGHT)
+
+# What a recogniser and a synthetic corpus need: no PyTorch.
+$(LIGHT):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[tts]"
+	rm -f $(VENV)/.light-* $(VENV)/.full-*
+	touch $(LIGHT)
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info $(RUN)
+	find jasr experiments configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
