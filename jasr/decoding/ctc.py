@@ -1,0 +1,75 @@
+"""Greedy CTC decoding with frame-accurate token times, and words with times in seconds."""
+
+import jax.numpy as jnp
+
+
+def ctc_greedy(logits, logit_len, blank=0):
+    """Best-path tokens of each row, and the frames at which each one starts and ends.
+
+    The best symbol of every frame, equal neighbours merged, blanks dropped (Graves et al., 2006,
+    section 3.2). A token's frames are its run of equal symbols: from `start_frame` up to but not
+    including `end_frame`. Frames after `logit_len` are not looked at, so neither padding nor the
+    other rows of the batch change a row. Of equal logits the lowest id wins.
+
+    Args:
+      logits: f[B, T, V]; logit_len: i32[B] valid frames.
+      blank: id of the blank.
+
+    Returns:
+      tokens i32[B, T], token_len i32[B], start_frame i32[B, T], end_frame i32[B, T]; zero after
+      `token_len`.
+    """
+    B, T = logits.shape[:2]
+    frames = jnp.arange(T, dtype=jnp.int32)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = jnp.where(frames < logit_len[:, None], best, blank)
+    edge = jnp.full((B, 1), blank, jnp.int32)
+    starts = (best != blank) & (best != jnp.concatenate([edge, best[:, :-1]], axis=1))
+    ends = (best != blank) & (best != jnp.concatenate([best[:, 1:], edge], axis=1))
+    number = jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1  # which token the frame belongs to
+
+    def collect(keep, values):
+        rows = jnp.arange(B)[:, None]
+        slots = jnp.where(keep, number, T)  # T is outside: dropped
+        return jnp.zeros((B, T), jnp.int32).at[rows, slots].set(values, mode="drop")
+
+    return (
+        collect(starts, best),
+        jnp.sum(starts, axis=1, dtype=jnp.int32),
+        collect(starts, frames[None]),
+        collect(ends, frames[None] + 1),
+    )
+
+
+def words(tokenizer, tokens, start_frame, end_frame, seconds_per_frame):
+    """The words of one row as [{"word", "start", "end"}], times in seconds.
+
+    Frame numbers are the only clock; this is the one place where they become seconds. A token
+    whose piece begins with a space begins a word; pieces that are spaces alone only separate.
+
+    Args:
+      tokenizer: with `.piece(id)`, a leading space standing for a word's beginning, and
+        `.decode(ids)`.
+      tokens, start_frame, end_frame: sequences of equal length, without padding.
+    """
+    groups = []
+    open_word = False
+    for token, start, end in zip(tokens, start_frame, end_frame, strict=True):
+        piece = tokenizer.piece(int(token))
+        if piece[:1].isspace():
+            open_word = False
+        if piece.isspace() or not piece:
+            continue
+        if not open_word:
+            groups.append(([], int(start), int(end)))
+            open_word = True
+        ids, first, _ = groups[-1]
+        groups[-1] = ([*ids, int(token)], first, int(end))
+    return [
+        {
+            "word": tokenizer.decode(ids),
+            "start": round(first * seconds_per_frame, 4),
+            "end": round(last * seconds_per_frame, 4),
+        }
+        for ids, first, last in groups
+    ]

@@ -1,0 +1,210 @@
+"""Tokenizers behind one face, and the normalisations that texts go through.
+
+A tokenizer has `encode(text) -> list[int]`, `decode(ids) -> text`, `piece(id) -> str` (a leading
+space marks the beginning of a word), `vocab_size`, `blank_id` and `to_dict()`, which `from_dict`
+reverses: it travels in the checkpoint's meta, so that a checkpoint alone can transcribe.
+"""
+
+import base64
+import collections
+import dataclasses
+import functools
+import pathlib
+import re
+import unicodedata
+
+BLANK = "<blank>"
+NORMALISATIONS = ("none", "lower", "whisper_english")
+
+
+class TextError(ValueError):
+    """A text that a tokenizer or normaliser cannot take; the message names the characters."""
+
+
+def normalise(text, kind):
+    """`text` in one of the NORMALISATIONS, whitespace runs as single spaces.
+
+    "none" leaves all else; "lower" is LaCT ASR's rule (source document 004): lower case, and of
+    punctuation only apostrophes stay (typographic ones inside words become plain, and combining
+    marks stay, which the rule's `\\w` would strip from Hindi); "whisper_english" is the
+    leaderboards' normaliser as transformers ships it.
+    """
+    if not isinstance(text, str):
+        raise TextError(f"text must be a string, got {type(text).__name__} {text!r:.60}")
+    if kind == "lower":
+        text = re.sub(r"(?<=\w)\u2019(?=\w)", "'", text.lower())
+        text = "".join(c for c in text if _keeps(c))
+    elif kind == "whisper_english":
+        text = whisper_english()(text)
+    elif kind != "none":
+        raise TextError(f"no normalisation {kind!r}; choose from {', '.join(NORMALISATIONS)}")
+    return " ".join(text.split())
+
+
+def _keeps(c):
+    return c.isalnum() or c.isspace() or c in "_'" or unicodedata.category(c).startswith("M")
+
+
+@functools.cache
+def whisper_english():
+    """The callable transformers.EnglishTextNormalizer with an English spelling map.
+
+    The map comes from the package `whisper_normalizer` if it is installed; transformers has the
+    code alone. Without it British spellings would be counted as errors, so it is required.
+    """
+    try:
+        from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+    except ImportError as e:
+        raise TextError(
+            "normalisation 'whisper_english' needs transformers: pip install transformers"
+        ) from e
+    return EnglishTextNormalizer({})
+
+
+@dataclasses.dataclass(frozen=True)
+class CharTokenizer:
+    """Characters as tokens; `vocabulary[id]` is the character and one entry is "<blank>"."""
+
+    vocabulary: tuple[str, ...]
+    normalisation: str = "none"
+
+    def __post_init__(self):
+        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
+        if self.vocabulary.count(BLANK) != 1:
+            raise TextError(f"the vocabulary must hold {BLANK!r} once: {self.vocabulary!r:.200}")
+        if len(set(self.vocabulary)) != len(self.vocabulary):
+            twice = [c for c, n in collections.Counter(self.vocabulary).items() if n > 1]
+            raise TextError(f"the vocabulary holds {twice} more than once")
+        if self.normalisation not in NORMALISATIONS:
+            normalise("", self.normalisation)
+
+    @classmethod
+    def from_texts(cls, texts, normalisation="none"):
+        """The tokenizer of all characters in `texts`: the blank, then by falling frequency.
+
+        Characters of equal frequency stand in order of their code points, so that the same texts
+        give the same ids whatever their order.
+        """
+        counts = collections.Counter()
+        for text in texts:
+            counts.update(normalise(text, normalisation))
+        ranked = sorted(counts, key=lambda c: (-counts[c], c))
+        return cls((BLANK, *ranked), normalisation)
+
+    @functools.cached_property
+    def ids(self):
+        """dict of character -> id, without the blank."""
+        return {c: i for i, c in enumerate(self.vocabulary) if c != BLANK}
+
+    @property
+    def vocab_size(self):
+        return len(self.vocabulary)
+
+    @property
+    def blank_id(self):
+        return self.vocabulary.index(BLANK)
+
+    def encode(self, text):
+        """Ids of the normalised text's characters; TextError names those it does not know."""
+        text = normalise(text, self.normalisation)
+        unknown = sorted(set(text) - set(self.ids))
+        if unknown:
+            named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:10])
+            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            raise TextError(f"characters not in the vocabulary: {named}{more} in {text!r:.80}")
+        return [self.ids[c] for c in text]
+
+    def piece(self, token):
+        """The character of an id; "" for the blank."""
+        piece = self.vocabulary[token]
+        return "" if piece == BLANK else piece
+
+    def decode(self, tokens):
+        """Text of the ids, blanks left out, whitespace runs as single spaces."""
+        return " ".join("".join(self.piece(int(t)) for t in tokens).split())
+
+    def to_dict(self):
+        """JSON-able description for the checkpoint's meta."""
+        return {
+            "kind": "char",
+            "vocabulary": list(self.vocabulary),
+            "normalisation": self.normalisation,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceTokenizer:
+    """SentencePiece pieces as tokens; the blank is one more id, the last (NeMo's convention).
+
+    `model` is the serialised model, which travels inside `to_dict` (base64).
+    """
+
+    model: bytes = dataclasses.field(repr=False)
+    normalisation: str = "none"
+
+    @classmethod
+    def from_file(cls, path, normalisation="none"):
+        """The tokenizer of a SentencePiece `.model` file."""
+        try:
+            return cls(pathlib.Path(path).read_bytes(), normalisation)
+        except OSError as e:
+            raise TextError(f"cannot read the SentencePiece model {path}: {e}") from e
+
+    @functools.cached_property
+    def processor(self):
+        """The sentencepiece.SentencePieceProcessor, loaded at first use."""
+        import sentencepiece
+
+        try:
+            return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        except Exception as e:  # sentencepiece raises several kinds
+            raise TextError(f"not a SentencePiece model ({len(self.model)} bytes): {e}") from e
+
+    @property
+    def vocab_size(self):
+        return self.processor.vocab_size() + 1
+
+    @property
+    def blank_id(self):
+        return self.vocab_size - 1
+
+    def encode(self, text):
+        """Ids of the normalised text's pieces; TextError names the pieces it does not know."""
+        text = normalise(text, self.normalisation)
+        ids = self.processor.encode(text)
+        unknown = self.processor.unk_id()
+        if unknown in ids:
+            pieces = self.processor.encode(text, out_type=str)
+            named = sorted({p for p, i in zip(pieces, ids) if i == unknown})
+            raise TextError(f"not in the vocabulary: {', '.join(map(repr, named))} in {text!r:.80}")
+        return ids
+
+    def piece(self, token):
+        """The piece of an id, a leading space for the word mark; "" for blank and control ids."""
+        if token == self.blank_id or self.processor.is_control(token):
+            return ""
+        return self.processor.id_to_piece(token).replace("\u2581", " ")
+
+    def decode(self, tokens):
+        """Text of the ids, blanks left out, whitespace runs as single spaces."""
+        kept = [int(t) for t in tokens if int(t) != self.blank_id]
+        return " ".join(self.processor.decode(kept).split())
+
+    def to_dict(self):
+        """JSON-able description for the checkpoint's meta."""
+        return {
+            "kind": "sentencepiece",
+            "model": base64.b64encode(self.model).decode("ascii"),
+            "normalisation": self.normalisation,
+        }
+
+
+def from_dict(description):
+    """The tokenizer that `to_dict` described; TextError for an unknown kind."""
+    kind = description.get("kind")
+    normalisation = description.get("normalisation", "none")
+    if kind == "char":
+        return CharTokenizer(tuple(description["vocabulary"]), normalisation)
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(base64.b64decode(description["model"]), normalisation)
+    raise TextError(f"no tokenizer of kind {kind!r}; known: char, sentencepiece")
