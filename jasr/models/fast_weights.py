@@ -1,0 +1,359 @@
+"""LaCT's fast weights: a SwiGLU whose weights are updated while it reads a sequence (pure functions of arrays).
+
+The fast-weight function of a head is f(x) = w1 (silu(w0 x) * (w2 x)) and its inner loss -<f(k), v>, so the ascent directions of
+one chunk have a closed form (specification fast_weights.md 1.1; paper arXiv 2505.23884, Algorithm 1 and Appendix A; reference
+lact_llm/ttt_operation.py and lact_nvs). Everything here keeps batch B and head H as separate axes and uses the reference's
+"out_in" layout: w0, w2 [B,H,M,K], w1 [B,H,V,M]; `transpose` turns lact_nvs's "in_out" layout into it and back.
+
+    shifted        apply, then update, chunk by chunk; the last chunk is only applied (causal when a window >= chunk sits beside it)
+    block_causal   update, then apply, chunk by chunk
+    full           one update on everything, then apply (bidirectional)
+    apply_only     no update
+    run_order      any list of (start, end, update, apply) entries, as lact_nvs has it; `strided_order` and others make such lists
+
+An update adds the (momentum-smoothed, optionally orthogonalised) direction and restores the norm that each row of the initial
+weight had. Fast weights, norms, rates and momentum stay f32 whatever the dtype of q, k and v.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Newton-Schulz coefficients, one triple per iteration. Five tuned triples: lact_llm, lact_asr, minimal.
+MUON_TUNED = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def muon_constant(steps):
+    """The coefficients of lact_nvs and the paper's Appendix A: one triple `steps` times; 0 only normalises (it is not "off")."""
+    return ((3.4445, -4.7750, 2.0315),) * steps
+
+
+class FastWeights(NamedTuple):
+    """Fast weights or anything of their shape: w0, w2 f32[B,H,M,K] (gate and up), w1 f32[B,H,V,M] (down)."""
+
+    w0: jax.Array
+    w1: jax.Array
+    w2: jax.Array
+
+
+class State(NamedTuple):
+    """What a stream carries from chunk to chunk.
+
+    w: weights that are read and differentiated. main: the un-normalised sum of pre-norm updates (equal to w for post-norm).
+    momentum: zero at the start. norm: row norms of the initial weights, f32[B,H,M,1], [B,H,V,1], [B,H,M,1].
+    """
+
+    w: FastWeights
+    main: FastWeights
+    momentum: FastWeights
+    norm: FastWeights
+
+
+class Rule(NamedTuple):
+    """How a chunk changes the weights. Hashable, so that it can be a static argument.
+
+    muon: None for plain gradient steps, () for Frobenius normalisation only, else one (a, b, c) triple per Newton-Schulz step.
+    prenorm: accumulate un-normalised, read normalised. detach_norm: no gradient through the initial norms (lact_nvs).
+    """
+
+    muon: tuple | None = None
+    prenorm: bool = False
+    detach_norm: bool = False
+
+
+def transpose(w):
+    """The same weights in the other layout: out_in <-> in_out (lact_nvs: w0, w2 [.., K, M], w1 [.., M, V])."""
+    return FastWeights(*(jnp.swapaxes(x, -1, -2) for x in w))
+
+
+def guarded_norm(x, axis=-1):
+    """Euclidean norm over `axis` (kept) whose gradient at exactly zero is 0, as in torch; JAX's own is NaN there."""
+    square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+    zero = square == 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
+
+
+def l2_normalise(x, eps=1e-5):
+    """x / (|x| + eps) over the last axis, in f32 (the reference's l2_norm)."""
+    x = x.astype(jnp.float32)
+    return x / (guarded_norm(x) + eps)
+
+
+def softplus_inverse(rate):
+    """c with softplus(c) = rate: the constant that is added to every learning-rate logit. A Python float, not a parameter."""
+    import math
+
+    return rate + math.log(-math.expm1(-rate))
+
+
+def newton_schulz(g, coefficients):
+    """g / (|g|_F + 1e-7) pushed towards the nearest orthogonal matrix, f32[..., m, n] (paper Appendix A).
+
+    f32 throughout: the reference's bf16 iteration differs from f64 by up to a quarter of the largest value.
+    """
+    g = g.astype(jnp.float32)
+    tall = g.shape[-2] > g.shape[-1]
+    x = jnp.swapaxes(g, -1, -2) if tall else g
+    x = x / (guarded_norm(x, axis=(-2, -1)) + 1e-7)
+    for a, b, c in coefficients:
+        gram = jnp.einsum("...ij,...kj->...ik", x, x)
+        poly = b * gram + c * (gram @ gram)
+        x = a * x + poly @ x
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def orthogonalise(g, coefficients):
+    """`newton_schulz` of w0, w1 and w2 each on its own, in one stacked iteration where the shapes allow it."""
+    if g.w0.shape[-1] == g.w1.shape[-2]:
+        stacked = jnp.stack([g.w0, jnp.swapaxes(g.w1, -1, -2), g.w2], axis=2)
+        x = newton_schulz(stacked, coefficients)
+        return FastWeights(x[:, :, 0], jnp.swapaxes(x[:, :, 1], -1, -2), x[:, :, 2])
+    x = newton_schulz(jnp.stack([g.w0, g.w2], axis=2), coefficients)
+    return FastWeights(x[:, :, 0], newton_schulz(g.w1, coefficients), x[:, :, 1])
+
+
+def start(w, rule=Rule(), batch=None):
+    """State before the first chunk. w: FastWeights [B,H,..], or [H,..] that are repeated for `batch` rows."""
+    w = FastWeights(*(x.astype(jnp.float32) for x in w))
+    if batch is not None:
+        w = FastWeights(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in w))
+    norm = FastWeights(*(guarded_norm(x) for x in w))
+    if rule.detach_norm:
+        norm = jax.lax.stop_gradient(norm)
+    return State(w, w, FastWeights(*(jnp.zeros_like(x) for x in w)), norm)
+
+
+def _hidden(w, x):
+    """Gate and up pre-activations of x [B,H,L,K] in one GEMM: two [B,H,L,M]."""
+    w02 = jnp.concatenate([w.w0, w.w2], axis=2).astype(x.dtype)
+    both = jnp.einsum("bhlk,bhmk->bhlm", x, w02, preferred_element_type=jnp.float32)
+    return jnp.split(both, 2, axis=-1)
+
+
+def _down(w, h, dtype):
+    return jnp.einsum(
+        "bhlm,bhvm->bhlv", h.astype(dtype), w.w1.astype(dtype), preferred_element_type=jnp.float32
+    )
+
+
+def apply(w, q):
+    """f_w(q): f32[B,H,L,V] for q [B,H,L,K]."""
+    gate, up = _hidden(w, q)
+    return _down(w, jax.nn.silu(gate) * up, q.dtype)
+
+
+def _direction(w, gate, up, k, v, lr):
+    """Ascent direction of sum_i lr_i <f(k_i), v_i> from the pre-activations of k (specification 1.1)."""
+    lr0, lr1, lr2 = lr[..., 0:1], lr[..., 1:2], lr[..., 2:3]
+    s = jax.nn.sigmoid(gate)
+    silu = gate * s
+    back = jnp.einsum("bhlv,bhvm->bhlm", v, w.w1.astype(v.dtype), preferred_element_type=jnp.float32)
+    d_gate = lr0 * back * up * s * (1 + gate * (1 - s))
+    d_up = lr2 * back * silu
+    both = jnp.concatenate([d_gate, d_up], axis=-1).astype(k.dtype)
+    d02 = jnp.einsum("bhlm,bhlk->bhmk", both, k, preferred_element_type=jnp.float32)
+    d0, d2 = jnp.split(d02, 2, axis=2)
+    d1 = jnp.einsum(
+        "bhlv,bhlm->bhvm", v, (lr1 * silu * up).astype(v.dtype), preferred_element_type=jnp.float32
+    )
+    return FastWeights(d0, d1, d2)
+
+
+def direction(w, k, v, lr):
+    """Sum over the chunk of the per-token ascent directions: FastWeights f32[B,H,..] for k, v [B,H,L,..], lr f32[B,H,L,3]."""
+    gate, up = _hidden(w, k)
+    return _direction(w, gate, up, k, v, lr)
+
+
+def advance(state, delta, rule, beta=None, alive=None):
+    """The state after one chunk.
+
+    delta: `direction` of the chunk. beta: f32[B,H,1,1] momentum of the chunk, or None for none.
+    alive: bool[B,1,1,1], False where the chunk held no valid frame: there nothing changes, momentum included.
+    """
+    momentum = state.momentum
+    if beta is not None:
+        momentum = FastWeights(*(d + beta * m for d, m in zip(delta, momentum)))
+        delta = momentum
+    if rule.muon is not None:
+        delta = orthogonalise(delta, rule.muon)
+    main = FastWeights(*(m + d for m, d in zip(state.main if rule.prenorm else state.w, delta)))
+    w = FastWeights(*(m / (guarded_norm(m) + 1e-5) * n for m, n in zip(main, state.norm)))
+    new = State(w, main if rule.prenorm else w, momentum, state.norm)
+    if alive is None:
+        return new
+    return State(*(
+        FastWeights(*(jnp.where(alive, x, y) for x, y in zip(a, b))) for a, b in zip(new, state)
+    ))
+
+
+def _masked(lr, momentum, mask):
+    """Rates that are zero on pads, the chunk's mean momentum over valid frames [B,H,1,1], and whether any frame is valid."""
+    lr = lr.astype(jnp.float32)
+    if mask is None:
+        beta = None if momentum is None else jnp.mean(momentum.astype(jnp.float32), axis=2, keepdims=True)
+        return lr, beta, None
+    m = mask[:, None, :, None].astype(jnp.float32)
+    count = jnp.sum(m, axis=2, keepdims=True)
+    beta = None
+    if momentum is not None:
+        beta = jnp.sum(momentum.astype(jnp.float32) * m, axis=2, keepdims=True) / jnp.maximum(count, 1)
+    return jnp.where(m > 0, lr, 0.0), beta, count > 0
+
+
+def update(state, k, v, lr, rule, momentum=None, mask=None):
+    """The state after one update on all of k, v. Shapes as in `shifted`; mask bool[B,L], True = valid."""
+    if mask is not None:
+        # a pad may hold anything, NaN included; 0 * NaN would still be NaN
+        k = jnp.where(mask[:, None, :, None], k, 0)
+        v = jnp.where(mask[:, None, :, None], v, 0)
+    lr, beta, alive = _masked(lr, momentum, mask)
+    return advance(state, direction(state.w, k, v, lr), rule, beta, alive)
+
+
+def _apply_then_update(state, q, k, v, lr, rule, momentum, mask):
+    """One shifted chunk: q and k go through the same weights, so their rows share one GEMM."""
+    if mask is not None:
+        k = jnp.where(mask[:, None, :, None], k, 0)
+        v = jnp.where(mask[:, None, :, None], v, 0)
+    lr, beta, alive = _masked(lr, momentum, mask)
+    gate, up = _hidden(state.w, jnp.concatenate([q, k], axis=2))
+    n = q.shape[2]
+    out = _down(state.w, jax.nn.silu(gate[:, :, :n]) * up[:, :, :n], q.dtype)
+    delta = _direction(state.w, gate[:, :, n:], up[:, :, n:], k, v, lr)
+    return advance(state, delta, rule, beta, alive), out
+
+
+def _update_then_apply(state, q, k, v, lr, rule, momentum, mask):
+    state = update(state, k, v, lr, rule, momentum, mask)
+    return state, apply(state.w, q)
+
+
+def _scan_chunks(step, state, arrays, count, chunk, rule):
+    """Scan `step` over `count` chunks of the [B,H,L,..] arrays (mask: [B,L]); returns the state and out [B,H,count*chunk,V]."""
+
+    def split(x):
+        if x is None:
+            return None
+        axis = 1 if x.ndim == 2 else 2
+        x = jax.lax.slice_in_dim(x, 0, count * chunk, axis=axis)
+        x = x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1:])
+        return jnp.moveaxis(x, axis, 0)
+
+    @jax.checkpoint
+    def body(state, xs):
+        q, k, v, lr, momentum, mask = xs
+        return step(state, q, k, v, lr, rule, momentum, mask)
+
+    state, out = jax.lax.scan(body, state, tuple(split(x) for x in arrays))
+    out = jnp.moveaxis(out, 0, 2)
+    return state, out.reshape(*out.shape[:2], count * chunk, out.shape[-1])
+
+
+def _tail(arrays, begin):
+    def cut(x):
+        if x is None:
+            return None
+        return x[:, begin:] if x.ndim == 2 else x[:, :, begin:]
+
+    return tuple(cut(x) for x in arrays)
+
+
+def shifted(state, q, k, v, lr, *, chunk, rule=Rule(), momentum=None, mask=None, update_last=False):
+    """Apply-then-update over chunks ("shifted block-causal", specification 1.6): the state and out f32[B,H,L,V].
+
+    A token reads weights made from earlier chunks only. The last chunk (1..chunk tokens) is applied and not learnt from, so a
+    sequence of L tokens makes ceil(L / chunk) - 1 updates, none at all when L <= chunk.
+
+    Args:
+      state: `State`, from `start` or from an earlier call.
+      q, k: [B,H,L,K], normalised by the caller. v: [B,H,L,V]. Their dtype is the GEMMs' dtype.
+      lr: f32[B,H,L,3], rates of (w0, w1, w2). momentum: f32[B,H,L,1] in (0, 1), or None.
+      mask: bool[B,L], True = valid; None when all tokens are.
+      update_last: also learn from the last chunk, so that the returned state continues the stream at a chunk boundary.
+    """
+    arrays = (q, k, v, lr, momentum, mask)
+    count = -(-q.shape[2] // chunk) - 1
+    outs = []
+    if count > 0:
+        state, out = _scan_chunks(_apply_then_update, state, arrays, count, chunk, rule)
+        outs.append(out)
+    q, k, v, lr, momentum, mask = _tail(arrays, count * chunk)
+    if update_last:
+        state, out = _apply_then_update(state, q, k, v, lr, rule, momentum, mask)
+    else:
+        out = apply(state.w, q)
+    outs.append(out)
+    return state, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
+
+
+def block_causal(state, q, k, v, lr, *, chunk, rule=Rule(), momentum=None, mask=None):
+    """Update-then-apply over chunks: a token reads weights made from its own chunk and the earlier ones. As `shifted`."""
+    arrays = (q, k, v, lr, momentum, mask)
+    length = q.shape[2]
+    count = length // chunk
+    outs = []
+    if count > 0:
+        state, out = _scan_chunks(_update_then_apply, state, arrays, count, chunk, rule)
+        outs.append(out)
+    if count * chunk < length:
+        q, k, v, lr, momentum, mask = _tail(arrays, count * chunk)
+        state, out = _update_then_apply(state, q, k, v, lr, rule, momentum, mask)
+        outs.append(out)
+    return state, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
+
+
+def full(state, q, k, v, lr, *, rule=Rule(), momentum=None, mask=None):
+    """One update on all valid tokens, then apply to all of them (bidirectional; lact_nvs "reconstruct"). As `shifted`."""
+    return _update_then_apply(state, q, k, v, lr, rule, momentum, mask)
+
+
+def apply_only(state, q):
+    """The state unchanged and f_w(q): fast weights frozen at whatever the state holds."""
+    return state, apply(state.w, q)
+
+
+def strided_order(length, stride, update_tokens, first=0):
+    """Entries of lact_ar_video's order: the first span with initial weights, then per stride learn from its first tokens only."""
+    order = [(0, first, False, True)] if first else []
+    for begin in range(first, length, stride):
+        order.append((begin, min(begin + update_tokens, length), True, False))
+        order.append((begin, min(begin + stride, length), False, True))
+    return tuple(order)
+
+
+def run_order(state, q, k, v, lr, order, *, rule=Rule(), momentum=None, mask=None):
+    """Entries (start, end, update, apply) one after the other, update before apply inside an entry (lact_nvs's op).
+
+    Returns the state and the outputs of the applying entries joined in order, f32[B,H,sum,V]; the order is static.
+    """
+    outs = []
+    for begin, end, learn, read in order:
+        part = slice(int(begin), int(end))
+        if learn:
+            state = update(
+                state, k[:, :, part], v[:, :, part], lr[:, :, part], rule,
+                None if momentum is None else momentum[:, :, part],
+                None if mask is None else mask[:, part],
+            )
+        if read:
+            outs.append(apply(state.w, q[:, :, part]))
+    return state, jnp.concatenate(outs, axis=2)
+
+
+def count_updates(lengths, chunk, mode):
+    """How many updates a sequence of `lengths` tokens makes: i32, same shape. mode: shifted | block | full | off."""
+    lengths = jnp.asarray(lengths, jnp.int32)
+    if mode == "off":
+        return jnp.zeros_like(lengths)
+    if mode == "full":
+        return (lengths > 0).astype(jnp.int32)
+    chunks = -(-lengths // chunk)
+    return jnp.maximum(chunks - 1, 0) if mode == "shifted" else chunks
