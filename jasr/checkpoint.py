@@ -1,0 +1,620 @@
+"""Checkpoints on disk: saved atomically with checksums, verified when read, readable anywhere.
+
+    <run>/checkpoints/300/                 one step = one unit, named by its number
+        params/ batch_stats/ opt_state/ ema/ ...   trees, in Orbax's format
+        meta/metadata                      JSON: data position, config, tokenizer ...
+        metrics/metrics                    JSON: what the step is ranked by
+        jasr_manifest.json                 size and SHA-256 of every file above
+
+Orbax writes the trees into `300.orbax-checkpoint-tmp`; the manifest is the last file to go in;
+then the directory is renamed. A step is trusted only with its manifest, so that a process killed
+at any instant leaves either a whole step or a directory that nobody reads. Old steps are renamed
+to `300.jasr-deleting` before their files go. Both kinds of remains are removed at the next start.
+
+The layout is the one of `orbax.checkpoint.CheckpointManager`, which can read it. Its own deletion
+of old steps is not used: it counts damaged steps, and does not delete in one go.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import shutil
+import threading
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jasr import tree as trees
+
+MANIFEST = "jasr_manifest.json"
+_UNSEALED_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them at the rename
+_REMAINS = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|jasr-deleting)")
+_log = logging.getLogger("jasr.checkpoint")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing or damaged, or does not fit what it is restored into."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Which steps stay on disk: the newest, and the best by one metric."""
+
+    keep_latest: int = 2
+    keep_best: int = 3
+    metric: str = "val_wer"
+    mode: str = "min"  # "min": lower is better; "max"
+    verify: bool = True  # read every byte of a step before it is restored
+
+
+class Checkpoints:
+    """The steps of one run, written in the background, newest and best kept.
+
+    One process (of the job's process 0) owns the directory: hold `rundir.lock`. With several
+    processes every one calls every method, on a directory that all of them see.
+
+    Attributes:
+      failures: saves that failed in a row (disk full, ...); 0 after a good one.
+      error: what the last failure was, "" after a good save.
+    """
+
+    def __init__(
+        self, directory, keep_latest=2, keep_best=3, metric="val_wer", mode="min", verify=True
+    ):
+        if keep_latest < 1 or keep_best < 0:
+            raise ValueError(f"{keep_latest=} must be >= 1 and {keep_best=} >= 0")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode is {mode!r}, must be 'min' or 'max'")
+        self.directory = pathlib.Path(directory).absolute()
+        self.keep_latest, self.keep_best, self.verify = keep_latest, keep_best, verify
+        self.metric, self.mode = metric, mode
+        self.failures, self.error = 0, ""
+        self._damaged, self._saved = set(), set()
+        self._saving = self._thread = None
+        # The callback runs on process 0 when all processes have written, before the rename.
+        self._saver = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(handler_registry=_handlers()),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal_temporary),
+        )
+        if _primary():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_remains()
+            for d in _step_directories(self.directory).values():
+                if not (d / MANIFEST).exists():
+                    _report(f"checkpoint {d} has no {MANIFEST}: half-written, it is not used")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def steps(self):
+        """The numbers of the whole steps on disk, ascending."""
+        found = _step_directories(self.directory)
+        return [s for s, d in found.items() if (d / MANIFEST).exists() and s not in self._damaged]
+
+    def metrics(self, step):
+        """The metrics dict that was saved with a step ({} if none)."""
+        return load_metrics(self.directory / str(step))
+
+    def save(self, step, state, meta=None, metrics=None, wait=False):
+        """Whether the save was started (with `wait`: whether the step is now whole on disk).
+
+        Returns at once; the arrays may be donated or changed afterwards. A failed save (disk
+        full, ...) is reported and counted in `failures`, never raised; earlier steps stay.
+
+        Args:
+          step: int; a step of this number from an earlier, abandoned run is replaced.
+          state: {item name: pytree of arrays}; an item without leaves takes no space.
+          meta: JSON-able dict.
+          metrics: {name: number}; NaN or a missing `metric` never counts as best.
+          wait: return only when the step is whole on disk.
+        """
+        self.wait()
+        if step in self._saved:
+            return False
+        metrics = {k: float(v) for k, v in (metrics or {}).items()}
+        json.dumps(meta)  # raises here, with a traceback that names the caller
+        encoded = {k: jax.tree.map(_encode, v) for k, v in state.items() if jax.tree.leaves(v)}
+        args = {k: ocp.args.PyTreeSave(v) for k, v in encoded.items()}
+        reserved = {"meta", "metrics"} & args.keys()
+        if reserved:
+            raise ValueError(f"state items may not be called {sorted(reserved)}")
+        args |= {"meta": ocp.args.JsonSave(meta or {}), "metrics": ocp.args.JsonSave(metrics)}
+        self._saving = (step, sorted(encoded))
+        try:
+            if _primary():
+                _delete(self.directory / str(step))
+            self._saver.save(self.directory / str(step), args=ocp.args.Composite(**args))
+        except Exception as e:
+            if not _about_storage(e):
+                raise
+            self._save_failed(step, e)
+            return False
+        self._thread = threading.Thread(target=self._finish, args=(step,), name="jasr-checkpoint")
+        self._thread.start()
+        if wait:
+            self.wait()
+            return self.failures == 0
+        return True
+
+    def restore(self, step=None, like=None):
+        """(step, state, meta) of the newest good step, or None if there is no step at all.
+
+        A damaged step is reported and the one before it used.
+
+        Args:
+          step: a number restores exactly that step.
+          like: {item: pytree of arrays or ShapeDtypeStruct}; a leaf with `.sharding` comes back
+            as a jax.Array placed so (on any mesh), one without as numpy. Items of the checkpoint
+            that are not in `like` are not read.
+
+        Raises:
+          CheckpointError: no step is good (names each with its fault); the wanted step is not
+            good; or the step does not fit `like` (lists missing, unexpected and different leaves).
+        """
+        self.wait()
+        if step is None and not _agree(len(_step_directories(self.directory))):
+            return None
+        chosen, faults = -1, []
+        if _primary():
+            chosen, faults = self._newest_good(step)
+        chosen = _agree(chosen)
+        if chosen < 0:
+            raise CheckpointError(
+                f"no usable checkpoint in {self.directory}:\n  " + "\n  ".join(faults)
+            )
+        directory = self.directory / str(chosen)
+        state = _read_like(directory, like or {})
+        return chosen, state, _read_json(directory, "meta")
+
+    def wait(self):
+        """Returns when no save is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self):
+        """Waits for the save under way and releases Orbax's threads."""
+        self.wait()
+        self._saver.close()
+
+    def _newest_good(self, step):
+        """(number, faults): the step to restore, -1 if none, after reporting the damaged ones."""
+        found = _step_directories(self.directory)
+        candidates = sorted(found, reverse=True) if step is None else [step]
+        faults = []
+        for number in candidates:
+            directory = self.directory / str(number)
+            damage = verify(directory, checksums=self.verify)
+            if not damage:
+                return number, faults
+            self._damaged.add(number)
+            faults.append(f"{directory}: " + "; ".join(damage))
+            _report(f"checkpoint {faults[-1]}. It is not used.")
+        return -1, faults
+
+    def _seal_temporary(self):
+        step, items = self._saving
+        found = list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+        if len(found) == 1:
+            seal(found[0], step=step, items=items, metric=self.metric, mode=self.mode)
+
+    def _finish(self, step):
+        """Runs in a thread: waits for the commit, then lets old steps go."""
+        try:
+            self._saver.wait_until_finished()
+            if _primary():
+                directory = self.directory / str(step)
+                if not (directory / MANIFEST).exists():  # an Orbax with another temporary name
+                    items = self._saving[1]
+                    seal(directory, step=step, items=items, metric=self.metric, mode=self.mode)
+                _sync_directory(self.directory)
+        except BaseException as e:
+            self._save_failed(step, e)
+            return
+        self.failures, self.error = 0, ""
+        self._saved.add(step)
+        self._damaged.discard(step)
+        if _primary():
+            try:
+                self._retire(step)
+            except OSError as e:
+                _report(f"old checkpoints in {self.directory} could not be deleted: {e}")
+
+    def _retire(self, newest):
+        steps = self.steps()
+        keep = {newest, *steps[-self.keep_latest :]}
+        keep.update(_ranked(self.directory, steps, self.metric, self.mode)[: self.keep_best])
+        for step in steps:
+            if step not in keep:
+                _delete(self.directory / str(step))
+                self._saved.discard(step)
+
+    def _save_failed(self, step, error):
+        self.failures += 1
+        self.error = f"step {step}: {_first_line(error)}"
+        if _primary():
+            self._remove_remains()
+        kept = self.steps()
+        _report(
+            f"checkpoint of step {step} in {self.directory} could NOT be saved: "
+            f"{_first_line(error)}. The run goes on; the last good step is "
+            f"{kept[-1] if kept else 'none'}."
+        )
+
+    def _remove_remains(self):
+        for d in self.directory.iterdir():
+            if d.is_dir() and _REMAINS.fullmatch(d.name):
+                shutil.rmtree(d, ignore_errors=True)
+
+
+def seal(directory, *, step, items, metric="", mode="min"):
+    """Writes the manifest of a finished step directory, with every file flushed to the disk."""
+    directory = pathlib.Path(directory)
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name == MANIFEST or name in _UNSEALED_FILES:
+            continue
+        with open(path, "rb") as f:
+            files[name] = [path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+            os.fsync(f.fileno())
+    for path in [p for p in directory.rglob("*") if p.is_dir()]:
+        _sync_directory(path)
+    body = {
+        "format": 1, "step": step, "items": list(items), "metric": metric, "mode": mode,
+        "jasr": version(), "files": files,
+    }  # fmt: skip
+    write_json(directory / MANIFEST, body | {"sha256": _digest(body)})
+
+
+def verify(path, items=None, checksums=True):
+    """The damage of a step directory, a line a file; empty when it is whole.
+
+    Args:
+      path: a step directory.
+      items: only the files of these items (and meta, metrics); all if None.
+      checksums: False compares names and sizes only.
+    """
+    path = pathlib.Path(path)
+    try:
+        manifest = _read_manifest(path)
+    except CheckpointError as e:
+        return [str(e)]
+    damage = []
+    for name, (size, digest) in manifest["files"].items():
+        if items is not None and name.split("/")[0] not in (*items, "meta", "metrics"):
+            continue
+        file = path / name
+        try:
+            if file.stat().st_size != size:
+                damage.append(f"{name} has {file.stat().st_size} bytes, was written with {size}")
+            elif checksums:
+                with open(file, "rb") as f:
+                    if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                        damage.append(f"{name} has changed since it was written (checksum)")
+        except FileNotFoundError:
+            damage.append(f"{name} is missing")
+        except OSError as e:
+            damage.append(f"{name} cannot be read: {e.strerror}")
+    return damage
+
+
+def find_steps(path):
+    """{step number: directory} of all steps, ascending, below a run or checkpoints directory.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = pathlib.Path(path).absolute()
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = _step_directories(root)
+    if not found:
+        raise CheckpointError(
+            f"no checkpoint in {path}: wanted a run directory (with checkpoints/ in it), a "
+            "directory of numbered steps, or one step's directory"
+        )
+    return found
+
+
+def find_step(path, step=None, items=None, checksums=True):
+    """The directory of one good step.
+
+    Args:
+      path: a run directory, a checkpoints directory, or a step directory (an average is one).
+      step: a number; "best" by the run's metric; None or "latest" = the newest. With None,
+        "latest" and "best" a damaged step is reported and the next one used.
+      items, checksums: what is verified, see `verify`.
+
+    Raises:
+      CheckpointError: there is no such step, or it is damaged.
+    """
+    path = pathlib.Path(path).absolute()
+    if (path / MANIFEST).exists() or (path / "_CHECKPOINT_METADATA").exists():
+        candidates = [path]
+    else:
+        found = find_steps(path)
+        root = next(iter(found.values())).parent
+        if step in (None, "latest"):
+            candidates = list(found.values())[::-1]
+        elif step == "best":
+            candidates = [found[s] for s in _ranked(root, list(found))]
+            if not candidates:
+                raise CheckpointError(f"no step in {root} has a metric to be the best by")
+        elif int(step) in found:
+            candidates = [found[int(step)]]
+        else:
+            raise CheckpointError(f"step {step} is not in {root}, which has {list(found)}")
+    faults = []
+    for directory in candidates:
+        damage = verify(directory, items, checksums)
+        if not damage:
+            return directory
+        faults.append(f"{directory}: " + "; ".join(damage))
+        if len(candidates) > 1:
+            _report(f"checkpoint {faults[-1]}. It is not used.")
+    raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(faults))
+
+
+def load_params(path, step=None, item="", verify=True):
+    """A tree of a checkpoint as nested dicts of numpy arrays; needs no model and no device.
+
+    Works for a checkpoint of any mesh, on any machine.
+
+    Args:
+      path, step: see `find_step`.
+      item: "params", "ema", "batch_stats", "opt_state" ...; "" is the moving average `ema` if
+        the run kept one, else `params`.
+      verify: compare the checksums of the files that are read.
+
+    Raises:
+      CheckpointError: no such step or item, or damaged.
+    """
+    directory = find_step(path, step, (item,) if item else ("ema", "params"), verify)
+    has = items(directory)
+    name = item or ("ema" if "ema" in has else "params")
+    if name not in has:
+        if name == "batch_stats":  # a model without running statistics
+            return {}
+        raise CheckpointError(f"{directory} has no item {name!r}, only {has}")
+    handler = ocp.PyTreeCheckpointHandler()
+    kinds = handler.metadata(directory / name).tree
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), kinds)
+    with _told_where(directory / name):
+        return handler.restore(directory / name, args=ocp.args.PyTreeRestore(restore_args=args))
+
+
+def load_meta(path, step=None):
+    """The JSON dict saved beside the trees: config, tokenizer, task, data position ..."""
+    return _read_json(find_step(path, step, items=()), "meta")
+
+
+def load_metrics(directory):
+    """The metrics of one step directory, {} if it has none that can be read."""
+    try:
+        return _read_json(pathlib.Path(directory), "metrics")
+    except CheckpointError:
+        return {}
+
+
+def items(directory):
+    """The names of the trees in a step directory."""
+    return list(_read_manifest(pathlib.Path(directory))["items"])
+
+
+def version():
+    """The installed version of jasr, or "" when it runs from a bare checkout."""
+    try:
+        return importlib.metadata.version("jasr")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def write_json(path, value):
+    """Writes a JSON file whole or not at all: temporary name, flush to disk, rename."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    _sync_directory(path.parent)
+
+
+def leaves(tree):
+    """{path: leaf} of any pytree (NamedTuples and lists too), "0/mu/model/w"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in flat}
+
+
+def _read_like(directory, like):
+    like_encoded = jax.tree.map(_encode_abstract, like)
+    handler = ocp.PyTreeCheckpointHandler()
+    has, want, got = items(directory), {}, {}
+    for name, item in like_encoded.items():
+        want |= {f"{name}/{p}": x for p, x in leaves(item).items()}
+        if name in has:
+            kinds = handler.metadata(directory / name).tree
+            got |= {f"{name}/{p}": x for p, x in leaves(kinds).items()}
+    try:
+        trees.compare(want, got, dtype=True, what=f"checkpoint {directory}")
+    except trees.TreeError as e:
+        raise CheckpointError(f"{e}\nIs this the config that the run was made with?") from None
+    state = {}
+    reader = ocp.Checkpointer(handler)
+    for name, item in like_encoded.items():
+        if not jax.tree.leaves(item):
+            state[name] = item
+            continue
+        args = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(_restore_args, item))
+        with _told_where(directory / name):
+            state[name] = reader.restore(directory / name, args=args)
+    return jax.tree.map(_decode, like, state)
+
+
+def _handlers():
+    """Orbax's handlers, with the file name that its CheckpointManager gives to metrics."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handler = ocp.JsonCheckpointHandler("metrics")
+    registry.add("metrics", ocp.args.JsonSave, handler)
+    registry.add("metrics", ocp.args.JsonRestore, handler)
+    return registry
+
+
+def _about_storage(error):
+    words = ("RESOURCE_EXHAUSTED", "No space", "PERMISSION_DENIED", "Read-only")
+    return isinstance(error, OSError) or any(w in str(error) for w in words)
+
+
+def _is_key(x):
+    return jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key)
+
+
+def _encode(x):
+    """What Orbax is given for one leaf: raw key data, and a copy of what could be changed."""
+    if _is_key(x):
+        return jax.random.key_data(x)
+    return x if isinstance(x, jax.Array) else np.array(x)
+
+
+def _encode_abstract(x):
+    sharding = getattr(x, "sharding", None)
+    if _is_key(x):
+        shape = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    x = x if hasattr(x, "dtype") else np.asarray(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _decode(like, x):
+    if not _is_key(like):
+        return x
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.empty((), like.dtype)))
+
+
+def _restore_args(x):
+    if x.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype)
+    return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+
+
+def _step_directories(root):
+    if not root.is_dir():
+        return {}
+    found = {int(d.name): d for d in root.iterdir() if d.name.isdecimal() and d.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def _ranked(root, steps, metric="", mode=""):
+    """The steps that have the metric, best first; a tie goes to the newer, NaN is left out."""
+    ranked = []
+    for step in steps:
+        if not metric:  # by what the run itself ranked
+            try:
+                manifest = _read_manifest(root / str(step))
+            except CheckpointError:
+                continue
+            name, best = manifest["metric"], manifest["mode"]
+        else:
+            name, best = metric, mode
+        value = load_metrics(root / str(step)).get(name, math.nan)
+        if not math.isnan(value):
+            ranked.append((-value if best == "max" else value, -step))
+    return [-negative for _, negative in sorted(ranked)]
+
+
+def _read_manifest(directory):
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not there")
+    try:
+        body = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if body.pop("sha256") != _digest(body):
+            raise ValueError
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing (half-written)") from None
+    except (ValueError, KeyError, AttributeError, OSError):
+        raise CheckpointError(f"{MANIFEST} is damaged") from None
+    return body
+
+
+def _read_json(directory, item):
+    path = directory / item / ("metadata" if item == "meta" else item)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(e)}") from None
+
+
+def _digest(body):
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _delete(directory):
+    """Removes a step: it vanishes under its name in one rename, then its files go."""
+    if directory.exists():
+        doomed = directory.with_name(directory.name + ".jasr-deleting")
+        shutil.rmtree(doomed, ignore_errors=True)
+        directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync_directory(path):
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # file systems that cannot flush a directory
+    finally:
+        os.close(fd)
+
+
+def _primary():
+    return jax.process_index() == 0
+
+
+def _agree(number):
+    """Process 0's number, on every process."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def _report(text):
+    _log.error(text)
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def _first_line(error):
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+class _told_where:
+    """Turns the many-line errors of the array reader into one that names the directory."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if error is not None and isinstance(error, Exception):
+            raise CheckpointError(f"{self.directory}: {_first_line(error)}") from error
