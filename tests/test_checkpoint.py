@@ -33,6 +33,7 @@ def make_state(seed=0):
 
 def abstract(state):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
     def one(x):
         if isinstance(x, jax.Array):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

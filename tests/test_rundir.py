@@ -1,0 +1,124 @@
+"""One process a run directory, and signals that ask for a last checkpoint."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from jasr import rundir
+
+HOLD = """
+import sys, time
+from jasr import rundir
+try:
+    with rundir.lock(sys.argv[1]):
+        print("won", flush=True)
+        time.sleep(float(sys.argv[2]))
+except rundir.WorkdirBusy as e:
+    print("refused:", e, flush=True)
+"""
+
+
+def start(root, workdir, seconds):
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(workdir), str(seconds)],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_second_process_is_refused_and_told_who_holds_the_directory(root, tmp_path):
+    with rundir.lock(tmp_path / "new" / "run"):
+        told = start(root, tmp_path / "new" / "run", 0).communicate()[0]
+    assert told.startswith("refused:")
+    assert f"process {os.getpid()} on {socket.gethostname()}" in told
+    assert start(root, tmp_path / "new" / "run", 0).communicate()[0] == "won\n"
+
+
+def test_lock_of_a_killed_process_is_taken_over(root, tmp_path):
+    holder = start(root, tmp_path, 60)
+    assert holder.stdout.readline() == "won\n"
+    with pytest.raises(rundir.WorkdirBusy, match=f"process {holder.pid} "):
+        with rundir.lock(tmp_path):
+            pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with rundir.lock(tmp_path):
+        assert json.loads((tmp_path / rundir.LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_exactly_one_of_twenty_starters_wins(root, tmp_path):
+    starters = [start(root, tmp_path, 3) for _ in range(20)]
+    told = [p.communicate()[0] for p in starters]
+    assert sum(t == "won\n" for t in told) == 1
+    assert sum(t.startswith("refused:") for t in told) == 19
+
+
+def test_exactly_one_of_twenty_starters_wins_without_flock(tmp_path, monkeypatch):
+    """Threads stand for processes: the file is made once, whoever asks."""
+
+    def no_flock(fd, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stale = {"pid": dead.pid, "host": socket.gethostname(), "boot": rundir._boot(), "born": "1"}
+    (tmp_path / "run.lock.4").write_text(json.dumps(stale))
+    won, refused, go = [], [], threading.Barrier(20)
+
+    def one():
+        go.wait()
+        try:
+            with rundir.lock(tmp_path):
+                won.append(1)
+                time.sleep(1)
+        except rundir.WorkdirBusy:
+            refused.append(1)
+
+    threads = [threading.Thread(target=one) for _ in range(20)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert (len(won), len(refused)) == (1, 19)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.lock", "run.lock.5"]
+    with rundir.lock(tmp_path):
+        pass
+
+
+def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(root, tmp_path):
+    code = HOLD.replace('print("won"', 'os.fork() or time.sleep(5); print("won"')
+    p = subprocess.Popen(
+        [sys.executable, "-c", "import os" + code, str(tmp_path), "60"],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    p.stdout.readline()
+    p.kill()
+    p.wait()
+    with rundir.lock(tmp_path):
+        pass
+
+
+def test_first_signal_sets_the_flag_and_the_second_interrupt_raises():
+    with rundir.StopFlag() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    with pytest.raises(KeyboardInterrupt):  # handlers are back
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
