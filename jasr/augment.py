@@ -1,0 +1,149 @@
+"""Training noise for speech: SpecAugment and mel warp, gain and noise in jit; speed on the host.
+
+Every function in jit takes one key per row, so that an utterance is augmented the same way
+whatever its batch mates. `row_keys` makes them from the rows' index numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jasr.resample import resample
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecAugmentConfig:
+    """Settings of `spec_augment`; the defaults are NeMo's FastConformer recipe without warp."""
+
+    freq_masks: int = 2
+    freq_width: int = 27  # bins, exclusive
+    time_masks: int = 10
+    time_width: float = 0.05  # below 1: share of the utterance's frames; from 1: frames, exclusive
+    fill: str = "zero"  # zero | mean (of each bin over the utterance)
+    warp: float = 0.0  # largest relative stretch of the frequency axis
+
+
+@dataclasses.dataclass(frozen=True)
+class WaveAugmentConfig:
+    """Settings of `augment_waveform`; the defaults change nothing."""
+
+    gain_db: float = 0.0  # uniform in ± gain_db
+    noise_share: float = 0.0  # probability that an utterance gets noise
+    snr_low_db: float = 10.0  # signal-to-noise ratio, uniform
+    snr_high_db: float = 40.0
+    noise_colour: float = 1.0  # most amplitude an octave down: 0 white, 1 pink, 1.4 brown
+
+
+def row_keys(key, index):
+    """Keys [B] from one key and the rows' numbers `index` i[B]: the same row has the same key."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index).astype(jnp.uint32))
+
+
+def spec_augment(mel, mel_len, keys, cfg: SpecAugmentConfig, scale=1.0):
+    """Log-mel f32[B, T, F] with its frequency axis stretched and bands of bins and frames masked.
+
+    Masks as NeMo's SpectrogramAugmentation (vectorised): width = floor(u * largest width), start =
+    floor(u' * (extent - width)), so time masks stay inside mel_len. `scale` in [0, 1] shrinks
+    widths and warp, to ramp them in. Frames after mel_len are left alone. keys [B], see `row_keys`;
+    one key is split by row position.
+    """
+    if cfg.fill not in ("zero", "mean"):
+        raise ValueError(f"fill={cfg.fill!r}: choose zero or mean")
+    batch, time, bins = mel.shape
+    valid = jnp.arange(time) < mel_len[:, None]
+    count = 1 + 2 * (cfg.time_masks + cfg.freq_masks)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(_each_row(keys, batch))
+    warp, time_draws, freq_draws = jnp.split(draws, (1, 1 + 2 * cfg.time_masks), axis=1)
+    original = mel
+    if cfg.warp:
+        mel = warp_mel(mel, 1 + scale * cfg.warp * (2 * warp[:, 0] - 1))
+    extent = mel_len.astype(jnp.float32)[:, None]
+    widest = cfg.time_width * extent if cfg.time_width < 1 else float(cfg.time_width)
+    widest = scale * jnp.minimum(widest, extent)
+    masked = _bands(*jnp.split(time_draws, 2, axis=1), widest, extent, time)[:, :, None]
+    widest = scale * float(min(cfg.freq_width, bins))
+    masked |= _bands(*jnp.split(freq_draws, 2, axis=1), widest, float(bins), bins)[:, None, :]
+    fill = jnp.zeros((), mel.dtype)
+    if cfg.fill == "mean":
+        total = jnp.sum(jnp.where(valid[..., None], mel, 0), axis=1, keepdims=True)
+        fill = total / jnp.maximum(extent, 1)[..., None]
+    return jnp.where(valid[..., None], jnp.where(masked, fill, mel), original)
+
+
+def _bands(width_draw, start_draw, widest, extent, size: int):
+    """bool[B, size], True in the union of the masks drawn by two uniforms [B, masks]."""
+    width = jnp.floor(width_draw * widest)
+    start = jnp.floor(start_draw * (extent - width))
+    position = jnp.arange(size, dtype=jnp.float32)[None, None, :]
+    inside = (position >= start[..., None]) & (position < (start + width)[..., None])
+    return inside.any(axis=1)
+
+
+def warp_mel(mel, factor):
+    """Log-mel [B, T, F] with bin f read at f * factor[B], by linear interpolation; ends repeated.
+
+    Vocal tract length perturbation (Jaitly & Hinton 2013) on the mel axis, as one [F, F] product.
+    """
+    bins = mel.shape[-1]
+    source = jnp.clip(jnp.arange(bins) * factor[:, None], 0, bins - 1)
+    weights = jnp.maximum(0, 1 - jnp.abs(jnp.arange(bins)[None, :, None] - source[:, None, :]))
+    return jnp.einsum("btf,bfg->btg", mel, weights, precision=jax.lax.Precision.HIGHEST)
+
+
+def augment_waveform(audio, audio_len, keys, cfg: WaveAugmentConfig, scale=1.0):
+    """Audio f32[B, S] with a random gain and, for a share of rows, stationary coloured noise.
+
+    The noise's power is that of the utterance over a ratio drawn from [snr_low_db, snr_high_db].
+    Samples after audio_len stay 0. `scale` in [0, 1] ramps gain and share in. keys [B], see
+    `row_keys`; one key is split by row position.
+    """
+    batch, samples = audio.shape
+    valid = jnp.arange(samples) < audio_len[:, None]
+
+    def row(x, n, key):
+        draw_key, noise_key = jax.random.split(key)
+        gain, share, snr, colour = jax.random.uniform(draw_key, (4,))
+        if cfg.noise_share:
+            snr = cfg.snr_low_db + snr * (cfg.snr_high_db - cfg.snr_low_db)
+            power = jnp.sum(jnp.square(x)) / jnp.maximum(n, 1)
+            level = jnp.sqrt(power) * 10 ** (-snr / 20) * (share < cfg.noise_share * scale)
+            x = x + level * coloured_noise(noise_key, samples, colour * cfg.noise_colour)
+        return x * 10 ** (scale * cfg.gain_db * (2 * gain - 1) / 20)
+
+    audio = jnp.where(valid, audio, 0)
+    return jnp.where(valid, jax.vmap(row)(audio, audio_len, _each_row(keys, batch)), 0)
+
+
+def coloured_noise(key, samples: int, ratio):
+    """Noise f32[S] of variance 1: octave k held for 2^k samples at ratio^k the amplitude (Voss)."""
+    octaves = 7
+    white = (jax.random.bits(key, (samples,), jnp.uint16).astype(jnp.float32) - 32767.5) / 18918.6
+    gains = ratio ** jnp.arange(octaves, dtype=jnp.float32)
+    total = jnp.zeros(samples)
+    for k in range(octaves):
+        held = white[: -(-samples // 2**k)]
+        total += gains[k] * jnp.repeat(held, 2**k)[:samples]
+    return total / jnp.sqrt(jnp.sum(jnp.square(gains)))
+
+
+def _each_row(keys, batch: int):
+    keys = jnp.asarray(keys) if not hasattr(keys, "dtype") else keys
+    typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if keys.ndim == (0 if typed else 1):
+        return row_keys(keys, jnp.arange(batch))
+    return keys
+
+
+def speed(x, factor: float) -> np.ndarray:
+    """Samples f32[~S / factor] of x f32[S] played `factor` times as fast; pitch moves with it."""
+    ratio = Fraction(factor).limit_denominator(100)
+    if ratio <= 0:
+        raise ValueError(f"factor={factor}: must be positive")
+    if ratio == 1:
+        return np.asarray(x, np.float32)
+    return resample(x, ratio.numerator, ratio.denominator)
