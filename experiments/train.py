@@ -1,0 +1,341 @@
+"""Trains a model from a config file; run it again with the same workdir to go on.
+
+    python -m experiments.train --config=configs/lact_an4.py --workdir=runs/an4 \\
+        --config.data.train=an4/train.jsonl --config.data.valid=an4/valid.jsonl
+
+Any field of the config can be changed on the command line (`--config.optim.lr=3e-4`). A run
+starts, in this order: from the newest good checkpoint of its own workdir; from the run, step or
+average at `config.init.path`; from imported weights there; from scratch.
+
+Several processes: started under Slurm, Open MPI or with torchrun-style variables they find each
+other; otherwise give --coordinator=HOST:PORT --num_processes=N --process_id=I.
+"""
+
+import difflib
+import functools
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: path.py or path.py:variant.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, log.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
+PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes of the run.")
+PROCESS = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
+CHANGED = flags.DEFINE_bool("allow_data_change", False, "Resume although the data changed.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.get_absl_handler().python_handler.stream = sys.stderr
+    logging.set_verbosity(logging.INFO)
+    from jasr import compilation_cache, rundir, sharding
+
+    several = sharding.init_distributed(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    compilation_cache.enable()
+    import jax
+
+    workdir = pathlib.Path(WORKDIR.value)
+    if several and jax.process_index() > 0:
+        with rundir.StopFlag() as stop:
+            train(CONFIG.value, workdir, stop, CHANGED.value)
+        return
+    with rundir.lock(workdir), rundir.StopFlag() as stop:
+        train(CONFIG.value, workdir, stop, CHANGED.value)
+
+
+def train(config, workdir, stop=lambda: False, allow_data_change=False):
+    """Runs a recipe to its end (or until `stop()`); returns the last validation metrics.
+
+    Args:
+      config: ConfigDict or plain dict of a recipe.
+      workdir: directory of the run.
+      stop: function that is asked after every step whether to save and leave.
+    """
+    import jax
+
+    from jasr import checkpoint, metrics, optim, settings, sharding, start, tasks, tree
+    from jasr import step as steps
+    from jasr.evaluation import evaluate
+
+    started, chief = time.monotonic(), jax.process_index() == 0
+    plain = config if isinstance(config, dict) else json.loads(config.to_json())
+    workdir = pathlib.Path(workdir)
+    run = settings.build(steps.RunConfig, plain["train"], "config.train")
+    opt = settings.build(optim.OptimConfig, plain["optim"], "config.optim")
+    given = settings.build(start.InitConfig, plain["init"], "config.init")
+    kept = settings.build(checkpoint.CheckpointConfig, plain["checkpoint"], "config.checkpoint")
+    check_keys(plain)
+
+    # --- Data, mesh, task
+    tokenizer, train_data, valid_data = open_data(plain, workdir)
+    logging.info("%s", train_data.describe())
+    mesh = sharding.make_mesh(settings.build(sharding.MeshConfig, plain["mesh"], "config.mesh"))
+    sharding.check_batch_sizes([b for b, _, _ in train_data.shapes], mesh, opt.accumulate)
+    task = tasks.build(plain, tokenizer)
+    task.check(train_data.shapes)
+
+    # --- Shapes, optimizer, shardings
+    key = jax.random.key(plain["seed"])
+    example = zeros(train_data.shapes[0])
+    shapes = jax.eval_shape(lambda: task.init(key, example))
+    paths = set(tree.flatten(shapes["params"]))
+    frozen = start.frozen_paths(shapes["params"], given.freeze)
+    trainable, _ = tree.split(shapes["params"], paths - frozen)
+    tx, rate = optim.make(opt, trainable, run.steps)
+
+    def init():
+        return steps.init_state(task, tx, key, example, frozen.__contains__, opt.ema > 0)
+
+    state_shapes = jax.eval_shape(init)
+    by_param = sharding.param_shardings(shapes["params"], mesh, task.sharding)
+    shardings = sharding.like_params(state_shapes, shapes["params"], by_param, mesh)
+    save_frozen = bool(frozen) and not given.path
+    logging.info(
+        "task %s: %d parameters, %d of them trained, on %d x %s, mesh %s",
+        plain["task"], tree.count(shapes["params"]), tree.count(trainable),
+        jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape),
+    )  # fmt: skip
+
+    # --- Start: own checkpoint, else given weights, else scratch
+    store = checkpoint.Checkpoints(workdir / "checkpoints", **settings.to_dict(kept))
+    wanted = start.to_items(start.with_shardings(state_shapes, shardings), save_frozen)
+    restored = store.restore(like=wanted)
+    position = 0
+    if restored is not None:
+        _, saved, meta = restored
+        start.check_resume(meta, train_data.fingerprint, plain, allow_data_change)
+        rest = {}
+        if frozen and not save_frozen:
+            rest = start.read_frozen(given, shapes, shardings, frozen)
+        state, position = start.from_items(state_shapes, saved, rest), meta["position"]
+        logging.info("resumed from step %d, batch %d of the data", int(state.step), position)
+    else:
+        state = jax.jit(init, out_shardings=shardings)()
+        if given.path:
+            state = start.with_given(state, given, shapes, shardings)
+            logging.info("parameters from %s", given.path)
+    first = step = int(state.step)
+
+    # --- Programs: one a bucket, compiled before the first step: memory runs out now or never
+    step_fn = jax.jit(
+        functools.partial(steps.train_step, task, tx, opt),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    tick = time.monotonic()
+    programs = {s: compile_step(step_fn, state, s, mesh) for s in train_data.shapes}
+    compile_seconds = time.monotonic() - tick
+    predict = jax.jit(task.predict)
+
+    # --- Reports and saves
+    writer = None
+    if chief:
+        writer = metrics.Writer(
+            str(workdir), resume_step=first if first else -1, tensorboard=run.tensorboard
+        )
+        (workdir / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+
+    def validate(batches=0):
+        params = tree.merge(state.ema if opt.ema > 0 else state.params, state.frozen)
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        result = evaluate(task, predict, valid_data, mesh, variables, batches)
+        true, pred = result.pop("sample")
+        if chief:
+            text = f"=== Sample Prediction at Step {step} ===\nTrue: {true}\nPred: {pred}"
+            print(text, file=sys.stderr, flush=True)
+            if not batches:
+                writer.write(step, result)
+        return result
+
+    def save(values, wait=False):
+        meta = {
+            "step": step,
+            "position": position,
+            "epoch": train_data.epoch_of(position),
+            "fingerprint": train_data.fingerprint,
+            "config": plain,
+            "tokenizer": tokenizer.to_dict(),
+            "task": plain["task"],
+            "frozen_from": given.path if frozen and not save_frozen else "",
+        }
+        store.save(step, start.to_items(state, save_frozen), meta, values, wait=wait)
+
+    # --- The loop
+    window, waited, mark, results = [], 0.0, time.monotonic(), {}
+    batches = train_data.iterate(position, jax.process_index(), jax.process_count())
+    while step < run.steps:
+        tick = time.monotonic()
+        epoch, batch = next(batches)
+        waited += time.monotonic() - tick
+        state, values = programs[shape_of(batch)](state, sharding.put_batch(batch, mesh))
+        window.append(values)
+        step, position = step + 1, position + 1
+        logging_now = step % run.log_every == 0
+        stopping = asked_to_stop(stop, logging_now)
+        ending = step == run.steps or stopping
+        if logging_now or ending:
+            sums = summed(window)
+            now = time.monotonic()
+            line = metrics_line(sums, rate(step - 1), epoch, now - mark, waited, compile_seconds)
+            if chief:
+                writer.write(step, line)
+            check_finite(sums, opt.max_bad_steps, step, workdir)
+            window, waited, mark, compile_seconds = [], 0.0, now, 0.0
+        validating = valid_data is not None and (step % run.eval_every == 0 or step == run.steps)
+        if validating:
+            results = validate()
+        elif valid_data is not None and run.sample_every and step % run.sample_every == 0:
+            validate(batches=1)
+        if validating or ending or (run.save_every and step % run.save_every == 0):
+            save(results if validating else {}, wait=ending)
+            mark = time.monotonic()  # validation and saving are not training time
+        if stopping and step < run.steps:
+            logging.warning("asked to stop: step %d is saved; run again to go on", step)
+            break
+    store.close()
+    train_data.close()
+    logging.info("step %d after %.0f s", step, time.monotonic() - started)
+    if chief:
+        writer.close()
+    return results
+
+
+# --- What the loop needs, each a few lines
+
+
+KNOWN = (
+    "task seed data text front_end spec_augment wave_augment model loss optim train checkpoint "
+    "mesh init"
+).split()
+
+
+def check_keys(config):
+    """Raises for a top-level key that nothing reads."""
+    from jasr.settings import SettingsError
+
+    for key in config:
+        if key not in KNOWN:
+            near = difflib.get_close_matches(key, KNOWN, n=1) or KNOWN
+            raise SettingsError(f"config.{key} is not known; did you mean {' or '.join(near)}?")
+
+
+def open_data(config, workdir):
+    """(tokenizer, training data, validation data or None) of a recipe."""
+    from jasr import data, settings, start
+
+    cfg = settings.build(data.DataConfig, config["data"], "config.data")
+    tokenizer = start.make_tokenizer(
+        settings.build(start.TextConfig, config["text"], "config.text"),
+        functools.partial(data.texts, cfg.train),
+    )
+    train_data = data.open_train(
+        cfg, tokenizer.encode, config["seed"], quarantine_path=str(workdir / "quarantine.jsonl")
+    )
+    valid_data = data.open_eval(cfg, cfg.valid, tokenizer.encode) if cfg.valid else None
+    return tokenizer, train_data, valid_data
+
+
+def zeros(shape):
+    """A batch of padding rows of a bucket (B, S, L)."""
+    rows, samples, tokens = shape
+    return {
+        "audio": np.zeros((rows, samples), np.float32),
+        "audio_len": np.zeros(rows, np.int32),
+        "tokens": np.zeros((rows, tokens), np.int32),
+        "token_len": np.zeros(rows, np.int32),
+        "index": np.full(rows, -1, np.int64),
+    }
+
+
+def shape_of(batch):
+    """The bucket (B, S, L) of a batch; B counts the rows of all processes."""
+    import jax
+
+    rows, samples = batch["audio"].shape
+    return rows * jax.process_count(), samples, batch["tokens"].shape[1]
+
+
+def compile_step(step_fn, state, shape, mesh):
+    """The compiled program of a bucket, with its working memory in the log."""
+    import jax
+
+    from jasr import sharding
+
+    mine = zeros((shape[0] // jax.process_count(), *shape[1:]))
+    program = step_fn.lower(state, sharding.put_batch(mine, mesh)).compile()
+    memory = program.memory_analysis()
+    if memory is not None:
+        logging.info(
+            "bucket of %d x %.1f s, %d tokens: %.0f MiB working memory a device",
+            shape[0], shape[1] / 16000, shape[2], memory.temp_size_in_bytes / 2**20,
+        )  # fmt: skip
+    return program
+
+
+def summed(window):
+    """Host sums over the steps of a log interval; loss and grad_norm as means."""
+    import jax
+
+    host = jax.device_get(window)
+    sums = {k: float(sum(float(m[k]) for m in host)) for k in host[0]}
+    finite = [m for m in host if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])]
+    for k in ("loss", "grad_norm"):
+        sums[k] = float(np.mean([m[k] for m in finite])) if finite else float("nan")
+    sums["steps"] = len(host)
+    sums["skipped"] = len(host) - len(finite)
+    sums["bad_in_row"] = int(host[-1]["bad_in_row"])
+    return sums
+
+
+def metrics_line(sums, lr, epoch, elapsed, waited, compile_seconds):
+    """One interval's line: loss, rates, what was left out, and where the time went."""
+    line = {
+        "loss": sums["loss"],
+        "grad_norm": sums["grad_norm"],
+        "lr": float(lr),
+        "epoch": epoch,
+        "audio_s_per_s": sums["audio_seconds"] / elapsed,
+        "input_bound": waited / elapsed,
+        "updates_per_utt": sums["updates"] / max(sums["utterances"], 1.0),
+    }
+    for name in ("infeasible", "skipped"):
+        if sums[name]:
+            line[name] = int(sums[name])
+    if compile_seconds:
+        line["compile_s"] = compile_seconds
+    return line
+
+
+def check_finite(sums, limit, step, workdir):
+    """Raises after too many non-finite steps in a row."""
+    if limit and sums["bad_in_row"] >= limit:
+        raise FloatingPointError(
+            f"{sums['bad_in_row']} steps in a row up to step {step} had a loss or gradient that is "
+            "not finite (config.optim.max_bad_steps). The parameters are those before them. Run "
+            f"`python -m experiments.doctor numerics --checkpoint={workdir}` to find the stage"
+        )
+
+
+def asked_to_stop(stop, meeting):
+    """Whether to save and leave; several processes decide together, at log steps only."""
+    import jax
+
+    if jax.process_count() == 1:
+        return stop()
+    if not meeting:
+        return False
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(stop())).any())
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,121 @@
+"""Learning-rate schedules and the optax chain of a run, from plain settings."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jasr import tree
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Settings of optimizer and schedule; steps are optimizer steps."""
+
+    name: str = "adamw"  # "adamw" | "sgd"
+    lr: float = 1e-3  # the peak
+    schedule: str = "cosine"  # "cosine" | "linear" | "noam" | "constant"
+    warmup_steps: int = 0
+    decay_steps: int = 0  # where the decay ends; 0 = config.train.steps
+    min_lr: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    decay_rules: tuple = ((r".*/(kernel|embedding|w0|w1|w2|w_left|w_right)", 1.0), (".*", 0.0))
+    lr_rules: tuple = ()  # (regex, multiplier) ...; a parameter without a rule has 1.0
+    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+    accumulate: int = 1  # micro-batches that one global batch is cut into
+    ema: float = 0.0  # decay of the exponential moving average of the parameters; 0 = none
+    max_bad_steps: int = 10  # the run stops after so many non-finite steps in a row
+
+
+def schedule(config, total_steps):
+    """The learning rate as a function of the step number (0 = the first update).
+
+    The warm-up rises linearly and reaches `lr` after `warmup_steps` updates; "noam" then falls
+    with 1/sqrt(step), as Vaswani et al. 2017 eq. 3, scaled so that its peak is `lr`.
+
+    Raises:
+      ValueError: an unknown schedule, or a warm-up that is longer than the decay.
+    """
+    end = config.decay_steps or total_steps
+    warm = config.warmup_steps
+    if config.schedule not in ("cosine", "linear", "noam", "constant"):
+        raise ValueError(
+            f"config.optim.schedule {config.schedule!r}: choose cosine, linear, noam or constant"
+        )
+    if config.schedule in ("cosine", "linear") and warm >= end:
+        raise ValueError(f"config.optim.warmup_steps {warm} must be below the {end} decay steps")
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum(1.0, (step + 1) / max(warm, 1)) if warm else 1.0
+        if config.schedule == "constant":
+            return config.lr * rise
+        if config.schedule == "noam":
+            peak = max(warm, 1)
+            fall = jnp.sqrt(peak / jnp.maximum(step + 1, peak))
+            return jnp.maximum(config.lr * rise * fall, jnp.where(rise < 1, 0.0, config.min_lr))
+        share = jnp.clip((step - warm) / max(end - warm, 1), 0.0, 1.0)
+        if config.schedule == "cosine":
+            fall = 0.5 * (1 + jnp.cos(jnp.pi * share))
+        else:
+            fall = 1 - share
+        rate = config.min_lr + (config.lr - config.min_lr) * fall
+        return jnp.where(rise < 1, config.lr * rise, rate)
+
+    return rate
+
+
+def _scale_by_tree(factors):
+    """Updates times one number for each parameter path."""
+
+    def update(updates, state, params=None):
+        flat = {p: u * factors[p] for p, u in tree.flatten(updates).items()}
+        return tree.unflatten(flat), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make(config, params, total_steps):
+    """(optax transformation, schedule) for a tree of trainable parameters.
+
+    Clipping by global norm, Adam moments, decoupled weight decay by rule (Loshchilov & Hutter
+    2019), multipliers by rule, learning rate.
+
+    Args:
+      params: tree of arrays or ShapeDtypeStructs; only names are read.
+
+    Raises:
+      tree.TreeError: a rule that matches no parameter, a parameter without a decay rule.
+      ValueError: an unknown optimizer or schedule.
+    """
+    rate = schedule(config, total_steps)
+    paths = list(tree.flatten(params))
+    chain = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    if config.name == "adamw":
+        chain.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    elif config.name == "sgd":
+        chain.append(optax.trace(config.b1) if config.b1 else optax.identity())
+    else:
+        raise ValueError(f"config.optim.name {config.name!r}: choose adamw or sgd")
+    if config.weight_decay:
+        decay = tree.match(config.decay_rules, paths, what="config.optim.decay_rules rule")
+        mask = tree.unflatten({p: decay[p] != 0 for p in paths})
+        odd = {v for v in decay.values() if v not in (0.0, 1.0)}
+        if odd:
+            raise ValueError(f"config.optim.decay_rules values must be 0 or 1, got {sorted(odd)}")
+        chain.append(optax.add_decayed_weights(config.weight_decay, mask=mask))
+    if config.lr_rules:
+        found = tree.match(config.lr_rules, paths, what="config.optim.lr_rules rule", optional=True)
+        chain.append(_scale_by_tree({p: found.get(p, 1.0) for p in paths}))
+    chain.append(optax.scale_by_learning_rate(rate))
+    return optax.chain(*chain), rate
+
+
+def ema_update(ema, params, step, decay):
+    """The moving average after `step` updates; the decay itself warms up as (1 + t) / (10 + t)."""
+    now = jnp.minimum(decay, (1.0 + step) / (10.0 + step)).astype(jnp.float32)
+    return jax.tree.map(lambda e, p: e + (1 - now) * (p.astype(e.dtype) - e), ema, params)

@@ -1,0 +1,180 @@
+"""The device mesh, regex rules to shardings, and start-up of several processes.
+
+The mesh has three axes: `data` (batch rows), `fsdp` (batch rows and parameters) and `tensor`
+(parameters). A model gives rules `(regex over parameter paths, axis name or None per dimension)`;
+everything that mirrors a parameter (optimizer moments, EMA) follows it. The collectives are JAX's
+own: `jax.jit` with these shardings.
+"""
+
+import dataclasses
+import math
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jasr import tree
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 = all devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config, devices=None):
+    """A mesh ("data", "fsdp", "tensor") of the given sizes over all devices.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1:
+        raise ValueError(f"config.mesh: only one axis may be -1, got {dict(zip(AXES, sizes))}")
+    if -1 in sizes:
+        known = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices) or min(sizes) < 1:
+        raise ValueError(
+            f"config.mesh {dict(zip(AXES, sizes))} does not cover {len(devices)} devices; "
+            "their product must equal the number of devices"
+        )
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def _spec(axes, shape, mesh):
+    """The PartitionSpec of one array; an axis that does not divide its dimension is dropped."""
+    if axes is None:
+        return P()
+    if len(axes) > len(shape):
+        raise ValueError(f"sharding rule {axes} has more dimensions than the shape {shape}")
+    kept = []
+    for size, axis in zip(shape, tuple(axes) + (None,) * (len(shape) - len(axes)), strict=True):
+        names = (axis,) if isinstance(axis, str) else tuple(axis or ())
+        ways = math.prod(mesh.shape[n] for n in names)
+        kept.append(axis if names and size % ways == 0 else None)
+    return P(*kept)
+
+
+def param_shardings(params, mesh, rules):
+    """A tree of NamedSharding like `params` by strict rules (see `tree.match`)."""
+    flat = tree.flatten(params)
+    axes = tree.match(rules, flat, what="sharding rule")
+    return tree.unflatten(
+        {p: NamedSharding(mesh, _spec(axes[p], tuple(x.shape), mesh)) for p, x in flat.items()}
+    )
+
+
+def like_params(state, params, shardings, mesh):
+    """Shardings for any pytree whose leaves partly mirror parameters (optimizer state, EMA).
+
+    A leaf whose path ends in a parameter's path and has its shape follows that parameter; every
+    other leaf is replicated.
+    """
+    shapes = {p: tuple(x.shape) for p, x in tree.flatten(params).items()}
+    where = tree.flatten(shardings)
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        parts = name.split("/")
+        for i in range(len(parts)):
+            tail = "/".join(parts[i:])
+            if shapes.get(tail) == tuple(leaf.shape):
+                return where[tail]
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def put_batch(batch, mesh):
+    """This process's rows of a batch as global arrays split over ("data", "fsdp").
+
+    Args:
+      batch: dict of numpy arrays [B / process_count, ...], this process's contiguous rows.
+    """
+    sharding = NamedSharding(mesh, BATCH)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return {
+        k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()
+    }
+
+
+def check_batch_sizes(sizes, mesh, accumulate=1):
+    """Raises ValueError if a global batch size does not divide over mesh and accumulation."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for size in sizes:
+        if size % (ways * accumulate):
+            raise ValueError(
+                f"a batch of {size} rows does not divide over data x fsdp = {ways} devices "
+                f"times config.optim.accumulate = {accumulate}; change config.data.batch_* or mesh"
+            )
+    if jax.process_count() > 1 and ways % jax.process_count():
+        raise ValueError(
+            f"data x fsdp = {ways} must be a multiple of the {jax.process_count()} processes; "
+            "the tensor axis must not span processes"
+        )
+
+
+def _from_environment(env):
+    """(coordinator, processes, process id) from Open MPI or torchrun variables, or None."""
+    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
+        host = f"{env['MASTER_ADDR']}:{env.get('MASTER_PORT', '12355')}"
+        return host, int(env["WORLD_SIZE"]), int(env["RANK"])
+    if "OMPI_COMM_WORLD_SIZE" in env and "OMPI_MCA_orte_hnp_uri" not in env:
+        host = env.get("MASTER_ADDR")
+        if host is None:
+            return None
+        port = env.get("MASTER_PORT", "12355")
+        return (
+            f"{host}:{port}",
+            int(env["OMPI_COMM_WORLD_SIZE"]),
+            int(env["OMPI_COMM_WORLD_RANK"]),
+        )
+    return None
+
+
+def init_distributed(coordinator="", num_processes=0, process_id=-1, env=None):
+    """Joins this process to a run of several; True if there is more than one process.
+
+    The order is: explicit values, torchrun-style variables (RANK, WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT), Open MPI's with MASTER_ADDR, then what JAX detects by itself (Slurm, Open MPI 4).
+    Without any of these this is a single process and nothing is started.
+
+    Raises:
+      ValueError: some but not all of the explicit values are given.
+    """
+    env = os.environ if env is None else env
+    given = (bool(coordinator), num_processes > 0, process_id >= 0)
+    if any(given) and not all(given):
+        raise ValueError(
+            "several processes need all three: --coordinator=HOST:PORT, --num_processes and "
+            f"--process_id; got {coordinator!r}, {num_processes}, {process_id}"
+        )
+    if all(given):
+        found = (coordinator, num_processes, process_id)
+    else:
+        found = _from_environment(env)
+    if found is not None and found[1] == 1:
+        return False
+    slurm = int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env
+    openmpi = "OMPI_MCA_orte_hnp_uri" in env and int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    if found is None and not (slurm or openmpi):
+        return False
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if found is None:
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(found[0], num_processes=found[1], process_id=found[2])
+    return jax.process_count() > 1

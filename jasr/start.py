@@ -1,0 +1,184 @@
+"""What a run starts from: its tokenizer, and its own checkpoint, given weights or scratch."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+
+from jasr import checkpoint, text, tree
+from jasr.interop import lact
+
+ITEMS = ("params", "batch_stats", "opt_state", "ema")
+COUNTERS = ("step", "bad_steps", "bad_in_row", "rng")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Weights that a new run starts from, and what it does not train."""
+
+    path: str = ""  # a run, step, average, or an original LaCT checkpoint; "" = scratch
+    item: str = ""  # "params" or "ema"; "" = the moving average if there is one
+    drop: tuple = ()  # regexes of parameters that are not taken from `path`, e.g. "ctc_head/.*"
+    freeze: tuple = ()  # regexes of parameters that get no gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Which tokenizer a run uses."""
+
+    kind: str = "char"  # "char" | "sentencepiece"
+    vocabulary: tuple = ()  # char: the characters without the blank; () = the training texts'
+    path: str = ""  # sentencepiece: the .model file
+    normalisation: str = "lower"  # "none" | "lower" | "whisper_english"
+
+
+def make_tokenizer(config, texts):
+    """The run's tokenizer.
+
+    Args:
+      config: TextConfig.
+      texts: function that returns the training texts; called only if the vocabulary is theirs.
+
+    Raises:
+      ValueError: an unknown kind; text.TextError: a vocabulary or model that cannot be used.
+    """
+    if config.kind == "sentencepiece":
+        return text.SentencePieceTokenizer.from_file(config.path, config.normalisation)
+    if config.kind != "char":
+        raise ValueError(f"config.text.kind {config.kind!r}: choose char or sentencepiece")
+    if config.vocabulary:
+        return text.CharTokenizer((text.BLANK, *config.vocabulary), config.normalisation)
+    return text.CharTokenizer.from_texts(texts(), config.normalisation)
+
+
+class StartError(ValueError):
+    """A run cannot start or go on as asked."""
+
+
+def frozen_paths(params, patterns):
+    """The set of parameter paths that one of the regexes matches.
+
+    Raises:
+      tree.TreeError: a regex that matches nothing; StartError: nothing is left to train.
+    """
+    paths = list(tree.flatten(params))
+    found = tree.match(
+        [(p, True) for p in patterns], paths, what="config.init.freeze rule", optional=True
+    )
+    if len(found) == len(paths):
+        raise StartError("config.init.freeze freezes every parameter: nothing is left to train")
+    return set(found)
+
+
+def to_items(state, save_frozen):
+    """The checkpoint items of a TrainState (or of its shapes)."""
+    items = {name: getattr(state, name) for name in ITEMS}
+    items["counters"] = {name: getattr(state, name) for name in COUNTERS}
+    if save_frozen:
+        items["frozen"] = state.frozen
+    return {name: item for name, item in items.items() if jax.tree.leaves(item)}
+
+
+def with_shardings(shapes, shardings):
+    """ShapeDtypeStructs that say where each leaf of a state belongs."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def from_items(shapes, items, frozen):
+    """The TrainState of restored items; `frozen` are the parameters that were not saved."""
+    given = {name: items.get(name, getattr(shapes, name)) for name in ITEMS}
+    return shapes.replace(**given, **items["counters"], frozen=items.get("frozen", frozen))
+
+
+def read_given(config, shapes):
+    """Flat {path: numpy} parameters and batch statistics of config.init.path, checked.
+
+    Raises:
+      tree.TreeError: names or shapes differ from the model's (lists every one); a drop rule that
+        matches nothing.
+    """
+    if lact.is_lact(config.path):
+        _, variables, _ = lact.read_lact(config.path)
+        params, stats = variables["params"], variables["batch_stats"]
+    else:
+        params = checkpoint.load_params(config.path, item=config.item)
+        stats = checkpoint.load_params(config.path, item="batch_stats")
+        frozen = checkpoint.load_meta(config.path).get("frozen_from", "")
+        if frozen:
+            theirs = tree.flatten(checkpoint.load_params(frozen))
+            params = tree.unflatten(theirs | tree.flatten(params))
+    wanted = tree.flatten(shapes["params"])
+    dropped = tree.match(
+        [(p, True) for p in config.drop], wanted, what="config.init.drop rule", optional=True
+    )
+    keep = {p: v for p, v in tree.flatten(params).items() if not _dropped(p, config.drop)}
+    want = {p: v for p, v in wanted.items() if p not in dropped}
+    tree.compare(want, keep, what=f"config.init.path {config.path}")
+    if jax.tree.leaves(shapes["batch_stats"]):
+        tree.compare(shapes["batch_stats"], stats, what=f"batch statistics of {config.path}")
+    return keep, stats
+
+
+def _dropped(path, patterns):
+    return any(re.fullmatch(p, path) for p in patterns)
+
+
+def with_given(state, config, shapes, shardings):
+    """A fresh state with the weights of config.init.path in it."""
+    given, stats = read_given(config, shapes)
+
+    def fill(current, where):
+        flat, places = tree.flatten(current), tree.flatten(where)
+        return tree.unflatten(
+            {p: put(given[p], x, places[p]) if p in given else x for p, x in flat.items()}
+        )
+
+    return state.replace(
+        params=fill(state.params, shardings.params),
+        frozen=fill(state.frozen, shardings.frozen),
+        ema=fill(state.ema, shardings.ema) if state.ema else state.ema,
+        batch_stats=jax.tree.map(put, stats, state.batch_stats, shardings.batch_stats),
+    )
+
+
+def put(value, like, sharding):
+    """A host array as a global array of `like`'s dtype, each process giving the parts it holds."""
+    value = np.asarray(value).astype(like.dtype)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def read_frozen(config, shapes, shardings, frozen):
+    """The frozen parameters of a resumed run that does not save them (they were imported)."""
+    given, _ = read_given(config, shapes)
+    missing = sorted(frozen - given.keys())
+    if missing:
+        raise StartError(f"frozen parameters are not in {config.path}: {', '.join(missing)}")
+    flat, places = tree.flatten(shapes["params"]), tree.flatten(shardings.frozen)
+    return tree.unflatten({p: put(given[p], flat[p], places[p]) for p in flat if p in frozen})
+
+
+def check_resume(meta, fingerprint, config, allow_data_change):
+    """Raises StartError if a checkpoint's data or model are not this config's.
+
+    A position in the data means something only for the same index, batch plan and seed.
+    """
+    if meta["fingerprint"] != fingerprint and not allow_data_change:
+        raise StartError(
+            "the training data or its batching changed since the checkpoint was made: its "
+            f"position {meta['position']} means another batch now. Undo the change of "
+            "config.data/config.seed, or pass --allow_data_change to go on from there anyway"
+        )
+    for key in ("model", "front_end", "task"):
+        if meta["config"].get(key) != config.get(key):
+            old, new = meta["config"].get(key), config.get(key)
+            if isinstance(old, dict) and isinstance(new, dict):
+                changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+            else:
+                changed = [f"{old!r} -> {new!r}"]
+            raise StartError(
+                f"config.{key} differs from the checkpoint's in {', '.join(changed)}; use another "
+                "workdir, or --config.init.path to start a new run from these weights"
+            )

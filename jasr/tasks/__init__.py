@@ -1,0 +1,59 @@
+"""Tasks by name, and a task with its weights from a checkpoint.
+
+A task is a frozen dataclass without base class: `build(config, tokenizer)`, `init`, `loss`,
+`predict`, `texts`, `check`, `sharding`, `seconds_per_frame`.
+"""
+
+import importlib
+
+TASKS = {"ctc": ("jasr.tasks.ctc", "CtcTask")}
+
+
+def build(config, tokenizer):
+    """The task that config["task"] names.
+
+    Raises:
+      ValueError: an unknown task.
+    """
+    name = config["task"]
+    if name not in TASKS:
+        raise ValueError(f"config.task {name!r} is not known; choose from {sorted(TASKS)}")
+    module, cls = TASKS[name]
+    return getattr(importlib.import_module(module), cls).build(config, tokenizer)
+
+
+def load(path, step=None, item="", model=None):
+    """A task, its variables and the checkpoint's meta.
+
+    Args:
+      path: a run directory, a checkpoint step, an average, or a directory or .pt of original LaCT.
+      step: the step of a run; None = the newest good one.
+      item: "params" or "ema"; "" = the moving average if the checkpoint has one.
+      model: mapping of model settings to change, e.g. {"lact_updates": "off"}.
+
+    Returns:
+      (task, {"params", "batch_stats"} of numpy arrays, meta dict).
+    """
+    from jasr import checkpoint, text
+    from jasr.interop import lact
+
+    if lact.is_lact(path):
+        from jasr.settings import to_dict
+
+        settings, variables, vocabulary = lact.read_lact(path)
+        meta = {
+            "config": lact.reference_config(to_dict(settings)),
+            "tokenizer": text.CharTokenizer(tuple(vocabulary)).to_dict(),
+            "step": 0,
+        }
+    else:
+        meta = checkpoint.load_meta(path, step)
+        items = checkpoint.load_items(path, step, names=(item,) if item else ("ema", "params"))
+        variables = {
+            "params": items["params"] if item != "ema" else items["ema"],
+            "batch_stats": items.get("batch_stats", {}),
+        }
+    config = dict(meta["config"])
+    if model:
+        config["model"] = {**config["model"], **model}
+    return build(config, text.from_dict(meta["tokenizer"])), variables, meta

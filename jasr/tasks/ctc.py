@@ -1,0 +1,197 @@
+"""The CTC task: where front end, augmentation, model, loss, decoding and text meet."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jasr import audio, augment, settings
+from jasr.decoding.ctc import ctc_greedy
+from jasr.losses.ctc import ctc_loss
+from jasr.models.lact_asr import LactConfig, LactCtc, check_updates, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class CtcLossConfig:
+    """How utterance losses become one number.
+
+    reduction: "mean" = mean over utterances of loss / tokens (torch's CTCLoss mean, LaCT),
+    "mean_batch" = mean over utterances, "mean_volume" = sum of losses / sum of tokens (NeMo).
+    """
+
+    reduction: str = "mean"
+    intermediate_weight: float = 0.3  # share of the intermediate CTC losses, if the model has any
+    ramp_steps: int = 0  # augmentation strength rises linearly from 0 over so many steps
+
+
+@dataclasses.dataclass(frozen=True)
+class CtcTask:
+    """Training and inference of a CTC model; see `build`."""
+
+    tokenizer: Any
+    model: Any
+    front_end: audio.FrontEndConfig
+    spec_augment: augment.SpecAugmentConfig
+    wave_augment: augment.WaveAugmentConfig
+    loss_config: CtcLossConfig
+
+    @classmethod
+    def build(cls, config, tokenizer):
+        """A task from the run's config (mapping with model, front_end, ...) and its tokenizer.
+
+        Raises:
+          settings.SettingsError: a misspelt key or a value of the wrong kind.
+          ValueError: settings that contradict each other.
+        """
+        model = settings.build(LactConfig, config["model"], "config.model")
+        model = dataclasses.replace(
+            model, ctc_vocab_size=tokenizer.vocab_size, ctc_blank_id=tokenizer.blank_id
+        )
+        front_end = settings.build(audio.FrontEndConfig, config["front_end"], "config.front_end")
+        if model.audio_feature_dim != front_end.n_mels:
+            raise ValueError(
+                f"config.model.audio_feature_dim {model.audio_feature_dim} differs from "
+                f"config.front_end.n_mels {front_end.n_mels}"
+            )
+        return cls(
+            tokenizer=tokenizer,
+            model=LactCtc(model),
+            front_end=front_end,
+            spec_augment=settings.build(
+                augment.SpecAugmentConfig, config.get("spec_augment", {}), "config.spec_augment"
+            ),
+            wave_augment=settings.build(
+                augment.WaveAugmentConfig, config.get("wave_augment", {}), "config.wave_augment"
+            ),
+            loss_config=settings.build(CtcLossConfig, config.get("loss", {}), "config.loss"),
+        )
+
+    @property
+    def config(self):
+        """The model's settings."""
+        return self.model.config
+
+    @property
+    def sharding(self):
+        """Regex rules parameter path -> axis names."""
+        return sharding(self.config)
+
+    @property
+    def seconds_per_frame(self):
+        """Seconds between two output frames."""
+        return self.front_end.hop * self.config.subsampling / self.front_end.sample_rate
+
+    def output_frames(self, samples):
+        """Output frames of an utterance of so many samples (int or array)."""
+        frames = samples // self.front_end.hop + (self.front_end.kind != "nemo")
+        return -(-frames // self.config.subsampling)
+
+    def check(self, shapes):
+        """Raises ValueError if a bucket (B, S, L) would silently get no fast-weight update."""
+        for _, samples, _ in shapes:
+            check_updates(self.config, samples // self.front_end.hop)
+
+    def features(self, batch):
+        """Log-mel frames f32[B,T,F] and their lengths i32[B] of a batch's audio."""
+        return audio.log_mel(batch["audio"], batch["audio_len"], self.front_end)
+
+    def init(self, rng, batch):
+        """Fresh variables {"params", "batch_stats"} for a batch's shapes."""
+        mel, mel_len = self.features(batch)
+        variables = self.model.init({"params": rng}, mel, mel_len, train=False)
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+    def augmented_features(self, batch, rng, step):
+        """As `features`, with noise, gain and SpecAugment; row r knows only (rng, index[r])."""
+        ramp = self.loss_config.ramp_steps
+        scale = jnp.minimum(1.0, (step + 1) / ramp) if ramp else jnp.float32(1.0)
+        keys = augment.row_keys(rng, batch["index"])
+        wave_keys, mel_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        wave = augment.augment_waveform(
+            batch["audio"], batch["audio_len"], wave_keys, self.wave_augment, scale
+        )
+        mel, mel_len = audio.log_mel(wave, batch["audio_len"], self.front_end)
+        return augment.spec_augment(mel, mel_len, mel_keys, self.spec_augment, scale), mel_len
+
+    def loss(self, variables, batch, rng, step):
+        """Summed training loss, and what to divide it by.
+
+        Rows without audio (padding) and rows that no CTC path fits (infeasible) count nothing.
+
+        Returns:
+          (f32[] loss sum, (batch_stats, metrics)); metrics are sums: "weight" is the divisor of
+          the loss, the others are counts or sums over utterances.
+        """
+        wave_rng, dropout_rng = jax.random.split(rng)
+        mel, mel_len = self.augmented_features(batch, wave_rng, step)
+        out, changed = self.model.apply(
+            variables,
+            mel,
+            mel_len,
+            train=True,
+            rngs={"dropout": dropout_rng},
+            mutable=["batch_stats"],
+        )
+        tokens, token_len = batch["tokens"], batch["token_len"]
+        present = batch["audio_len"] > 0
+        score = functools.partial(ctc_loss, blank=self.tokenizer.blank_id)
+        losses, feasible = score(out["logits"], out["logit_len"], tokens, token_len)
+        good = present & feasible & (token_len > 0)
+        total = losses
+        if out["intermediate"]:
+            share = self.loss_config.intermediate_weight
+            inner = [score(x, out["logit_len"], tokens, token_len)[0] for x in out["intermediate"]]
+            total = (1 - share) * losses + share * sum(inner) / len(inner)
+        total = jnp.where(good, total, 0.0)
+        length = jnp.maximum(token_len, 1).astype(jnp.float32)
+        if self.loss_config.reduction == "mean":
+            total, weight = jnp.sum(total / length), jnp.sum(good)
+        elif self.loss_config.reduction == "mean_batch":
+            total, weight = jnp.sum(total), jnp.sum(good)
+        elif self.loss_config.reduction == "mean_volume":
+            total, weight = jnp.sum(total), jnp.sum(jnp.where(good, token_len, 0))
+        else:
+            raise ValueError(
+                f"config.loss.reduction {self.loss_config.reduction!r}: choose mean, mean_batch "
+                "or mean_volume"
+            )
+        metrics = {
+            "weight": weight.astype(jnp.float32),
+            "utterances": jnp.sum(present).astype(jnp.float32),
+            "infeasible": jnp.sum(present & ~feasible).astype(jnp.float32),
+            "audio_seconds": jnp.sum(batch["audio_len"]).astype(jnp.float32)
+            / self.front_end.sample_rate,
+            "updates": jnp.sum(jnp.where(present, out["updates"], 0)).astype(jnp.float32),
+        }
+        return total, (changed.get("batch_stats", {}), metrics)
+
+    def predict(self, variables, batch):
+        """Greedy CTC of a batch, to be jitted.
+
+        Returns:
+          dict of tokens i32[B,T'], token_len i32[B], start_frame and end_frame i32[B,T'] (output
+          frames), logit_len i32[B], updates i32[B] (fast-weight updates of each utterance).
+        """
+        mel, mel_len = self.features(batch)
+        out = self.model.apply(variables, mel, mel_len, train=False)
+        tokens, token_len, start, end = ctc_greedy(
+            out["logits"], out["logit_len"], blank=self.tokenizer.blank_id
+        )
+        return {
+            "tokens": tokens,
+            "token_len": token_len,
+            "start_frame": start,
+            "end_frame": end,
+            "logit_len": out["logit_len"],
+            "updates": out["updates"],
+        }
+
+    def texts(self, outputs, batch):
+        """Reference and hypothesis texts (host lists) of the rows that are not padding."""
+        rows = [r for r, i in enumerate(batch["index"]) if i >= 0]
+        decode = self.tokenizer.decode
+        refs = [decode(list(batch["tokens"][r][: batch["token_len"][r]])) for r in rows]
+        hyps = [decode(list(outputs["tokens"][r][: outputs["token_len"][r]])) for r in rows]
+        return refs, hyps
