@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from jasr.data import espeak
+from jasr.resample import resample
 
 SAMPLE_RATE = 16000
 
@@ -84,11 +85,9 @@ def _held_out(text: str) -> bool:
 
 def waveform(pcm: bytes) -> np.ndarray:
     """espeak-ng's int16 at 22,050 Hz as f32[S] at 16 kHz, its peak at half of full scale."""
-    from scipy.signal import resample_poly
-
     speech = np.frombuffer(pcm, np.int16).astype(np.float32)
-    speech = resample_poly(speech, 320, 441)  # 22,050 * 320 / 441 = 16,000
-    return (speech * (_PEAK / max(float(np.abs(speech).max()), 1.0))).astype(np.float32)
+    speech = resample(speech, espeak.SAMPLE_RATE, SAMPLE_RATE)
+    return speech * np.float32(_PEAK / max(float(np.abs(speech).max(initial=0)), 1.0))
 
 
 def write_corpus(
