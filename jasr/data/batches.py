@@ -1,0 +1,326 @@
+"""Batches of fixed shapes: reads what the plan says, a few batches ahead, in threads.
+
+A file that cannot be decoded when its turn comes leaves a padding row, a quarantine line and a
+count behind; the run goes on until too many have failed.
+"""
+
+import dataclasses
+import os
+import threading
+
+import numpy as np
+
+from jasr import audio
+from jasr.data import index as index_lib
+from jasr.data.index import Bad, DataError
+from jasr.data.plan import Plan
+
+NEVER = 1 << 62  # a stream without end, for libraries that ask for a length
+JUDGED_AFTER = 1000  # utterances tried before their failures are a share (fewer in small sets)
+
+
+class Loader:
+    """Makes batches of an Index by global batch number. Safe to call from several threads."""
+
+    def __init__(self, index, plan, encode, cfg, quarantine_path=""):
+        self.index, self.plan, self.encode, self.cfg = index, plan, encode, cfg
+        self.quarantine_path = quarantine_path
+        self.failed = {}  # row -> reason
+        self._tried = np.zeros(len(index), bool)
+        self._lock = threading.Lock()
+        hours = float(index.duration.sum()) / 3600
+        copies = sum(1 / s for s in set(plan.speeds))
+        self.cache_size = hours * 3600 * cfg.sample_rate * 2 * copies / 2**20
+        self._cache = {} if cfg.cache_audio and self.cache_size <= cfg.cache_mb else None
+
+    def load(self, position, process_index=0, process_count=1):
+        """(epoch, batch) of a global batch: this process's rows of it."""
+        epoch, bucket, rows = self.plan.batch(position)
+        size, samples, tokens = self.plan.shapes[bucket]
+        if size % process_count:
+            raise DataError(
+                f"a batch of {size} rows cannot be shared by {process_count} processes: "
+                f"set data.batch_multiple to a multiple of {process_count}"
+            )
+        share = size // process_count
+        mine = rows[process_index * share : (process_index + 1) * share]
+        batch = {
+            "audio": np.zeros((share, samples), np.float32),
+            "audio_len": np.zeros(share, np.int32),
+            "tokens": np.zeros((share, tokens), np.int32),
+            "token_len": np.zeros(share, np.int32),
+            "index": np.full(share, -1, np.int64),
+        }
+        for i, row in enumerate(mine):
+            self._put(batch, i, row)
+        return epoch, batch
+
+    def _put(self, batch, i, row):
+        """Fills row i of the batch; utterances that fail are left out of it."""
+        space, at, texts = batch["audio"].shape[1], 0, []
+        parts = [
+            (u, gap, pcm)
+            for u, speed, gap in zip(row.utterances, row.speeds, row.gaps, strict=True)
+            if (pcm := self.pcm(u, speed)) is not None
+        ]
+        excess = sum(len(pcm) + gap for _, gap, pcm in parts) - space
+        for u, gap, pcm in parts:
+            if texts:  # audio a little longer than declared shortens the silence, not the speech
+                shrink = min(max(excess, 0), gap)
+                excess, at = excess - shrink, at + gap - shrink
+            if at + len(pcm) > space:
+                self._fail(u, f"duration mismatch: {len(pcm)} samples do not fit its bucket")
+                continue
+            if not texts:
+                at, batch["index"][i] = 0, u
+            np.multiply(pcm, np.float32(2**-15), out=batch["audio"][i, at : at + len(pcm)])
+            at += len(pcm)
+            texts.append(self.index.texts[u])
+        tokens = self._tokens(texts, batch["tokens"].shape[1])
+        batch["audio_len"][i], batch["token_len"][i] = at if texts else 0, len(tokens)
+        batch["tokens"][i, : len(tokens)] = tokens
+
+    def _tokens(self, texts, space):
+        """Token ids of joined texts, at most `space`."""
+        pieces = [index_lib.encode_entry(t, self.encode, 0, self.plan.evaluation)[0] for t in texts]
+        if len(pieces) > 1:
+            joined = self.encode(" ".join(texts))
+            # an encoder may cut joined texts differently and need more than the plan counted
+            return joined if len(joined) <= space else sum(pieces, [])
+        return pieces[0] if pieces else []
+
+    def pcm(self, row, speed=1.0):
+        """Samples i16[S] of an utterance at a speed, or None where it cannot be decoded.
+
+        All audio passes through 16 bits (exact for 16-bit sources at the loader's rate), so that
+        cached and fresh audio are the same.
+        """
+        if self._cache is not None and (pcm := self._cache.get((row, speed))) is not None:
+            return pcm
+        if row in self.failed:
+            return None
+        plain = self._cache.get((row, 1.0)) if self._cache is not None else None
+        if plain is None:
+            try:
+                plain = quantise(self._decode(row))
+            except audio.AudioError as e:
+                self._fail(row, index_lib.audio_reason(e))
+                return None
+            self._keep(row, 1.0, plain)
+        if speed == 1.0:
+            return plain
+        pcm = quantise(audio.speed(plain * np.float32(2**-15), speed))
+        self._keep(row, speed, pcm)
+        return pcm
+
+    def _decode(self, row):
+        samples = index_lib.read_audio(self.index, row, self.cfg.sample_rate)
+        rate, declared = self.cfg.sample_rate, float(self.index.duration[row])
+        if abs(len(samples) / rate - declared) > max(self.cfg.duration_tolerance, 2 / rate):
+            raise audio.AudioError(
+                self.index.path(row),
+                f"duration mismatch: {declared:.2f} s declared, {len(samples) / rate:.2f} decoded",
+            )
+        with self._lock:
+            self._tried[row] = True
+        return samples
+
+    def _keep(self, row, speed, pcm):
+        if self._cache is not None and (speed in self.plan.speeds):
+            self._cache[row, speed] = pcm
+
+    def _fail(self, row, reason):
+        """Quarantines a row met while loading; raises DataError when too many have failed."""
+        i = self.index
+        listed = i.lists[int(i.list_number[row])]
+        bad = Bad(listed, int(i.line[row]), i.ids[row], i.path(row), reason)
+        with self._lock:
+            if row in self.failed:
+                return
+            self.failed[row], self._tried[row] = reason, True
+            if self.quarantine_path:
+                with open(self.quarantine_path, "a", encoding="utf-8") as f:
+                    f.write(index_lib.quarantine_line(bad))
+            count, tried = len(self.failed), int(self._tried.sum())
+        index_lib.say(f"quarantined {bad.source}:{bad.line} {bad.audio}: {reason}")
+        judged = max(tried, min(len(i), JUDGED_AFTER))
+        if count > self.cfg.max_bad_share * judged:
+            raise DataError(
+                f"{count} of {tried} utterances could not be decoded, more than "
+                f"data.max_bad_share={self.cfg.max_bad_share:g} allows; the last one: "
+                f"{bad.source}:{bad.line} {bad.audio}: {reason}"
+            )
+
+
+def quantise(x):
+    """i16[S] of samples in [-1, 1], rounded; louder ones clip."""
+    return np.clip(np.rint(x * np.float32(32768)), -32768, 32767).astype(np.int16)
+
+
+class _Stream:
+    """The numbers start, start + 1, ... through a function, as a random-access source."""
+
+    def __init__(self, function, length):
+        self.function, self.length = function, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        return self.function(int(i))
+
+
+def stream(function, start, stop, num_threads, prefetch):
+    """Yields function(i) for i in range(start, stop), computed ahead in threads, in order."""
+    if num_threads < 1:
+        yield from map(function, range(start, stop))
+        return
+    try:
+        import grain
+    except ImportError:  # bare accelerator hosts
+        yield from _stream_in_pool(function, start, stop, num_threads, prefetch)
+        return
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, 1))
+    items = grain.MapDataset.source(_Stream(function, stop))[start:].to_iter_dataset(options)
+    iterator = iter(items)
+    try:
+        yield from iterator
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()
+
+
+def _stream_in_pool(function, start, stop, num_threads, prefetch):
+    from collections import deque
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool, waiting = ThreadPoolExecutor(num_threads), deque()
+    try:
+        for i in range(start, stop):
+            waiting.append(pool.submit(function, i))
+            if len(waiting) > prefetch:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclasses.dataclass
+class Train:
+    """Endless training batches. `shapes` lists (B, S, L), B global; `fingerprint` names the plan:
+    a checkpoint's position means the same batch only under the same fingerprint."""
+
+    loader: Loader
+
+    @property
+    def shapes(self):
+        return self.loader.plan.shapes
+
+    @property
+    def fingerprint(self):
+        return self.loader.plan.fingerprint
+
+    def iterate(self, start=0, process_index=0, process_count=1):
+        """Yields (epoch, batch) for global batch number start, start + 1, ... without end.
+
+        The batch holds rows process_index * B / process_count on, B / process_count of them.
+        """
+
+        def load(position):
+            return self.loader.load(position, process_index, process_count)
+
+        cfg = self.loader.cfg
+        return stream(load, start, NEVER, cfg.num_threads, cfg.prefetch)
+
+    def epoch_of(self, position):
+        """The epoch that a global batch number lies in."""
+        return self.loader.plan.locate(position)[0]
+
+    def describe(self):
+        """What is trained on, what was left out, and the buckets: a few lines."""
+        return f"{self.loader.index.describe()}\n{self.loader.plan.describe()}"
+
+    @property
+    def failed(self):
+        """{index number: reason} of utterances that could not be decoded so far."""
+        return dict(self.loader.failed)
+
+
+class Eval:
+    """Every usable utterance of a set once. texts, ids and durations by index number."""
+
+    def __init__(self, loader):
+        self.loader, i = loader, loader.index
+        self.texts = [i.texts[n] for n in range(len(i))]
+        self.ids = [i.ids[n] for n in range(len(i))]
+        self.durations = i.duration
+
+    @property
+    def shapes(self):
+        return self.loader.plan.shapes
+
+    @property
+    def bad(self):
+        """The entries left out, as Bad records."""
+        return self.loader.index.bad
+
+    @property
+    def failed(self):
+        """{index number: reason} of utterances that could not be decoded so far."""
+        return dict(self.loader.failed)
+
+    def entry(self, number):
+        """The whole entry of an utterance (dict), with the fields that jasr does not use."""
+        return self.loader.index.entry(number)
+
+    def iterate(self, process_index=0, process_count=1):
+        """Yields batches, longest utterances first; this process's rows of each."""
+
+        def load(position):
+            return self.loader.load(position, process_index, process_count)[1]
+
+        cfg = self.loader.cfg
+        count = len(self.loader.plan.epoch(0).bucket)
+        return stream(load, 0, count, cfg.num_threads, cfg.prefetch)
+
+    def describe(self):
+        """What is evaluated on, what was left out, and the buckets: a few lines."""
+        return f"{self.loader.index.describe()}\n{self.loader.plan.describe()}"
+
+
+def open_train(cfg, encode, seed, quarantine_path="", frames_needed=None, seconds_per_frame=0.0):
+    """The Train of `cfg.train`: an endless stream of batches that depends on cfg and seed alone.
+
+    encode: text -> list of token ids; may raise text.TextError (the entry is quarantined).
+    frames_needed: tokens -> frames that the loss needs at least (CTC: tokens + repeats), with
+    `seconds_per_frame` of the model's output; leaves out texts too long for their audio.
+    Raises DataError: no usable data, too many bad entries, or settings that cannot be met.
+    """
+    index = index_lib.build(cfg.train, encode, cfg, frames_needed, seconds_per_frame)
+    if quarantine_path:
+        os.makedirs(os.path.dirname(os.path.abspath(quarantine_path)), exist_ok=True)
+        index_lib.write_quarantine(quarantine_path, index.bad)
+    return Train(Loader(index, Plan(index, cfg, seed), encode, cfg, quarantine_path))
+
+
+def open_eval(cfg, source, encode, quarantine_path=""):
+    """The Eval of one source (or several): no shuffling, no speeds, no joining, no length limits.
+
+    A text that cannot be encoded stays: its row carries the tokens of the words that can be, and
+    `texts` the whole of it, so that a word error rate counts it.
+    """
+    index = index_lib.build(source, encode, cfg, evaluation=True)
+    if quarantine_path:
+        os.makedirs(os.path.dirname(os.path.abspath(quarantine_path)), exist_ok=True)
+        index_lib.write_quarantine(quarantine_path, index.bad)
+    plan = Plan(index, cfg, 0, evaluation=True)
+    return Eval(Loader(index, plan, encode, cfg, quarantine_path))
+
+
+def texts(sources):
+    """Yields the texts of sources without looking at audio: what a tokenizer is made from."""
+    for path, _ in index_lib.source_pairs(sources):
+        for e in index_lib.entries_of(path):
+            if not isinstance(e, Bad):
+                yield e.text
