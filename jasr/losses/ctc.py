@@ -52,86 +52,91 @@ def _repeats(tokens):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _loss(logits, logit_len, tokens, token_len, feasible, blank):
     steps, base, _ = _differences(logits, logit_len, tokens, token_len, blank)
-    total, _ = _scan(steps, _repeats(tokens), jnp.zeros_like(token_len), token_len, stack=False)
+    total, _ = _scan(steps, _repeats(tokens), jnp.zeros_like(token_len), token_len)
     return jnp.where(feasible, -(total + base), 0.0)
 
 
 def _differences(logits, logit_len, tokens, token_len, blank):
     """Token logits less the blank's f32[T, B, L]; log-probability of all blanks f32[B]; lse."""
     logits = logits.astype(jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)  # [B, T]
+    # The barrier keeps XLA from computing the sum over V once for each of its two readers.
+    lse = jax.lax.optimization_barrier(jax.nn.logsumexp(logits, axis=-1))
     is_frame = jnp.arange(logits.shape[1]) < logit_len[:, None]
     is_token = jnp.arange(tokens.shape[1]) < token_len[:, None]
-    zero = logits[:, :, blank]
-    base = jnp.sum(jnp.where(is_frame, zero - lse, 0.0), axis=1)
-    own = jnp.take_along_axis(logits, tokens[:, None, :], axis=2, mode="clip")
-    valid = is_frame[:, :, None] & is_token[:, None, :]
-    steps = jnp.where(valid, jnp.maximum(own - zero[:, :, None], NEVER), NEVER)
-    return steps.transpose(1, 0, 2), base, lse
+    base = jnp.sum(jnp.where(is_frame, logits[:, :, blank] - lse, 0.0), axis=1)
+    by_time = logits.transpose(1, 0, 2)
+    own = jnp.take_along_axis(by_time, tokens[None], axis=2, mode="clip")
+    valid = is_frame.T[:, :, None] & is_token
+    steps = jnp.maximum(own - by_time[:, :, blank, None], NEVER)
+    return jnp.where(valid, steps, NEVER), base, lse
 
 
-def _scan(steps, repeats, first, last, stack):
-    """Score of all paths from state `first` to state `last`, f32[R], and each token's scores.
+def _either(a, b):
+    """log(exp a + exp b) of finite numbers: jnp.logaddexp's care for infinities costs 40 %."""
+    return jnp.maximum(a, b) + jnp.log(1.0 + jnp.exp(-jnp.abs(a - b)))
 
-    State n means n tokens done. blank[n] and token[n] are the scores of the paths that stand in
-    state n on a blank or on its token. Frames outside the row carry NEVER for all tokens and so
-    leave the blanks as they are; they may stand on either side.
+
+def _scan(steps, repeats, first, last):
+    """Score of all paths from state `first` to state `last`, f32[...], and each token's scores.
+
+    State n means n tokens done. blank[n] and token[n - 1] are the scores of the paths that stand
+    in state n on a blank or on its token. Frames outside the row carry NEVER for every token and
+    so leave the blanks as they are; they may stand on either side of the row.
 
     Args:
-      steps: f32[T, R, L] score of token n + 1 at frame t, a blank's being 0.
-      repeats: bool[R, L]; first, last: i32[R].
+      steps: f32[T, ..., L] score of token n + 1 at frame t, a blank's being 0.
+      repeats: bool[..., L]; first, last: i32[...].
     """
-    R, L = repeats.shape
-    states = jnp.arange(L + 1)
-    blank = jnp.where(states == first[:, None], 0.0, NEVER)
-    token = jnp.full((R, L), NEVER)
+    blank = jnp.where(jnp.arange(steps.shape[-1] + 1) == first[..., None], 0.0, NEVER)
+    token = jnp.full_like(blank[..., 1:], NEVER)
+
+    def leave(blank, token):
+        return jnp.concatenate([blank[..., :1], _either(blank[..., 1:], token)], axis=-1)
 
     def step(carry, difference):
         blank, token = carry
-        done = jnp.concatenate([blank[:, :1], jnp.logaddexp(blank[:, 1:], token)], axis=1)
-        before = jnp.where(repeats, blank[:, :-1], done[:, :-1])
-        token = jnp.maximum(jnp.logaddexp(token, before) + difference, NEVER)
-        return (done, token), token if stack else None
+        done = leave(blank, token)
+        before = jnp.where(repeats, blank[..., :-1], done[..., :-1])
+        token = jnp.maximum(_either(token, before) + difference, NEVER)
+        return (done, token), token
 
     (blank, token), tokens = jax.lax.scan(step, (blank, token), steps)
-    done = jnp.concatenate([blank[:, :1], jnp.logaddexp(blank[:, 1:], token)], axis=1)
-    return jnp.take_along_axis(done, last[:, None], axis=1)[:, 0], tokens
+    done = leave(blank, token)
+    return jnp.take_along_axis(done, last[..., None], axis=-1)[..., 0], tokens
 
 
 def _loss_fwd(logits, logit_len, tokens, token_len, feasible, blank):
     steps, base, lse = _differences(logits, logit_len, tokens, token_len, blank)
-    B, L = tokens.shape
     repeats = _repeats(tokens)
     # Seen from the end, token n repeats token n + 1.
     mirrored = jnp.pad(repeats, ((0, 0), (0, 1)))[:, 1:][:, ::-1]
-    zeros, ends = jnp.zeros_like(token_len), jnp.full_like(token_len, L)
+    length = jnp.full_like(token_len, tokens.shape[1])
+    # A new axis, not a longer batch, so that a batch sharded over devices stays where it is.
     total, scores = _scan(
-        jnp.concatenate([steps, steps[::-1, :, ::-1]], axis=1),
-        jnp.concatenate([repeats, mirrored]),
-        jnp.concatenate([zeros, L - token_len]),
-        jnp.concatenate([token_len, ends]),
-        stack=True,
+        jnp.stack([steps, steps[::-1, :, ::-1]], axis=1),
+        jnp.stack([repeats, mirrored]),
+        jnp.stack([jnp.zeros_like(token_len), length - token_len]),
+        jnp.stack([token_len, length]),
     )
-    total = total[:B]
-    joint = scores[:, :B] + scores[::-1, B:, ::-1] - steps
-    posterior = jnp.exp(jnp.where(steps > NEVER, joint - total[:, None], NEVER))
-    loss = jnp.where(feasible, -(total + base), 0.0)
+    joint = scores[:, 0] + scores[::-1, 1, :, ::-1] - steps
+    posterior = jnp.exp(jnp.where(steps > NEVER, joint - total[0, :, None], NEVER))
+    loss = jnp.where(feasible, -(total[0] + base), 0.0)
     return loss, (logits, lse, posterior, logit_len, tokens, feasible)
 
 
 def _loss_bwd(blank, saved, g):
     logits, lse, posterior, logit_len, tokens, feasible = saved
-    B, T, V = logits.shape
-    is_frame = jnp.arange(T) < logit_len[:, None]
-    scale = jnp.where(feasible, g, 0.0)[:, None, None] * is_frame[:, :, None]
-    posterior = posterior.transpose(1, 0, 2)  # [B, T, L]
-    rest = 1.0 - jnp.sum(posterior, axis=2)  # of the blank
-    rows = jnp.arange(B)[:, None, None]
-    frames = jnp.arange(T)[:, None]
-    occupied = jnp.zeros((B, T, V)).at[rows, frames, tokens[:, None, :]].add(posterior)
-    occupied = occupied.at[:, :, blank].add(rest)
-    softmax = jnp.exp(logits.astype(jnp.float32) - lse[:, :, None])
-    grad = jnp.where(scale != 0, scale * (softmax - occupied), 0.0).astype(logits.dtype)
+    is_frame = jnp.arange(logits.shape[1]) < logit_len[:, None]
+    scale = jnp.where(feasible, g, 0.0)[:, None] * is_frame  # [B, T]
+
+    def row(logits, lse, posterior, tokens, scale):
+        grad = scale[:, None] * jnp.exp(logits.astype(jnp.float32) - lse[:, None])
+        own = scale[:, None] * posterior
+        rest = scale - jnp.sum(own, axis=1)  # the blank has what the tokens leave
+        return grad.at[:, tokens].add(-own).at[:, blank].add(-rest)
+
+    grad = jax.vmap(row)(logits, lse, posterior.transpose(1, 0, 2), tokens, scale)
+    grad = jnp.where(scale[:, :, None] != 0, grad, 0.0).astype(logits.dtype)
     others = (logit_len, tokens, logit_len, feasible)
     nothing = [np.zeros(x.shape, jax.dtypes.float0) for x in others]
     return (grad, *nothing)
