@@ -36,6 +36,18 @@ venv: $(FULL)
 test: $(FULL)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+# Resumes where it was stopped; `make clean` begins anew.
+quickstart: $(LIGHT)
+	$(BIN)/python -m experiments.prepare_data synth --out_dir=$(RUN)/corpus
+	$(BIN)/python -m experiments.train --config=configs/quickstart.py --workdir=$(RUN)/model \
+	  --config.data.train=$(RUN)/corpus/train.jsonl --config.data.valid=$(RUN)/corpus/valid.jsonl
+	$(BIN)/python -m experiments.transcribe --checkpoint=$(RUN)/model \
+	  $(RUN)/corpus/accents/accents-00000.flac
+	$(BIN)/python -m experiments.evaluate --checkpoint=$(RUN)/model \
+	  --manifest=$(RUN)/corpus/accents.jsonl --output=$(RUN)/accents.json
+	$(BIN)/python -m experiments.evaluate --checkpoint=$(RUN)/model \
+	  --manifest=$(RUN)/corpus/valid.jsonl --output=$(RUN)/valid.json
+
 lint: $(FULL)
 	$(BIN)/python -m ruff check .
 

@@ -4,7 +4,13 @@ The core trains, evaluates and transcribes. torch is in no core requirement: on 
 wheel brings some 20 CUDA packages with it. `data` brings torch (lhotse depends on it).
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
+
+FACE = Path(__file__).parent / "jasr" / "__init__.py"
+VERSION = re.search(r'__version__ = "(.+?)"', FACE.read_text(encoding="utf-8"))[1]
 
 CORE = (
     "jax>=0.10",
@@ -12,7 +18,6 @@ CORE = (
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.30",
     "numpy>=2.0",
-    "scipy>=1.13",
     "ml-collections>=1.0",
     "absl-py>=2.1",
     "grain>=0.2.12",
@@ -45,7 +50,7 @@ EXTRAS["dev"] = (
 
 setup(
     name="jasr",
-    version="0.1.0",
+    version=VERSION,
     description="Speech recognition and speech language models in JAX and Flax",
     license="Apache-2.0",
     python_requires=">=3.11",  # jax 0.10 needs 3.11, jax 0.11 needs 3.12: pip picks the match
