@@ -9,9 +9,13 @@ import base64
 import collections
 import dataclasses
 import functools
+import importlib.util
+import json
+import os
 import pathlib
 import re
 import unicodedata
+import warnings
 
 BLANK = "<blank>"
 NORMALISATIONS = ("none", "lower", "whisper_english")
@@ -47,10 +51,11 @@ def _keeps(c):
 
 @functools.cache
 def whisper_english():
-    """The callable transformers.EnglishTextNormalizer with an English spelling map.
+    """The callable EnglishTextNormalizer of transformers, with Whisper's map of spellings.
 
-    The map comes from the package `whisper_normalizer` if it is installed; transformers has the
-    code alone. Without it British spellings would be counted as errors, so it is required.
+    transformers has the code alone. The map ("colour" -> "color") is the `normalizer.json` beside
+    any Whisper checkpoint: its path in JASR_SPELLINGS, or the package whisper-normalizer, which
+    carries it. Without either a warning says that British spellings stay as they are.
     """
     try:
         from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
@@ -58,7 +63,32 @@ def whisper_english():
         raise TextError(
             "normalisation 'whisper_english' needs transformers: pip install transformers"
         ) from e
-    return EnglishTextNormalizer({})
+    path = spellings_file()
+    if path is None:
+        warnings.warn(
+            "whisper_english runs without its map of British spellings: give the path of a "
+            "Whisper checkpoint's normalizer.json in JASR_SPELLINGS or pip install "
+            "whisper-normalizer",
+            stacklevel=2,
+        )
+        return EnglishTextNormalizer({})
+    try:
+        spellings = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise TextError(f"cannot read the map of spellings {path}: {e}") from e
+    return EnglishTextNormalizer(spellings)
+
+
+def spellings_file():
+    """Path of the map of spellings that whisper_english uses; None where there is none."""
+    if os.environ.get("JASR_SPELLINGS"):
+        return pathlib.Path(os.environ["JASR_SPELLINGS"])
+    found = importlib.util.find_spec("whisper_normalizer")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        path = pathlib.Path(folder) / "normalizers" / "english.json"
+        if path.exists():
+            return path
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
