@@ -15,18 +15,13 @@ The layout is the one of `orbax.checkpoint.CheckpointManager`, which can read it
 of old steps is not used: it counts damaged steps, and does not delete in one go.
 """
 
+import contextlib
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
-import logging
-import math
-import os
 import pathlib
 import re
 import shutil
 import threading
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -34,15 +29,39 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jasr import tree as trees
+from jasr.checkpoint_files import (
+    MANIFEST,
+    CheckpointError,
+    delete,
+    find_step,
+    find_steps,
+    first_line,
+    items,
+    load_metrics,
+    ranked,
+    read_json,
+    report,
+    seal,
+    step_directories,
+    sync_directory,
+    verify,
+)
 
-MANIFEST = "jasr_manifest.json"
-_UNSEALED_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them at the rename
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointError",
+    "Checkpoints",
+    "find_step",
+    "find_steps",
+    "items",
+    "leaves",
+    "load_meta",
+    "load_metrics",
+    "load_params",
+    "verify",
+]
+
 _REMAINS = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|jasr-deleting)")
-_log = logging.getLogger("jasr.checkpoint")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing or damaged, or does not fit what it is restored into."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +99,13 @@ class Checkpoints:
         self.failures, self.error = 0, ""
         self._damaged, self._saved = set(), set()
         self._saving = self._thread = None
-        # The callback runs on process 0 when all processes have written, before the rename.
-        self._saver = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(handler_registry=_handlers()),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal_temporary),
-        )
+        self._saver = self._new_saver()
         if _primary():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_remains()
-            for d in _step_directories(self.directory).values():
+            for d in step_directories(self.directory).values():
                 if not (d / MANIFEST).exists():
-                    _report(f"checkpoint {d} has no {MANIFEST}: half-written, it is not used")
+                    report(f"checkpoint {d} has no {MANIFEST}: half-written, it is not used")
 
     def __enter__(self):
         return self
@@ -100,7 +115,7 @@ class Checkpoints:
 
     def steps(self):
         """The numbers of the whole steps on disk, ascending."""
-        found = _step_directories(self.directory)
+        found = step_directories(self.directory)
         return [s for s, d in found.items() if (d / MANIFEST).exists() and s not in self._damaged]
 
     def metrics(self, step):
@@ -114,7 +129,8 @@ class Checkpoints:
         full, ...) is reported and counted in `failures`, never raised; earlier steps stay.
 
         Args:
-          step: int; a step of this number from an earlier, abandoned run is replaced.
+          step: int; one that this object has saved or restored is not saved again (False); a
+            damaged or abandoned directory of this number is replaced.
           state: {item name: pytree of arrays}; an item without leaves takes no space.
           meta: JSON-able dict.
           metrics: {name: number}; NaN or a missing `metric` never counts as best.
@@ -134,7 +150,7 @@ class Checkpoints:
         self._saving = (step, sorted(encoded))
         try:
             if _primary():
-                _delete(self.directory / str(step))
+                delete(self.directory / str(step))
             self._saver.save(self.directory / str(step), args=ocp.args.Composite(**args))
         except Exception as e:
             if not _about_storage(e):
@@ -164,7 +180,7 @@ class Checkpoints:
             good; or the step does not fit `like` (lists missing, unexpected and different leaves).
         """
         self.wait()
-        if step is None and not _agree(len(_step_directories(self.directory))):
+        if step is None and not _agree(len(step_directories(self.directory))):
             return None
         chosen, faults = -1, []
         if _primary():
@@ -176,7 +192,8 @@ class Checkpoints:
             )
         directory = self.directory / str(chosen)
         state = _read_like(directory, like or {})
-        return chosen, state, _read_json(directory, "meta")
+        self._saved.add(chosen)
+        return chosen, state, read_json(directory, "meta")
 
     def wait(self):
         """Returns when no save is under way."""
@@ -189,9 +206,16 @@ class Checkpoints:
         self.wait()
         self._saver.close()
 
+    def _new_saver(self):
+        # The callback runs on process 0 when all processes have written, before the rename.
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(handler_registry=_handlers()),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal_temporary),
+        )
+
     def _newest_good(self, step):
         """(number, faults): the step to restore, -1 if none, after reporting the damaged ones."""
-        found = _step_directories(self.directory)
+        found = step_directories(self.directory)
         candidates = sorted(found, reverse=True) if step is None else [step]
         faults = []
         for number in candidates:
@@ -201,7 +225,7 @@ class Checkpoints:
                 return number, faults
             self._damaged.add(number)
             faults.append(f"{directory}: " + "; ".join(damage))
-            _report(f"checkpoint {faults[-1]}. It is not used.")
+            report(f"checkpoint {faults[-1]}. It is not used.")
         return -1, faults
 
     def _seal_temporary(self):
@@ -219,7 +243,7 @@ class Checkpoints:
                 if not (directory / MANIFEST).exists():  # an Orbax with another temporary name
                     items = self._saving[1]
                     seal(directory, step=step, items=items, metric=self.metric, mode=self.mode)
-                _sync_directory(self.directory)
+                sync_directory(self.directory)
         except BaseException as e:
             self._save_failed(step, e)
             return
@@ -230,26 +254,28 @@ class Checkpoints:
             try:
                 self._retire(step)
             except OSError as e:
-                _report(f"old checkpoints in {self.directory} could not be deleted: {e}")
+                report(f"old checkpoints in {self.directory} could not be deleted: {e}")
 
     def _retire(self, newest):
         steps = self.steps()
         keep = {newest, *steps[-self.keep_latest :]}
-        keep.update(_ranked(self.directory, steps, self.metric, self.mode)[: self.keep_best])
+        keep.update(ranked(self.directory, steps, self.metric, self.mode)[: self.keep_best])
         for step in steps:
             if step not in keep:
-                _delete(self.directory / str(step))
-                self._saved.discard(step)
+                delete(self.directory / str(step))
 
     def _save_failed(self, step, error):
         self.failures += 1
-        self.error = f"step {step}: {_first_line(error)}"
+        self.error = f"step {step}: {first_line(error)}"
+        with contextlib.suppress(Exception):  # it may raise what it has failed with, again
+            self._saver.close()
+        self._saver = self._new_saver()
         if _primary():
             self._remove_remains()
         kept = self.steps()
-        _report(
+        report(
             f"checkpoint of step {step} in {self.directory} could NOT be saved: "
-            f"{_first_line(error)}. The run goes on; the last good step is "
+            f"{first_line(error)}. The run goes on; the last good step is "
             f"{kept[-1] if kept else 'none'}."
         )
 
@@ -257,114 +283,6 @@ class Checkpoints:
         for d in self.directory.iterdir():
             if d.is_dir() and _REMAINS.fullmatch(d.name):
                 shutil.rmtree(d, ignore_errors=True)
-
-
-def seal(directory, *, step, items, metric="", mode="min"):
-    """Writes the manifest of a finished step directory, with every file flushed to the disk."""
-    directory = pathlib.Path(directory)
-    files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name == MANIFEST or name in _UNSEALED_FILES:
-            continue
-        with open(path, "rb") as f:
-            files[name] = [path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
-            os.fsync(f.fileno())
-    for path in [p for p in directory.rglob("*") if p.is_dir()]:
-        _sync_directory(path)
-    body = {
-        "format": 1, "step": step, "items": list(items), "metric": metric, "mode": mode,
-        "jasr": version(), "files": files,
-    }  # fmt: skip
-    write_json(directory / MANIFEST, body | {"sha256": _digest(body)})
-
-
-def verify(path, items=None, checksums=True):
-    """The damage of a step directory, a line a file; empty when it is whole.
-
-    Args:
-      path: a step directory.
-      items: only the files of these items (and meta, metrics); all if None.
-      checksums: False compares names and sizes only.
-    """
-    path = pathlib.Path(path)
-    try:
-        manifest = _read_manifest(path)
-    except CheckpointError as e:
-        return [str(e)]
-    damage = []
-    for name, (size, digest) in manifest["files"].items():
-        if items is not None and name.split("/")[0] not in (*items, "meta", "metrics"):
-            continue
-        file = path / name
-        try:
-            if file.stat().st_size != size:
-                damage.append(f"{name} has {file.stat().st_size} bytes, was written with {size}")
-            elif checksums:
-                with open(file, "rb") as f:
-                    if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                        damage.append(f"{name} has changed since it was written (checksum)")
-        except FileNotFoundError:
-            damage.append(f"{name} is missing")
-        except OSError as e:
-            damage.append(f"{name} cannot be read: {e.strerror}")
-    return damage
-
-
-def find_steps(path):
-    """{step number: directory} of all steps, ascending, below a run or checkpoints directory.
-
-    Raises:
-      CheckpointError: there is none.
-    """
-    path = pathlib.Path(path).absolute()
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = _step_directories(root)
-    if not found:
-        raise CheckpointError(
-            f"no checkpoint in {path}: wanted a run directory (with checkpoints/ in it), a "
-            "directory of numbered steps, or one step's directory"
-        )
-    return found
-
-
-def find_step(path, step=None, items=None, checksums=True):
-    """The directory of one good step.
-
-    Args:
-      path: a run directory, a checkpoints directory, or a step directory (an average is one).
-      step: a number; "best" by the run's metric; None or "latest" = the newest. With None,
-        "latest" and "best" a damaged step is reported and the next one used.
-      items, checksums: what is verified, see `verify`.
-
-    Raises:
-      CheckpointError: there is no such step, or it is damaged.
-    """
-    path = pathlib.Path(path).absolute()
-    if (path / MANIFEST).exists() or (path / "_CHECKPOINT_METADATA").exists():
-        candidates = [path]
-    else:
-        found = find_steps(path)
-        root = next(iter(found.values())).parent
-        if step in (None, "latest"):
-            candidates = list(found.values())[::-1]
-        elif step == "best":
-            candidates = [found[s] for s in _ranked(root, list(found))]
-            if not candidates:
-                raise CheckpointError(f"no step in {root} has a metric to be the best by")
-        elif int(step) in found:
-            candidates = [found[int(step)]]
-        else:
-            raise CheckpointError(f"step {step} is not in {root}, which has {list(found)}")
-    faults = []
-    for directory in candidates:
-        damage = verify(directory, items, checksums)
-        if not damage:
-            return directory
-        faults.append(f"{directory}: " + "; ".join(damage))
-        if len(candidates) > 1:
-            _report(f"checkpoint {faults[-1]}. It is not used.")
-    raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(faults))
 
 
 def load_params(path, step=None, item="", verify=True):
@@ -397,40 +315,7 @@ def load_params(path, step=None, item="", verify=True):
 
 def load_meta(path, step=None):
     """The JSON dict saved beside the trees: config, tokenizer, task, data position ..."""
-    return _read_json(find_step(path, step, items=()), "meta")
-
-
-def load_metrics(directory):
-    """The metrics of one step directory, {} if it has none that can be read."""
-    try:
-        return _read_json(pathlib.Path(directory), "metrics")
-    except CheckpointError:
-        return {}
-
-
-def items(directory):
-    """The names of the trees in a step directory."""
-    return list(_read_manifest(pathlib.Path(directory))["items"])
-
-
-def version():
-    """The installed version of jasr, or "" when it runs from a bare checkout."""
-    try:
-        return importlib.metadata.version("jasr")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def write_json(path, value):
-    """Writes a JSON file whole or not at all: temporary name, flush to disk, rename."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    _sync_directory(path.parent)
+    return read_json(find_step(path, step, items=()), "meta")
 
 
 def leaves(tree):
@@ -510,79 +395,6 @@ def _restore_args(x):
     return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
 
-def _step_directories(root):
-    if not root.is_dir():
-        return {}
-    found = {int(d.name): d for d in root.iterdir() if d.name.isdecimal() and d.is_dir()}
-    return dict(sorted(found.items()))
-
-
-def _ranked(root, steps, metric="", mode=""):
-    """The steps that have the metric, best first; a tie goes to the newer, NaN is left out."""
-    ranked = []
-    for step in steps:
-        if not metric:  # by what the run itself ranked
-            try:
-                manifest = _read_manifest(root / str(step))
-            except CheckpointError:
-                continue
-            name, best = manifest["metric"], manifest["mode"]
-        else:
-            name, best = metric, mode
-        value = load_metrics(root / str(step)).get(name, math.nan)
-        if not math.isnan(value):
-            ranked.append((-value if best == "max" else value, -step))
-    return [-negative for _, negative in sorted(ranked)]
-
-
-def _read_manifest(directory):
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not there")
-    try:
-        body = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        if body.pop("sha256") != _digest(body):
-            raise ValueError
-    except FileNotFoundError:
-        raise CheckpointError(f"{MANIFEST} is missing (half-written)") from None
-    except (ValueError, KeyError, AttributeError, OSError):
-        raise CheckpointError(f"{MANIFEST} is damaged") from None
-    return body
-
-
-def _read_json(directory, item):
-    path = directory / item / ("metadata" if item == "meta" else item)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(e)}") from None
-
-
-def _digest(body):
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _delete(directory):
-    """Removes a step: it vanishes under its name in one rename, then its files go."""
-    if directory.exists():
-        doomed = directory.with_name(directory.name + ".jasr-deleting")
-        shutil.rmtree(doomed, ignore_errors=True)
-        directory.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync_directory(path):
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass  # file systems that cannot flush a directory
-    finally:
-        os.close(fd)
-
-
 def _primary():
     return jax.process_index() == 0
 
@@ -596,16 +408,6 @@ def _agree(number):
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def _report(text):
-    _log.error(text)
-    warnings.warn(text, RuntimeWarning, stacklevel=3)
-
-
-def _first_line(error):
-    text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text[:300]}"
-
-
 class _told_where:
     """Turns the many-line errors of the array reader into one that names the directory."""
 
@@ -617,4 +419,4 @@ class _told_where:
 
     def __exit__(self, kind, error, _):
         if error is not None and isinstance(error, Exception):
-            raise CheckpointError(f"{self.directory}: {_first_line(error)}") from error
+            raise CheckpointError(f"{self.directory}: {first_line(error)}") from error

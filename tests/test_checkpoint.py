@@ -1,6 +1,9 @@
 """Checkpoints: whole or not trusted, on any mesh, loud when damaged."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +43,10 @@ def abstract(state):
         return x
 
     return jax.tree.map(one, state)
+
+
+def host_params(seed):
+    return jax.tree.map(np.asarray, make_state(seed)["params"])
 
 
 def assert_same(a, b):
@@ -113,14 +120,13 @@ def test_every_damaged_file_is_named_and_the_step_before_is_used(run, how):
     whole = run / "whole"
     shutil.copytree(root / "30", whole)
     for name in [p.relative_to(whole).as_posix() for p in files_of(whole)]:
-        shutil.rmtree(root / "30")
-        shutil.copytree(whole, root / "30")
         damage(root / "30" / name, how)
         if name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
             assert checkpoint.verify(root / "30") == []
-            continue
-        told = MANIFEST if name == MANIFEST else name
-        assert told in "\n".join(checkpoint.verify(root / "30"))
+            assert_same(checkpoint.load_params(run, 30, "params"), host_params(30))
+        else:
+            assert name in "\n".join(checkpoint.verify(root / "30"))
+        shutil.copy(whole / name, root / "30" / name)
     with Checkpoints(root) as c:
         damage(root / "30" / "params" / "manifest.ocdbt", how)
         with pytest.warns(RuntimeWarning, match="params/manifest.ocdbt"):
@@ -200,3 +206,189 @@ def test_donated_arrays_do_not_change_what_is_being_saved(tmp_path):
         c.wait()
     params = checkpoint.load_params(tmp_path / "c")
     assert not params["x"].any() and not params["host"].any()
+
+
+INSTANTS = (
+    "before the manifest",
+    "manifest not renamed",
+    "sealed",
+    "committed",
+    "old step renamed",
+    "old step half deleted",
+)
+
+
+def snapshots_of_a_save(directory, into, monkeypatch):
+    """What a kill at each instant of the save of step 3 (which lets 1 go) would leave behind."""
+    from jasr import checkpoint_files
+
+    real = {
+        "seal": checkpoint.seal,
+        "replace": os.replace,
+        "sync": checkpoint.sync_directory,
+        "rmtree": shutil.rmtree,
+    }
+    taken = {}
+
+    def take(name):
+        if name not in taken:
+            taken[name] = shutil.copytree(directory, into / name.replace(" ", "_"))
+
+    def sealing(*args, **kwargs):
+        take("before the manifest")
+        real["seal"](*args, **kwargs)
+        take("sealed")
+
+    def replacing(a, b):
+        if str(b).endswith(MANIFEST):
+            take("manifest not renamed")
+        real["replace"](a, b)
+
+    def syncing(path):
+        if path == directory:
+            take("committed")
+        real["sync"](path)
+
+    def removing(path, ignore_errors=False):
+        if path.exists():
+            take("old step renamed")
+            for p in [p for p in path.rglob("*") if p.is_file()][::2]:
+                p.unlink()
+            take("old step half deleted")
+        real["rmtree"](path, ignore_errors=ignore_errors)
+
+    with Checkpoints(directory, keep_latest=2, keep_best=0) as c:
+        for step in (1, 2):
+            c.save(step, make_state(step), {"position": step}, {}, wait=True)
+        monkeypatch.setattr(checkpoint, "seal", sealing)
+        monkeypatch.setattr(os, "replace", replacing)
+        monkeypatch.setattr(checkpoint, "sync_directory", syncing)
+        monkeypatch.setattr(checkpoint_files.shutil, "rmtree", removing)
+        c.save(3, make_state(3), {"position": 3}, {}, wait=True)
+        monkeypatch.undo()
+    assert set(taken) == set(INSTANTS)
+    return taken
+
+
+def test_killed_at_any_instant_of_a_save_leaves_a_directory_that_goes_on(tmp_path, monkeypatch):
+    taken = snapshots_of_a_save(tmp_path / "c", tmp_path, monkeypatch)
+    for instant in INSTANTS:
+        with Checkpoints(taken[instant], keep_latest=2, keep_best=0) as c:
+            step, state, meta = c.restore(None, abstract(make_state()))
+            done = instant in ("committed", "old step renamed", "old step half deleted")
+            assert step == (3 if done else 2), instant
+            assert meta == {"position": step}
+            assert_same(state, make_state(step))
+            assert all(p.name.isdecimal() for p in taken[instant].iterdir()), instant
+            assert c.save(4, make_state(4), {}, {}, wait=True)
+            assert c.steps() == [step, 4]
+
+
+def test_a_step_without_manifest_is_reported_and_replaced(run):
+    root = run / "checkpoints"
+    (root / "30" / MANIFEST).unlink()
+    with pytest.warns(RuntimeWarning, match="/30 has no jasr_manifest.json"):
+        c = Checkpoints(root)
+    with c, pytest.warns(RuntimeWarning, match="half-written"):
+        assert c.steps() == [10, 20]
+        assert c.restore(None, abstract(make_state()))[0] == 20
+        assert c.save(30, make_state(30), {}, {"val_wer": 0.1}, wait=True)
+        assert c.restore(None, abstract(make_state()))[0] == 30
+    with pytest.raises(CheckpointError, match="half-written"):
+        (root / "10" / MANIFEST).unlink()
+        checkpoint.load_params(run, 10)
+
+
+DISK_FULL = """
+import resource, sys, warnings
+import numpy as np
+from jasr.checkpoint import Checkpoints
+state = lambda n: {"params": {"w": np.random.default_rng(n).normal(size=(200, 1000))}}
+with Checkpoints(sys.argv[1]) as c:
+    assert c.save(1, state(1), {}, {}, wait=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+    assert not c.save(2, state(2), {}, {}, wait=True)
+    assert c.save(3, state(3), {}, {})
+    c.wait()
+    assert c.failures == 2 and c.error.startswith("step 3: "), c.error
+    assert sorted(p.name for p in c.directory.iterdir()) == ["1"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert c.save(4, state(4), {}, {}, wait=True)
+    assert c.failures == 0 and c.error == "" and c.steps() == [1, 4]
+"""
+
+
+def test_full_disk_is_loud_keeps_the_last_good_step_and_the_run_goes_on(root, tmp_path):
+    """A limit on the size of a file stands for the full disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", DISK_FULL, str(tmp_path / "c")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint of step 2" in done.stderr and "could NOT be saved" in done.stderr
+    assert "the last good step is 1" in done.stderr
+
+
+def test_orbax_alone_reads_a_run(run):
+    """The layout is the one of Orbax's own manager: metrics, best step and trees."""
+    import orbax.checkpoint as ocp
+
+    manager = ocp.CheckpointManager(
+        run / "checkpoints",
+        options=ocp.CheckpointManagerOptions(
+            best_fn=lambda m: m["val_wer"], best_mode="min", read_only=True
+        ),
+        item_handlers={"params": ocp.PyTreeCheckpointHandler()},
+    )
+    assert list(manager.all_steps()) == [10, 20, 30] and manager.best_step() == 10
+    shapes = manager.item_metadata(10).params.tree
+    numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    args = ocp.args.Composite(params=ocp.args.PyTreeRestore(restore_args=numpy))
+    assert_same(manager.restore(10, args=args)["params"], host_params(10))
+
+
+def test_any_place_of_a_run_names_its_parameters(run, tmp_path):
+    moved = shutil.move(run, tmp_path / "elsewhere é")
+    expected = jax.tree.map(lambda x: x * 2, make_state(30)["params"])
+    for path in (moved, moved / "checkpoints", moved / "checkpoints" / "30"):
+        assert_same(checkpoint.load_params(path), jax.tree.map(np.asarray, expected))
+        assert checkpoint.load_meta(path) == {"position": 30}
+    assert checkpoint.load_meta(moved, "best") == {"position": 10}
+    assert checkpoint.load_meta(moved, 20) == {"position": 20}
+    assert_same(checkpoint.load_params(moved, "best", "params"), host_params(10))
+    assert checkpoint.load_params(moved, item="batch_stats") == {}
+    with pytest.raises(CheckpointError, match=r"step 25 is not in .*\[10, 20, 30\]"):
+        checkpoint.load_params(moved, 25)
+    with pytest.raises(CheckpointError, match="has no item 'frozen', only"):
+        checkpoint.load_params(moved, item="frozen")
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.load_params(tmp_path)
+
+
+def test_loading_falls_back_loudly_unless_the_step_was_named(run):
+    damage(run / "checkpoints" / "30" / "params" / "manifest.ocdbt", "flipped")
+    assert checkpoint.load_meta(run) == {"position": 30}  # the file is not part of it
+    with pytest.warns(RuntimeWarning, match="/30: params/manifest.ocdbt has changed"):
+        got = checkpoint.load_params(run, item="params")
+    assert_same(got, host_params(20))
+    with pytest.raises(CheckpointError, match="/30: params/manifest.ocdbt has changed"):
+        checkpoint.load_params(run, 30, "params")
+
+
+def test_a_step_saved_or_restored_is_not_saved_again(run):
+    with Checkpoints(run / "checkpoints") as c:
+        c.restore(None, abstract(make_state()))
+        assert not c.save(30, make_state(1), {}, {})
+        assert c.save(31, make_state(1), {}, {}) and not c.save(31, make_state(1), {}, {})
+
+
+def test_mistakes_of_the_caller_raise_at_once(tmp_path):
+    with Checkpoints(tmp_path / "c") as c:
+        with pytest.raises(TypeError, match="JSON"):
+            c.save(1, {"params": {"w": np.ones(1)}}, {"a": object()}, {})
+        with pytest.raises(ValueError, match="meta"):
+            c.save(1, {"meta": {"w": np.ones(1)}}, {}, {})
+    with pytest.raises(ValueError, match="keep_latest"):
+        Checkpoints(tmp_path / "c", keep_latest=0)

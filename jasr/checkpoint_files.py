@@ -1,0 +1,249 @@
+"""Step directories: the manifest that makes one trustworthy, its checks, finding and deleting.
+
+Needs neither JAX nor Orbax. See `jasr.checkpoint` for the layout.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import warnings
+
+MANIFEST = "jasr_manifest.json"
+LATE_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them at the rename
+_log = logging.getLogger("jasr.checkpoint")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing or damaged, or does not fit what it is restored into."""
+
+
+def seal(directory, *, step, items, metric="", mode="min"):
+    """Writes the manifest of a finished step directory, with every file flushed to the disk."""
+    directory = pathlib.Path(directory)
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name == MANIFEST or name in LATE_FILES:
+            continue
+        with open(path, "rb") as f:
+            files[name] = [path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+            os.fsync(f.fileno())
+    for path in [p for p in directory.rglob("*") if p.is_dir()]:
+        sync_directory(path)
+    body = {
+        "format": 1, "step": step, "items": list(items), "metric": metric, "mode": mode,
+        "jasr": version(), "files": files,
+    }  # fmt: skip
+    write_json(directory / MANIFEST, body | {"sha256": _digest(body)})
+
+
+def verify(path, items=None, checksums=True):
+    """The damage of a step directory, a line a file; empty when it is whole.
+
+    Args:
+      path: a step directory.
+      items: only the files of these items (and meta, metrics); all if None.
+      checksums: False compares names and sizes only.
+    """
+    path = pathlib.Path(path)
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as e:
+        return [str(e)]
+    damage = []
+    for name, (size, digest) in manifest["files"].items():
+        if items is not None and name.split("/")[0] not in (*items, "meta", "metrics"):
+            continue
+        file = path / name
+        try:
+            if file.stat().st_size != size:
+                damage.append(f"{name} has {file.stat().st_size} bytes, was written with {size}")
+            elif checksums:
+                with open(file, "rb") as f:
+                    if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                        damage.append(f"{name} has changed since it was written (checksum)")
+        except FileNotFoundError:
+            damage.append(f"{name} is missing")
+        except OSError as e:
+            damage.append(f"{name} cannot be read: {e.strerror}")
+    return damage
+
+
+def find_steps(path):
+    """{step number: directory} of all steps, ascending, below a run or checkpoints directory.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = pathlib.Path(path).absolute()
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = step_directories(root)
+    if not found:
+        raise CheckpointError(
+            f"no checkpoint in {path}: wanted a run directory (with checkpoints/ in it), a "
+            "directory of numbered steps, or one step's directory"
+        )
+    return found
+
+
+def find_step(path, step=None, items=None, checksums=True):
+    """The directory of one good step.
+
+    Args:
+      path: a run directory, a checkpoints directory, or a step directory (an average is one).
+      step: a number; "best" by the run's metric; None or "latest" = the newest. With None,
+        "latest" and "best" a damaged step is reported and the next one used.
+      items, checksums: what is verified, see `verify`.
+
+    Raises:
+      CheckpointError: there is no such step, or it is damaged.
+    """
+    path = pathlib.Path(path).absolute()
+    if (path / MANIFEST).exists() or (path / "_CHECKPOINT_METADATA").exists():
+        candidates = [path]
+    else:
+        found = find_steps(path)
+        root = next(iter(found.values())).parent
+        if step in (None, "latest"):
+            candidates = list(found.values())[::-1]
+        elif step == "best":
+            candidates = [found[s] for s in ranked(root, list(found))]
+            if not candidates:
+                raise CheckpointError(f"no step in {root} has a metric to be the best by")
+        elif int(step) in found:
+            candidates = [found[int(step)]]
+        else:
+            raise CheckpointError(f"step {step} is not in {root}, which has {list(found)}")
+    faults = []
+    for directory in candidates:
+        damage = verify(directory, items, checksums)
+        if not damage:
+            return directory
+        faults.append(f"{directory}: " + "; ".join(damage))
+        if len(candidates) > 1:
+            report(f"checkpoint {faults[-1]}. It is not used.")
+    raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(faults))
+
+
+def load_metrics(directory):
+    """The metrics of one step directory, {} if it has none that can be read."""
+    try:
+        return read_json(pathlib.Path(directory), "metrics")
+    except CheckpointError:
+        return {}
+
+
+def items(directory):
+    """The names of the trees in a step directory."""
+    return list(read_manifest(pathlib.Path(directory))["items"])
+
+
+def version():
+    """The installed version of jasr, or "" when it runs from a bare checkout."""
+    try:
+        return importlib.metadata.version("jasr")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def write_json(path, value):
+    """Writes a JSON file whole or not at all: temporary name, flush to disk, rename."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def step_directories(root):
+    if not root.is_dir():
+        return {}
+    found = {int(d.name): d for d in root.iterdir() if d.name.isdecimal() and d.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def ranked(root, steps, metric="", mode=""):
+    """The steps that have the metric, best first; a tie goes to the newer, NaN is left out."""
+    ranked = []
+    for step in steps:
+        if not metric:  # by what the run itself ranked
+            try:
+                manifest = read_manifest(root / str(step))
+            except CheckpointError:
+                continue
+            name, best = manifest["metric"], manifest["mode"]
+        else:
+            name, best = metric, mode
+        value = load_metrics(root / str(step)).get(name, math.nan)
+        if not math.isnan(value):
+            ranked.append((-value if best == "max" else value, -step))
+    return [-negative for _, negative in sorted(ranked)]
+
+
+def read_manifest(directory):
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not there")
+    try:
+        body = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if body.pop("sha256") != _digest(body):
+            raise ValueError
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing (half-written)") from None
+    except (ValueError, KeyError, AttributeError, OSError):
+        raise CheckpointError(f"{MANIFEST} is damaged") from None
+    return body
+
+
+def read_json(directory, item):
+    path = directory / item / ("metadata" if item == "meta" else item)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read: {first_line(e)}") from None
+
+
+def _digest(body):
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def delete(directory):
+    """Removes a step: it vanishes under its name in one rename, then its files go."""
+    if directory.exists():
+        doomed = directory.with_name(directory.name + ".jasr-deleting")
+        shutil.rmtree(doomed, ignore_errors=True)
+        directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sync_directory(path):
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # file systems that cannot flush a directory
+    finally:
+        os.close(fd)
+
+
+def report(text):
+    _log.error(text)
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def first_line(error):
+    """An exception in one line; array readers and writers raise pages."""
+    text = str(error).strip()
+    if "No space left" in text:
+        return "the disk is full (no space left on device)"
+    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else ''}"
