@@ -1,21 +1,19 @@
-"""Speech as arrays: decoded files at one sampling rate, and their log-mel features in jit.
+"""Recordings as arrays: files decoded to mono samples at one rate, or a named reason why not.
 
-`read` and `info` decode on the host with soundfile (imported there); `log_mel` is pure JAX.
-Augmentation lives in `jasr.augment` and is offered here too.
+Files are decoded on the host with soundfile, which is imported where it is used. Log-mel features
+and augmentation have files of their own and are offered here too.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import io
+import mmap
 import os
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jasr.augment import (  # noqa: F401  (the face of the audio code)
+from jasr import containers
+from jasr.augment import (  # noqa: F401  (this module is the face of the audio code)
     SpecAugmentConfig,
     WaveAugmentConfig,
     augment_waveform,
@@ -23,10 +21,13 @@ from jasr.augment import (  # noqa: F401  (the face of the audio code)
     spec_augment,
     speed,
 )
+from jasr.features import HTK, NEMO, FrontEndConfig, log_mel  # noqa: F401
 from jasr.resample import resample, resample_blocks  # noqa: F401
 
-_BLOCK_SAMPLES = 1 << 20  # read at a time, all channels together
-_LOUDEST = 2.0**31  # |x| beyond 32-bit PCM kept as floats is not audio; its square overflows f32
+_BLOCK_SAMPLES = 1 << 20  # decoded at a time, all channels together
+_LONGEST_TRUSTED = 1 << 28  # samples: a damaged header must not ask for all memory at once
+_RATES = (1_000, 1_000_000)  # Hz; anything else is a damaged header
+_LOUDEST = 2.0**31  # 32-bit PCM kept as floats; beyond it squares overflow f32
 
 
 class AudioError(ValueError):
@@ -37,54 +38,35 @@ class AudioError(ValueError):
         self.reason = " ".join(str(reason).split())
         super().__init__(f"{self.path}: {self.reason}")
 
-    def __reduce__(self):  # keeps both fields when a worker process sends the error back
+    def __reduce__(self):  # keeps both fields when a worker process hands the error on
         return type(self), (self.path, self.reason)
-
-
-# ---- files -------------------------------------------------------------------------------------
 
 
 def read(file, sample_rate: int = 16000) -> np.ndarray:
     """Mono samples f32[S] of a recording at `sample_rate` Hz: the mean of its channels, resampled.
 
-    file: path, bytes or binary file object, in any format of libsndfile (WAV, FLAC, OGG, MP3, AIFF,
-    SPHERE ...). Values beyond ±1 are kept. Memory stays near the size of the result.
+    file: path, bytes or binary file object (read to its end), in any format of libsndfile (WAV,
+    FLAC, OGG, MP3, AIFF, SPHERE ...). Values beyond ±1 are kept. A path is decoded in blocks, so
+    that memory stays near the size of the result.
     Raises AudioError for a missing, truncated, empty or undecodable file and for NaN or infinite
-    samples; a part of a recording is never returned as if it were all.
+    samples: a part of a recording is never returned as if it were all.
     """
     name = _name(file)
-    with _open(file, name) as sound:
-        return resample_blocks(_blocks(sound, name), sound.samplerate, sample_rate, sound.frames)
+    sound, length = _open(file, name)
+    with sound:
+        blocks = _blocks(sound, length, name)
+        expected = min(length, _LONGEST_TRUSTED)
+        return resample_blocks(blocks, sound.samplerate, sample_rate, expected)
 
 
 def info(file) -> tuple[float, int, int]:
-    """(seconds, sampling rate in Hz, channels) from a recording's header. Raises AudioError."""
-    with _open(file, _name(file)) as sound:
-        return sound.frames / sound.samplerate, sound.samplerate, sound.channels
+    """(seconds, sampling rate in Hz, channels) of a recording, decoding nothing.
 
-
-def _open(file, name: str):
-    import soundfile
-
-    try:
-        if isinstance(file, bytes | bytearray | memoryview):
-            file = io.BytesIO(file)
-        if isinstance(file, str | os.PathLike):
-            _refuse_odd_path(os.fspath(file), name)
-            size, file = os.path.getsize(file), os.fspath(file)
-        else:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-        if size == 0:
-            raise AudioError(name, "empty file (0 bytes)")
-        sound = soundfile.SoundFile(file)
-    except AudioError:
-        raise
-    except (OSError, RuntimeError, TypeError) as error:
-        raise AudioError(name, f"cannot be decoded: {_cause(error)}") from error
-    if sound.frames <= 0:
-        raise AudioError(name, "header only: no samples")
-    return sound
+    Takes what `read` takes and raises AudioError where the container alone shows that `read` would.
+    """
+    sound, length = _open(file, _name(file))
+    with sound:
+        return length / sound.samplerate, sound.samplerate, sound.channels
 
 
 def _name(file) -> str:
@@ -93,237 +75,79 @@ def _name(file) -> str:
     return str(getattr(file, "name", f"<{type(file).__name__}>"))
 
 
-def _refuse_odd_path(path, name: str) -> None:
-    if not os.path.lexists(path):
-        raise AudioError(name, "no such file")
-    if os.path.isdir(path):
+def _open(file, name: str):
+    """(open soundfile.SoundFile, samples a channel that it must hold)."""
+    if not isinstance(file, str | os.PathLike):
+        data = bytes(file) if isinstance(file, bytes | bytearray | memoryview) else file.read()
+        return _open_data(data, io.BytesIO(data), name)
+    if os.path.isdir(file):
         raise AudioError(name, "a directory, not a recording")
+    try:
+        with open(file, "rb") as stream:
+            if os.fstat(stream.fileno()).st_size == 0:
+                raise AudioError(name, "empty file (0 bytes)")
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _open_data(data, os.fspath(file), name)
+    except FileNotFoundError as error:
+        raise AudioError(name, "no such file") from error
+    except OSError as error:
+        raise AudioError(name, f"cannot be read: {error.strerror or error}") from error
 
 
-def _cause(error: Exception) -> str:
-    return str(getattr(error, "error_string", error))
+def _open_data(data, source, name: str):
+    import soundfile
+
+    if len(data) == 0:
+        raise AudioError(name, "empty file (0 bytes)")
+    if reason := containers.shortage(data):
+        raise AudioError(name, reason)
+    try:
+        sound = soundfile.SoundFile(source)
+        length = sound.frames
+        if sound.format == "MP3" and (start := containers.mp3_start(data)) >= 0:
+            counted, says_so = containers.mp3_length(data, start)
+            if not says_so and length < counted - 2304:  # the guess missed more than two frames
+                sound.close()
+                whole = containers.mp3_with_length(data, start, counted)
+                sound = soundfile.SoundFile(io.BytesIO(whole))
+            length = sound.frames if says_so else min(counted, sound.frames)
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: *.raw, which has no header
+        cause = getattr(error, "error_string", "raw samples without a header")
+        raise AudioError(name, f"cannot be decoded: {cause}") from error
+    if sound.format == "RAW":  # libsndfile's guess for an unknown file named *.au or *.snd
+        sound.close()
+        raise AudioError(name, "cannot be decoded: Format not recognised.")
+    if length <= 0:
+        sound.close()
+        raise AudioError(name, "header only: no samples")
+    if not _RATES[0] <= sound.samplerate <= _RATES[1]:
+        rate = sound.samplerate
+        sound.close()
+        raise AudioError(name, f"sampling rate of {rate} Hz is outside {_RATES[0]} to {_RATES[1]}")
+    return sound, length
 
 
-def _blocks(sound, name: str):
-    """Yields a recording as mono blocks f32[*]; raises where it ends before its declared length."""
-    declared, decoded = sound.frames, 0
-    block = max(1, _BLOCK_SAMPLES // sound.channels)
-    while decoded < declared:
+def _blocks(sound, length: int, name: str):
+    """Yields a recording as mono blocks f32[*]; raises where it ends before its length."""
+    import soundfile
+
+    block, decoded = max(1, _BLOCK_SAMPLES // sound.channels), 0
+    while True:
         try:
-            samples = sound.read(min(block, declared - decoded), dtype="float32", always_2d=True)
-        except RuntimeError as error:
+            samples = sound.read(block, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            stop = min(decoded + block, length)
             raise AudioError(
-                name, f"truncated or damaged after sample {decoded} of {declared}: {_cause(error)}"
+                name, f"truncated or damaged before sample {stop} of {length}"
             ) from error
         if not len(samples):
-            raise AudioError(name, f"truncated: {decoded} of {declared} declared samples")
-        yield _mono(samples, name, decoded / sound.samplerate)
+            break
+        mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+        peak = np.abs(mono).max()
+        if not peak <= _LOUDEST:
+            what = f"sample of {peak:g}" if np.isfinite(peak) else "NaN or infinite sample"
+            raise AudioError(name, f"{what} between samples {decoded} and {decoded + len(mono)}")
         decoded += len(samples)
-
-
-def _mono(samples: np.ndarray, name: str, seconds: float) -> np.ndarray:
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    peak = np.abs(mono).max(initial=0.0)
-    if not peak <= _LOUDEST:
-        what = f"sample of magnitude {peak:g}" if np.isfinite(peak) else "NaN or infinite sample"
-        raise AudioError(name, f"{what} after {seconds:.2f} s")
-    return mono
-
-
-# ---- features ----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class FrontEndConfig:
-    """Settings of `log_mel`; the defaults are NeMo's Parakeet and FastConformer front end.
-
-    kind "nemo": zeros beyond both ends, mel_len = S // hop (NeMo ≥ 2.5). "nemo_legacy": reflected
-    ends and one frame more (NeMo < 2.5). "htk": torchaudio's MelSpectrogram as LaCT ASR uses it
-    (periodic window, reflected ends, spectrum divided by the window's norm, HTK mel scale without
-    area norm). The other fields mean the same for each kind; `NEMO` and `HTK` are complete sets.
-    """
-
-    kind: str = "nemo"
-    sample_rate: int = 16000  # Hz
-    n_mels: int = 80
-    n_fft: int = 512  # 0 = next power of two that holds the window
-    win: int = 400  # samples
-    hop: int = 160  # samples
-    window: str = "hann"  # hann | hamming | blackman | bartlett | ones
-    low_hz: float = 0.0
-    high_hz: float = 0.0  # 0 = half the sampling rate
-    mel_norm: str = "slaney"  # slaney (equal area) | none
-    preemph: float = 0.97  # 0 = none
-    mag_power: float = 2.0
-    log: bool = True
-    log_guard: float = 2.0**-24
-    log_guard_type: str = "add"  # add | clamp
-    normalize: str = "per_feature"  # per_feature | all_features | none
-    dither: float = 0.0  # standard deviation of noise; needs keys, so training only
-    pad_to: int = 0  # frames are padded to a multiple; 0 = no padding
-    pad_value: float = 0.0
-    exact_pad: bool = False  # (n_fft - hop) / 2 on each side in place of n_fft / 2
-    frame_splicing: int = 1  # copies of every feature, as NeMo's (its shift does nothing)
-
-
-NEMO = FrontEndConfig()
-HTK = FrontEndConfig(kind="htk", mel_norm="none", preemph=0.0, log_guard=1e-8, normalize="none")
-
-
-def log_mel(audio, audio_len, cfg: FrontEndConfig = NEMO, keys=None):
-    """(log-mel features f32[B, T, F], their lengths i32[B]) of audio f32[B, S]; to be jitted.
-
-    NeMo's AudioToMelSpectrogramPreprocessor (parts/preprocessing/features.py) or torchaudio's, see
-    FrontEndConfig. T = 1 + S // hop, one frame more than NeMo's longest length, and pad_value after
-    mel_len. A row depends neither on its padding nor on the other rows; samples after audio_len
-    are ignored. Always f32 with full-precision products. `keys` [B] turns `dither` on.
-    Raises ValueError for an unknown setting.
-    """
-    _check(cfg)
-    n_fft = cfg.n_fft or 1 << (cfg.win - 1).bit_length()
-    audio = jnp.asarray(audio, jnp.float32)
-    audio_len = jnp.asarray(audio_len, jnp.int32)
-    if keys is not None and cfg.dither:
-        noise = jax.vmap(lambda key: jax.random.normal(key, audio.shape[1:]))(keys)
-        audio = audio + cfg.dither * noise
-    if cfg.preemph:
-        audio = jnp.concatenate([audio[:, :1], audio[:, 1:] - cfg.preemph * audio[:, :-1]], axis=1)
-    edge = (n_fft - cfg.hop) // 2 if cfg.exact_pad else n_fft // 2
-    end = audio_len - edge if cfg.exact_pad and cfg.kind == "nemo" else audio_len  # NeMo pads first
-    audio = jnp.where(jnp.arange(audio.shape[1]) < end[:, None], audio, 0.0)
-    frames = _frames(audio, audio_len, cfg, n_fft, edge)
-    mel_len = (audio_len + 2 * edge - n_fft) // cfg.hop + (cfg.kind != "nemo")
-    mel_len = jnp.where(audio_len > 0, jnp.maximum(mel_len, 0), 0)
-    spectrum = jnp.fft.rfft(frames * _window(cfg), n_fft)
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    if cfg.mag_power != 2.0:
-        power = power ** (cfg.mag_power / 2)
-    mel = jnp.dot(power, _filter_bank(cfg, n_fft).T, precision=jax.lax.Precision.HIGHEST)
-    if cfg.log:
-        guard = jnp.float32(cfg.log_guard)
-        mel = jnp.log(mel + guard if cfg.log_guard_type == "add" else jnp.maximum(mel, guard))
-    mel = jnp.tile(mel, (1, 1, cfg.frame_splicing)) if cfg.frame_splicing > 1 else mel
-    mel = _normalize(mel, mel_len, cfg)
-    valid = jnp.arange(mel.shape[1]) < mel_len[:, None]
-    mel = jnp.where(valid[..., None], mel, cfg.pad_value)
-    if cfg.pad_to:
-        padding = -mel.shape[1] % cfg.pad_to
-        mel = jnp.pad(mel, ((0, 0), (0, padding), (0, 0)), constant_values=cfg.pad_value)
-    return mel, mel_len
-
-
-def _check(cfg: FrontEndConfig) -> None:
-    for field, choices in (
-        ("kind", ("nemo", "nemo_legacy", "htk")),
-        ("window", tuple(_WINDOWS)),
-        ("mel_norm", ("slaney", "none")),
-        ("log_guard_type", ("add", "clamp")),
-        ("normalize", ("per_feature", "all_features", "none")),
-    ):
-        if getattr(cfg, field) not in choices:
-            raise ValueError(f"{field}={getattr(cfg, field)!r}: choose one of {', '.join(choices)}")
-    if cfg.n_fft and (cfg.n_fft % 2 or cfg.n_fft < cfg.win):
-        raise ValueError(f"n_fft={cfg.n_fft}: must be even and at least win={cfg.win}")
-
-
-def _frames(audio, audio_len, cfg: FrontEndConfig, n_fft: int, edge: int):
-    """Windows f32[B, T, win], the middle of frames of n_fft that start at t * hop - edge.
-
-    Copies of blocks of `hop` samples side by side, which is cheaper than a gather.
-    """
-    samples = audio.shape[1]
-    frames = max(0, samples + 2 * edge - n_fft) // cfg.hop + 1
-    before = edge - (n_fft - cfg.win) // 2
-    if cfg.kind != "nemo":
-        audio = _reflect_ends(audio, audio_len, edge)[:, edge - before :]
-        before = 0
-    copies = -(-cfg.win // cfg.hop)
-    total = (frames + copies - 1) * cfg.hop
-    audio = jnp.pad(audio, ((0, 0), (before, 0)))[:, :total]
-    audio = jnp.pad(audio, ((0, 0), (0, total - audio.shape[1])))
-    blocks = audio.reshape(audio.shape[0], -1, cfg.hop)
-    parts = [blocks[:, i : i + frames] for i in range(copies)]
-    parts[-1] = parts[-1][..., : cfg.win - (copies - 1) * cfg.hop]
-    return jnp.concatenate(parts, axis=-1)
-
-
-def _reflect_ends(audio, audio_len, edge: int):
-    """audio f32[B, edge + S + edge], each row mirrored at its own first and last sample."""
-
-    def row(x, n):
-        x = jnp.concatenate([x[edge:0:-1], x, jnp.zeros(edge, x.dtype)])
-        tail = jax.lax.dynamic_slice(x, (jnp.maximum(n - 1, 0),), (edge,))[::-1]
-        return jax.lax.dynamic_update_slice(x, tail, (n + edge,))
-
-    short = max(0, edge + 1 - audio.shape[1])
-    padded = jnp.pad(audio, ((0, 0), (0, short)))
-    return jax.vmap(row)(padded, audio_len)
-
-
-def _normalize(mel, mel_len, cfg: FrontEndConfig):
-    """Zero mean, unit deviation (N - 1, plus 1e-5) over valid frames; first frame taken off first.
-
-    That makes a constant bin exactly 0 where rounding of the mean over 1e-5 would be noise.
-    """
-    if cfg.normalize == "none":
-        return mel
-    axes = (1,) if cfg.normalize == "per_feature" else (1, 2)
-    valid = (jnp.arange(mel.shape[1]) < mel_len[:, None])[..., None]
-    count = mel_len[:, None, None] * (1 if len(axes) == 1 else mel.shape[2])
-    mel = mel - (mel[:, :1] if len(axes) == 1 else mel[:, :1, :1])
-    mean = jnp.sum(jnp.where(valid, mel, 0), axes, keepdims=True) / jnp.maximum(count, 1)
-    squares = jnp.sum(jnp.where(valid, jnp.square(mel - mean), 0), axes, keepdims=True)
-    deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
-    return (mel - mean) / (deviation + 1e-5)
-
-
-_WINDOWS = {
-    "hann": np.hanning,
-    "hamming": np.hamming,
-    "blackman": np.blackman,
-    "bartlett": np.bartlett,
-    "ones": np.ones,
-}
-
-
-@functools.lru_cache(maxsize=16)
-def _window(cfg: FrontEndConfig) -> np.ndarray:
-    """f32[win]; "htk": periodic, and divided by its norm as torchaudio's normalized=True."""
-    if cfg.kind != "htk":
-        return _WINDOWS[cfg.window](cfg.win).astype(np.float32)
-    window = _WINDOWS[cfg.window](cfg.win + 1)[:-1]
-    return (window / np.sqrt(np.sum(window**2))).astype(np.float32)
-
-
-@functools.lru_cache(maxsize=16)
-def _filter_bank(cfg: FrontEndConfig, n_fft: int) -> np.ndarray:
-    """Triangular filters f32[F, n_fft / 2 + 1], straight in Hz: on Slaney's mel scale or HTK's."""
-    to_mel, to_hz = (_htk_mel, _htk_hz) if cfg.kind == "htk" else (_slaney_mel, _slaney_hz)
-    high = cfg.high_hz or cfg.sample_rate / 2
-    edges = to_hz(np.linspace(to_mel(cfg.low_hz), to_mel(high), cfg.n_mels + 2))
-    bins = np.arange(n_fft // 2 + 1) * cfg.sample_rate / n_fft
-    rise = (bins - edges[:-2, None]) / np.diff(edges)[:-1, None]
-    fall = (edges[2:, None] - bins) / np.diff(edges)[1:, None]
-    bank = np.maximum(0, np.minimum(rise, fall))
-    if cfg.mel_norm == "slaney":
-        bank *= 2 / (edges[2:] - edges[:-2])[:, None]
-    return bank.astype(np.float32)
-
-
-def _htk_mel(hz):
-    return 2595 * np.log10(1 + np.asarray(hz) / 700)
-
-
-def _htk_hz(mel):
-    return 700 * (10 ** (mel / 2595) - 1)
-
-
-def _slaney_mel(hz):
-    """Linear to 1 kHz (200/3 Hz a mel), then 27 mels a factor of 6.4."""
-    hz = np.asarray(hz, np.float64)
-    octaves = np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4)
-    return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * octaves)
-
-
-def _slaney_hz(mel):
-    return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
+        yield mono
+    if decoded < length:
+        raise AudioError(name, f"truncated: {decoded} of {length} samples decoded")
