@@ -9,6 +9,6 @@ data is one integer: the number of global batches consumed.
 """
 
 from jasr.data.batches import Eval, Train, open_eval, open_train, texts
-from jasr.data.index import DataConfig, DataError
+from jasr.data.config import DataConfig, DataError
 
 __all__ = ["DataConfig", "DataError", "Eval", "Train", "open_eval", "open_train", "texts"]

@@ -5,14 +5,14 @@ count behind; the run goes on until too many have failed.
 """
 
 import dataclasses
-import os
 import threading
 
 import numpy as np
 
 from jasr import audio
+from jasr.data import entries, recording
 from jasr.data import index as index_lib
-from jasr.data.index import Bad, DataError
+from jasr.data.config import DataError
 from jasr.data.plan import Plan
 
 NEVER = 1 << 62  # a stream without end, for libraries that ask for a length
@@ -29,7 +29,7 @@ class Loader:
         self._tried = np.zeros(len(index), bool)
         self._lock = threading.Lock()
         hours = float(index.duration.sum()) / 3600
-        copies = sum(1 / s for s in set(plan.speeds))
+        copies = sum(1 / s for s in set(plan.speeds[: plan.draws]))
         self.cache_size = hours * 3600 * cfg.sample_rate * 2 * copies / 2**20
         self._cache = {} if cfg.cache_audio and self.cache_size <= cfg.cache_mb else None
 
@@ -82,7 +82,7 @@ class Loader:
 
     def _tokens(self, texts, space):
         """Token ids of joined texts, at most `space`."""
-        pieces = [index_lib.encode_entry(t, self.encode, 0, self.plan.evaluation)[0] for t in texts]
+        pieces = [index_lib.encode_text(t, self.encode, 0, self.plan.evaluation)[0] for t in texts]
         if len(pieces) > 1:
             joined = self.encode(" ".join(texts))
             # an encoder may cut joined texts differently and need more than the plan counted
@@ -104,7 +104,7 @@ class Loader:
             try:
                 plain = quantise(self._decode(row))
             except audio.AudioError as e:
-                self._fail(row, index_lib.audio_reason(e))
+                self._fail(row, recording.reason_of(e))
                 return None
             self._keep(row, 1.0, plain)
         if speed == 1.0:
@@ -114,7 +114,7 @@ class Loader:
         return pcm
 
     def _decode(self, row):
-        samples = index_lib.read_audio(self.index, row, self.cfg.sample_rate)
+        samples = recording.read(self.index, row, self.cfg.sample_rate)
         rate, declared = self.cfg.sample_rate, float(self.index.duration[row])
         if abs(len(samples) / rate - declared) > max(self.cfg.duration_tolerance, 2 / rate):
             raise audio.AudioError(
@@ -131,19 +131,17 @@ class Loader:
 
     def _fail(self, row, reason):
         """Quarantines a row met while loading; raises DataError when too many have failed."""
-        i = self.index
-        listed = i.lists[int(i.list_number[row])]
-        bad = Bad(listed, int(i.line[row]), i.ids[row], i.path(row), reason)
+        bad = self.index.bad_row(row, reason)
         with self._lock:
             if row in self.failed:
                 return
             self.failed[row], self._tried[row] = reason, True
             if self.quarantine_path:
                 with open(self.quarantine_path, "a", encoding="utf-8") as f:
-                    f.write(index_lib.quarantine_line(bad))
+                    f.write(entries.quarantine_line(bad))
             count, tried = len(self.failed), int(self._tried.sum())
-        index_lib.say(f"quarantined {bad.source}:{bad.line} {bad.audio}: {reason}")
-        judged = max(tried, min(len(i), JUDGED_AFTER))
+        entries.say(f"quarantined {bad.source}:{bad.line} {bad.audio}: {reason}")
+        judged = max(tried, min(len(self.index), JUDGED_AFTER))
         if count > self.cfg.max_bad_share * judged:
             raise DataError(
                 f"{count} of {tried} utterances could not be decoded, more than "
@@ -253,7 +251,7 @@ class Eval:
     def __init__(self, loader):
         self.loader, i = loader, loader.index
         self.texts = [i.texts[n] for n in range(len(i))]
-        self.ids = [i.ids[n] for n in range(len(i))]
+        self.ids = [i.id(n) for n in range(len(i))]
         self.durations = i.duration
 
     @property
@@ -299,8 +297,7 @@ def open_train(cfg, encode, seed, quarantine_path="", frames_needed=None, second
     """
     index = index_lib.build(cfg.train, encode, cfg, frames_needed, seconds_per_frame)
     if quarantine_path:
-        os.makedirs(os.path.dirname(os.path.abspath(quarantine_path)), exist_ok=True)
-        index_lib.write_quarantine(quarantine_path, index.bad)
+        entries.write_quarantine(quarantine_path, index.bad)
     return Train(Loader(index, Plan(index, cfg, seed), encode, cfg, quarantine_path))
 
 
@@ -312,15 +309,14 @@ def open_eval(cfg, source, encode, quarantine_path=""):
     """
     index = index_lib.build(source, encode, cfg, evaluation=True)
     if quarantine_path:
-        os.makedirs(os.path.dirname(os.path.abspath(quarantine_path)), exist_ok=True)
-        index_lib.write_quarantine(quarantine_path, index.bad)
+        entries.write_quarantine(quarantine_path, index.bad)
     plan = Plan(index, cfg, 0, evaluation=True)
     return Eval(Loader(index, plan, encode, cfg, quarantine_path))
 
 
 def texts(sources):
     """Yields the texts of sources without looking at audio: what a tokenizer is made from."""
-    for path, _ in index_lib.source_pairs(sources):
-        for e in index_lib.entries_of(path):
-            if not isinstance(e, Bad):
+    for path, _ in entries.source_pairs(sources):
+        for e in entries.entries_of(path):
+            if not isinstance(e, entries.Bad):
                 yield e.text

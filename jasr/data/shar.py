@@ -6,10 +6,17 @@ A Shar directory holds shards: `cuts.NNNNNN.jsonl[.gz]` with one cut a line, and
 """
 
 import glob
+import gzip
+import io
+import itertools
+import json
 import os
+import pathlib
+import shutil
 import tarfile
 
-from jasr.data.index import Bad, DataError, Entry, is_number, json_lines
+from jasr.data.config import DataError
+from jasr.data.entries import Bad, Entry, is_number, json_lines
 
 
 def is_cutset(path):
@@ -33,8 +40,8 @@ def shar_entries(folder):
         raise DataError(f"{folder} is a directory without Shar files (cuts.000000.jsonl.gz ...)")
     for path in lists:
         shard = os.path.basename(path).split(".")[1]
-        tar = os.path.join(folder, f"recording.{shard}.tar")
-        members = tar_members(tar) if os.path.exists(tar) else {}
+        tar = f"recording.{shard}.tar"
+        members = tar_members(os.path.join(folder, tar))
         for number, at, cut, reason in json_lines(path):
             if cut is None:
                 yield Bad(path, number, "", "", reason)
@@ -94,13 +101,12 @@ def cut_entry(path, line, at, cut, tar, members):
         name = tar_name(ident, recording, members)
         if name is None:
             return Bad(*where, "missing file: no such member in the tar")
-        return Entry(line, at, ident, tar, *members[name], *times, channel, text, path)
+        return Entry(path, line, at, ident, tar, *members[name], *times, channel, text)
     if kinds != {"file"} or len(sources) != 1:
-        return Bad(
-            *where, f"recording source not supported: {', '.join(map(str, kinds)) or 'none'}"
-        )
+        kind = ", ".join(map(str, kinds)) or "none"
+        return Bad(*where, f"recording source not supported: {kind}")
     audio = file_of(sources[0].get("source", ""), os.path.dirname(os.path.abspath(path)))
-    return Entry(line, at, ident, audio, -1, -1, *times, channel, text, path)
+    return Entry(path, line, at, ident, audio, -1, -1, *times, channel, text)
 
 
 def tar_name(ident, recording, members):
@@ -121,8 +127,115 @@ def cut_text(cut):
 
 
 def file_of(source, folder):
-    """The path of a file source: relative ones lie beside the CutSet or in the working directory."""
-    path = os.path.normpath(os.path.join(folder, source))
-    if not os.path.isabs(source) and not os.path.exists(path) and os.path.exists(source):
-        return os.path.abspath(source)
-    return path
+    """The path of a file source: a relative one lies in `folder` or in the working directory."""
+    beside = os.path.exists(os.path.join(folder, source))
+    return os.path.abspath(source) if not beside and os.path.exists(source) else source
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def write(out_dir, items, shard_size=1000):
+    """The number of utterances written as a Shar directory, which replaces an older one.
+
+    items: pairs of a NeMo-style manifest entry (dict) and the encoded audio (bytes of a FLAC, WAV,
+    OGG, MP3 ... file), which goes into the tar as it is. `text`, `speaker` and `lang` become the
+    supervision, other fields its `custom`. Equal items give equal files.
+
+    Raises DataError: an identifier twice, or an out_dir that holds something else;
+    audio.AudioError: a recording without a readable header.
+    """
+    out_dir = os.path.abspath(out_dir)
+    half = out_dir + ".half"
+    if os.path.isdir(out_dir) and [f for f in os.listdir(out_dir) if not is_shar_file(f)]:
+        raise DataError(f"{out_dir} holds other files than Shar shards; choose another folder")
+    shutil.rmtree(half, ignore_errors=True)
+    os.makedirs(half)
+    seen, count = set(), 0
+    for shard, block in enumerate(blocks(items, shard_size)):
+        cuts = []
+        with tarfile.open(os.path.join(half, f"recording.{shard:06d}.tar"), "w") as tar:
+            for entry, data in block:
+                cut, ext = make_cut(entry, data)
+                if cut["id"] in seen:
+                    raise DataError(f"two utterances with the identifier {cut['id']!r}")
+                seen.add(cut["id"])
+                cuts.append(cut)
+                manifest = json.dumps(cut["recording"], ensure_ascii=False).encode() + b"\n"
+                for name, content in ((ext, data), ("json", manifest)):
+                    member = tarfile.TarInfo(f"{cut['id']}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        write_gzip(os.path.join(half, f"cuts.{shard:06d}.jsonl.gz"), cuts)
+        count += len(cuts)
+    if not count:
+        raise DataError(f"nothing to write to {out_dir}")
+    shutil.rmtree(out_dir, ignore_errors=True)
+    os.replace(half, out_dir)
+    return count
+
+
+def write_gzip(path, records):
+    """Writes records as JSON lines, compressed, without name and time, so that bytes repeat."""
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as f:
+        for record in records:
+            f.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+def is_shar_file(name):
+    """Whether a file name is that of a Shar shard (any field)."""
+    parts = name.split(".")
+    return len(parts) > 2 and parts[1].isdigit() and parts[2] in ("jsonl", "tar")
+
+
+def blocks(items, size):
+    """Yields lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
+
+
+def make_cut(entry, data):
+    """(lhotse cut as a dict, file extension) of a manifest entry and its encoded audio."""
+    from jasr import audio
+
+    seconds, rate, channels = audio.info(data)
+    ident = str(entry.get("id") or identifier(entry["audio_filepath"]))
+    if not is_member_name(ident):
+        raise DataError(f"the identifier {ident!r} cannot name a file in a tar")
+    ext = os.path.splitext(entry["audio_filepath"])[1][1:].lower() or "flac"
+    samples = round(seconds * rate)
+    source = {"type": "shar", "channels": list(range(channels)), "source": ""}
+    recording = {
+        "id": ident,
+        "sources": [source],
+        "sampling_rate": rate,
+        "num_samples": samples,
+        "duration": samples / rate,
+        "channel_ids": list(range(channels)),
+    }
+    channel = 0 if channels == 1 else list(range(channels))
+    spoken = {"id": ident, "recording_id": ident, "start": 0.0, "duration": samples / rate}
+    spoken |= {"channel": channel, "text": entry["text"]}
+    known = {"audio_filepath", "duration", "text", "offset", "id", "speaker", "lang", "language"}
+    if entry.get("speaker") is not None:
+        spoken["speaker"] = str(entry["speaker"])
+    if language := entry.get("lang") or entry.get("language"):
+        spoken["language"] = str(language)
+    if custom := {k: v for k, v in entry.items() if k not in known}:
+        spoken["custom"] = custom
+    cut = {"id": ident, "start": 0, "duration": samples / rate, "channel": channel}
+    cut |= {"supervisions": [spoken], "recording": recording}
+    return cut | {"type": "MonoCut" if channels == 1 else "MultiCut"}, ext
+
+
+def identifier(path):
+    """The identifier that stands for an audio file: its path without extension, never absolute."""
+    parts = os.path.splitext(path)[0].replace(os.sep, "/").split("/")
+    return "/".join(p for p in parts if p not in ("", ".", ".."))
+
+
+def is_member_name(ident):
+    """Whether lhotse reads an identifier back from the name of a tar member."""
+    name = pathlib.PurePosixPath(f"{ident}.flac")
+    return str(name.parent / name.stem) == ident and not name.is_absolute() and "\0" not in ident

@@ -1,0 +1,116 @@
+"""Shapes of batches: which lengths share a bucket, how many rows it has, and what fills it."""
+
+import numpy as np
+
+from jasr.data.config import DataError
+
+
+def round_up(x, multiple):
+    """The least multiple that is not below x."""
+    return -(-x // multiple) * multiple
+
+
+def best_edges(samples, count, multiple, limit):
+    """Ascending upper edges (samples) of at most `count` buckets with the least padding in them.
+
+    Dynamic programming over a histogram with steps of `multiple` (wider ones where the range has
+    more than 512 of them). The last edge is `limit`.
+    """
+    step = multiple * -(-limit // (multiple * 512))
+    bins = -(-limit // step)
+    number = np.minimum((samples - 1) // step, bins - 1)
+    rows = np.append(0, np.cumsum(np.bincount(number, minlength=bins)))
+    tops = np.arange(1, bins + 1) * step
+    cost = (rows[None, 1:] - rows[:, None]) * tops.astype(float)  # a bucket of bins i..j
+    cost[np.arange(bins + 1)[:, None] > np.arange(bins)[None, :]] = np.inf
+    best, choices = cost[0], []
+    for _ in range(count - 1):
+        through = best[:, None] + cost[1:]  # the bucket before ends at bin i, this one at j
+        before = np.argmin(through, axis=0)
+        value = through[before, np.arange(bins)]
+        choices.append(np.where(value < best, before, -1))
+        best = np.minimum(best, value)
+    edges, end = [limit], bins - 1
+    for before in reversed(choices):
+        if before[end] >= 0:
+            end = int(before[end])
+            edges.append(int(tops[end]))
+    return edges[::-1]
+
+
+def token_limits(samples, tokens, edges, most):
+    """Ascending tokens that each bucket holds: enough for 99.5 % of its rows, in the last for all.
+
+    Rows with more text than their length suggests go to a longer bucket, so that a few of them
+    do not widen the text of every batch.
+    """
+    bucket = np.searchsorted(edges, samples)
+    limits = []
+    for b in range(len(edges) - 1):
+        inside = tokens[bucket == b]
+        limits.append(int(np.ceil(np.quantile(inside, 0.995))) if len(inside) else 1)
+    return np.minimum(np.maximum.accumulate([*limits, most]), most).tolist()
+
+
+def explicit(cfg, slack):
+    """(edges in samples, token limits) of data.bucket_duration_bins; each [] where not given."""
+    if not cfg.bucket_duration_bins:
+        return [], []
+    pairs = [b if isinstance(b, (tuple, list)) else (b, 0) for b in cfg.bucket_duration_bins]
+    room = 1 if set(cfg.speeds) == {1.0} else slack
+    edges = [int(np.ceil(float(seconds) * cfg.sample_rate)) + room for seconds, _ in pairs]
+    most = [int(tokens) for _, tokens in pairs]
+    if edges != sorted(set(edges)) or most != sorted(most):
+        raise DataError(f"data.bucket_duration_bins must ascend: {cfg.bucket_duration_bins}")
+    return edges, most if all(most) else []
+
+
+def batch_sizes(cfg, lengths, explicit=True):
+    """Rows of the global batches of buckets with these samples a row."""
+    sizes, multiple = list(cfg.bucket_batch_size), cfg.batch_multiple
+    if len(sizes) == 1:
+        sizes = sizes * len(lengths)
+    if not sizes or (len(sizes) != len(lengths) and not explicit):
+        fit = [int(cfg.batch_duration * cfg.sample_rate) // s for s in lengths]
+        return [max(multiple, rows // multiple * multiple) for rows in fit]
+    if len(sizes) != len(lengths):
+        raise DataError(
+            f"data.bucket_batch_size has {len(sizes)} numbers, but there are {len(lengths)} buckets"
+        )
+    if wrong := [rows for rows in sizes if rows < 1 or rows % multiple]:
+        raise DataError(
+            f"data.bucket_batch_size {wrong}: not multiples of data.batch_multiple={multiple}"
+        )
+    return sizes
+
+
+def fill(bucket, sizes):
+    """[(bucket, rows)] of batches, longest first: each bucket's rows in their order.
+
+    What a bucket's last batch lacks is taken from the buckets below, whose rows fit too, so that at
+    most one batch is not full.
+    """
+    waiting = [np.flatnonzero(bucket == b) for b in range(len(sizes))]
+    batches = []
+    for b in reversed(range(len(sizes))):
+        rows = waiting[b]
+        for below in reversed(range(b)):
+            missing = -len(rows) % sizes[b]
+            rows = np.concatenate([rows, waiting[below][:missing]])
+            waiting[below] = waiting[below][missing:]
+        batches += [(b, rows[i : i + sizes[b]]) for i in range(0, len(rows), sizes[b])]
+    return batches
+
+
+def check(cfg):
+    """Raises DataError on settings that no plan can follow."""
+    for name in ("num_buckets", "batch_multiple", "length_multiple", "token_multiple", "concat"):
+        if getattr(cfg, name) < 1:
+            raise DataError(f"data.{name} must be at least 1, got {getattr(cfg, name)}")
+    if not cfg.speeds or min(cfg.speeds) <= 0 or len(cfg.speeds) > 255:
+        raise DataError(f"data.speeds must be factors above 0, got {cfg.speeds}")
+    gap = cfg.concat_gap
+    if len(gap) != 2 or not 0 <= gap[0] <= gap[1]:
+        raise DataError(f"data.concat_gap must be (least, most) seconds, got {gap}")
+    if not cfg.bucket_batch_size and cfg.batch_duration <= 0:
+        raise DataError("data.batch_duration must be above 0, or give data.bucket_batch_size")
