@@ -1,26 +1,33 @@
-"""LaCT's fast weights: a SwiGLU whose weights are updated while it reads a sequence (pure functions of arrays).
+"""LaCT's fast weights: a SwiGLU whose weights are updated while it reads a sequence (pure
+functions of arrays).
 
-The fast-weight function of a head is f(x) = w1 (silu(w0 x) * (w2 x)) and its inner loss -<f(k), v>, so the ascent directions of
-one chunk have a closed form (specification fast_weights.md 1.1; paper arXiv 2505.23884, Algorithm 1 and Appendix A; reference
-lact_llm/ttt_operation.py and lact_nvs). Everything here keeps batch B and head H as separate axes and uses the reference's
-"out_in" layout: w0, w2 [B,H,M,K], w1 [B,H,V,M]; `transpose` turns lact_nvs's "in_out" layout into it and back.
+The fast-weight function of a head is f(x) = w1 (silu(w0 x) * (w2 x)) and its inner loss -<f(k),
+v>, so the ascent directions of one chunk have a closed form (specification fast_weights.md 1.1;
+paper arXiv 2505.23884, Algorithm 1 and Appendix A; reference lact_llm/ttt_operation.py and
+lact_nvs). Everything here keeps batch B and head H as separate axes and uses the reference's
+"out_in" layout: w0, w2 [B,H,M,K], w1 [B,H,V,M]; `transpose` turns lact_nvs's "in_out" layout into
+it and back.
 
-    shifted        apply, then update, chunk by chunk; the last chunk is only applied (causal when a window >= chunk sits beside it)
-    block_causal   update, then apply, chunk by chunk
+    shifted        apply, then update, chunk by chunk; the last chunk is only applied (causal when
+    a window >= chunk sits beside it) block_causal   update, then apply, chunk by chunk
     full           one update on everything, then apply (bidirectional)
     apply_only     no update
-    run_order      any list of (start, end, update, apply) entries, as lact_nvs has it; `strided_order` and others make such lists
+    run_order      any list of (start, end, update, apply) entries, as lact_nvs has it;
+    `strided_order` and others make such lists
 
-An update adds the (momentum-smoothed, optionally orthogonalised) direction and restores the norm that each row of the initial
-weight had. Fast weights, norms, rates and momentum stay f32 whatever the dtype of q, k and v.
+An update adds the (momentum-smoothed, optionally orthogonalised) direction and restores the norm
+that each row of the initial weight had. Fast weights, norms, rates and momentum stay f32 whatever
+the dtype of q, k and v.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Newton-Schulz coefficients, one triple per iteration. Five tuned triples: lact_llm, lact_asr, minimal.
+# Newton-Schulz coefficients, one triple per iteration. Five tuned triples: lact_llm, lact_asr,
+# minimal.
 MUON_TUNED = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -31,12 +38,14 @@ MUON_TUNED = (
 
 
 def muon_constant(steps):
-    """The coefficients of lact_nvs and the paper's Appendix A: one triple `steps` times; 0 only normalises (it is not "off")."""
+    """The coefficients of lact_nvs and the paper's Appendix A: one triple `steps` times; 0 only
+    normalises (it is not "off")."""
     return ((3.4445, -4.7750, 2.0315),) * steps
 
 
 class FastWeights(NamedTuple):
-    """Fast weights or anything of their shape: w0, w2 f32[B,H,M,K] (gate and up), w1 f32[B,H,V,M] (down)."""
+    """Fast weights or anything of their shape: w0, w2 f32[B,H,M,K] (gate and up), w1 f32[B,H,V,M]
+    (down)."""
 
     w0: jax.Array
     w1: jax.Array
@@ -46,8 +55,10 @@ class FastWeights(NamedTuple):
 class State(NamedTuple):
     """What a stream carries from chunk to chunk.
 
-    w: weights that are read and differentiated. main: the un-normalised sum of pre-norm updates (equal to w for post-norm).
-    momentum: zero at the start. norm: row norms of the initial weights, f32[B,H,M,1], [B,H,V,1], [B,H,M,1].
+    w: weights that are read and differentiated. main: the un-normalised sum of pre-norm updates
+    (equal to w for post-norm).
+    momentum: zero at the start. norm: row norms of the initial weights, f32[B,H,M,1], [B,H,V,1],
+    [B,H,M,1].
     """
 
     w: FastWeights
@@ -59,8 +70,10 @@ class State(NamedTuple):
 class Rule(NamedTuple):
     """How a chunk changes the weights. Hashable, so that it can be a static argument.
 
-    muon: None for plain gradient steps, () for Frobenius normalisation only, else one (a, b, c) triple per Newton-Schulz step.
-    prenorm: accumulate un-normalised, read normalised. detach_norm: no gradient through the initial norms (lact_nvs).
+    muon: None for plain gradient steps, () for Frobenius normalisation only, else one (a, b, c)
+    triple per Newton-Schulz step.
+    prenorm: accumulate un-normalised, read normalised. detach_norm: no gradient through the
+    initial norms (lact_nvs).
     """
 
     muon: tuple | None = None
@@ -68,13 +81,18 @@ class Rule(NamedTuple):
     detach_norm: bool = False
 
 
+PLAIN = Rule()
+
+
 def transpose(w):
-    """The same weights in the other layout: out_in <-> in_out (lact_nvs: w0, w2 [.., K, M], w1 [.., M, V])."""
+    """The same weights in the other layout: out_in <-> in_out (lact_nvs: w0, w2 [.., K, M], w1
+    [.., M, V])."""
     return FastWeights(*(jnp.swapaxes(x, -1, -2) for x in w))
 
 
 def guarded_norm(x, axis=-1):
-    """Euclidean norm over `axis` (kept) whose gradient at exactly zero is 0, as in torch; JAX's own is NaN there."""
+    """Euclidean norm over `axis` (kept) whose gradient at exactly zero is 0, as in torch; JAX's
+    own is NaN there."""
     square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
     zero = square == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
@@ -87,16 +105,17 @@ def l2_normalise(x, eps=1e-5):
 
 
 def softplus_inverse(rate):
-    """c with softplus(c) = rate: the constant that is added to every learning-rate logit. A Python float, not a parameter."""
-    import math
-
+    """c with softplus(c) = rate: the constant that is added to every learning-rate logit. A Python
+    float, not a parameter."""
     return rate + math.log(-math.expm1(-rate))
 
 
 def newton_schulz(g, coefficients):
-    """g / (|g|_F + 1e-7) pushed towards the nearest orthogonal matrix, f32[..., m, n] (paper Appendix A).
+    """g / (|g|_F + 1e-7) pushed towards the nearest orthogonal matrix, f32[..., m, n] (paper
+    Appendix A).
 
-    f32 throughout: the reference's bf16 iteration differs from f64 by up to a quarter of the largest value.
+    f32 throughout: the reference's bf16 iteration differs from f64 by up to a quarter of the
+    largest value.
     """
     g = g.astype(jnp.float32)
     tall = g.shape[-2] > g.shape[-1]
@@ -110,7 +129,8 @@ def newton_schulz(g, coefficients):
 
 
 def orthogonalise(g, coefficients):
-    """`newton_schulz` of w0, w1 and w2 each on its own, in one stacked iteration where the shapes allow it."""
+    """`newton_schulz` of w0, w1 and w2 each on its own, in one stacked iteration where the shapes
+    allow it."""
     if g.w0.shape[-1] == g.w1.shape[-2]:
         stacked = jnp.stack([g.w0, jnp.swapaxes(g.w1, -1, -2), g.w2], axis=2)
         x = newton_schulz(stacked, coefficients)
@@ -119,8 +139,9 @@ def orthogonalise(g, coefficients):
     return FastWeights(x[:, :, 0], newton_schulz(g.w1, coefficients), x[:, :, 1])
 
 
-def start(w, rule=Rule(), batch=None):
-    """State before the first chunk. w: FastWeights [B,H,..], or [H,..] that are repeated for `batch` rows."""
+def start(w, rule=PLAIN, batch=None):
+    """State before the first chunk. w: FastWeights [B,H,..], or [H,..] that are repeated for
+    `batch` rows."""
     w = FastWeights(*(x.astype(jnp.float32) for x in w))
     if batch is not None:
         w = FastWeights(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in w))
@@ -150,11 +171,14 @@ def apply(w, q):
 
 
 def _direction(w, gate, up, k, v, lr):
-    """Ascent direction of sum_i lr_i <f(k_i), v_i> from the pre-activations of k (specification 1.1)."""
+    """Ascent direction of sum_i lr_i <f(k_i), v_i> from the pre-activations of k (specification
+    1.1)."""
     lr0, lr1, lr2 = lr[..., 0:1], lr[..., 1:2], lr[..., 2:3]
     s = jax.nn.sigmoid(gate)
     silu = gate * s
-    back = jnp.einsum("bhlv,bhvm->bhlm", v, w.w1.astype(v.dtype), preferred_element_type=jnp.float32)
+    back = jnp.einsum(
+        "bhlv,bhvm->bhlm", v, w.w1.astype(v.dtype), preferred_element_type=jnp.float32
+    )
     d_gate = lr0 * back * up * s * (1 + gate * (1 - s))
     d_up = lr2 * back * silu
     both = jnp.concatenate([d_gate, d_up], axis=-1).astype(k.dtype)
@@ -167,7 +191,8 @@ def _direction(w, gate, up, k, v, lr):
 
 
 def direction(w, k, v, lr):
-    """Sum over the chunk of the per-token ascent directions: FastWeights f32[B,H,..] for k, v [B,H,L,..], lr f32[B,H,L,3]."""
+    """Sum over the chunk of the per-token ascent directions: FastWeights f32[B,H,..] for k, v
+    [B,H,L,..], lr f32[B,H,L,3]."""
     gate, up = _hidden(w, k)
     return _direction(w, gate, up, k, v, lr)
 
@@ -176,7 +201,8 @@ def advance(state, delta, rule, beta=None, alive=None):
     """The state after one chunk.
 
     delta: `direction` of the chunk. beta: f32[B,H,1,1] momentum of the chunk, or None for none.
-    alive: bool[B,1,1,1], False where the chunk held no valid frame: there nothing changes, momentum included.
+    alive: bool[B,1,1,1], False where the chunk held no valid frame: there nothing changes,
+    momentum included.
     """
     momentum = state.momentum
     if beta is not None:
@@ -189,27 +215,35 @@ def advance(state, delta, rule, beta=None, alive=None):
     new = State(w, main if rule.prenorm else w, momentum, state.norm)
     if alive is None:
         return new
-    return State(*(
-        FastWeights(*(jnp.where(alive, x, y) for x, y in zip(a, b))) for a, b in zip(new, state)
-    ))
+    return State(
+        *(FastWeights(*(jnp.where(alive, x, y) for x, y in zip(a, b))) for a, b in zip(new, state))
+    )
 
 
 def _masked(lr, momentum, mask):
-    """Rates that are zero on pads, the chunk's mean momentum over valid frames [B,H,1,1], and whether any frame is valid."""
+    """Rates that are zero on pads, the chunk's mean momentum over valid frames [B,H,1,1], and
+    whether any frame is valid."""
     lr = lr.astype(jnp.float32)
     if mask is None:
-        beta = None if momentum is None else jnp.mean(momentum.astype(jnp.float32), axis=2, keepdims=True)
+        beta = (
+            None
+            if momentum is None
+            else jnp.mean(momentum.astype(jnp.float32), axis=2, keepdims=True)
+        )
         return lr, beta, None
     m = mask[:, None, :, None].astype(jnp.float32)
     count = jnp.sum(m, axis=2, keepdims=True)
     beta = None
     if momentum is not None:
-        beta = jnp.sum(momentum.astype(jnp.float32) * m, axis=2, keepdims=True) / jnp.maximum(count, 1)
+        beta = jnp.sum(momentum.astype(jnp.float32) * m, axis=2, keepdims=True) / jnp.maximum(
+            count, 1
+        )
     return jnp.where(m > 0, lr, 0.0), beta, count > 0
 
 
 def update(state, k, v, lr, rule, momentum=None, mask=None):
-    """The state after one update on all of k, v. Shapes as in `shifted`; mask bool[B,L], True = valid."""
+    """The state after one update on all of k, v. Shapes as in `shifted`; mask bool[B,L], True =
+    valid."""
     if mask is not None:
         # a pad may hold anything, NaN included; 0 * NaN would still be NaN
         k = jnp.where(mask[:, None, :, None], k, 0)
@@ -237,14 +271,15 @@ def _update_then_apply(state, q, k, v, lr, rule, momentum, mask):
 
 
 def _scan_chunks(step, state, arrays, count, chunk, rule):
-    """Scan `step` over `count` chunks of the [B,H,L,..] arrays (mask: [B,L]); returns the state and out [B,H,count*chunk,V]."""
+    """Scan `step` over `count` chunks of the [B,H,L,..] arrays (mask: [B,L]); returns the state
+    and out [B,H,count*chunk,V]."""
 
     def split(x):
         if x is None:
             return None
         axis = 1 if x.ndim == 2 else 2
         x = jax.lax.slice_in_dim(x, 0, count * chunk, axis=axis)
-        x = x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1:])
+        x = x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
     @jax.checkpoint
@@ -266,18 +301,21 @@ def _tail(arrays, begin):
     return tuple(cut(x) for x in arrays)
 
 
-def shifted(state, q, k, v, lr, *, chunk, rule=Rule(), momentum=None, mask=None, update_last=False):
-    """Apply-then-update over chunks ("shifted block-causal", specification 1.6): the state and out f32[B,H,L,V].
+def shifted(state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None, update_last=False):
+    """Apply-then-update over chunks ("shifted block-causal", specification 1.6): the state and out
+    f32[B,H,L,V].
 
-    A token reads weights made from earlier chunks only. The last chunk (1..chunk tokens) is applied and not learnt from, so a
-    sequence of L tokens makes ceil(L / chunk) - 1 updates, none at all when L <= chunk.
+    A token reads weights made from earlier chunks only. The last chunk (1..chunk tokens) is
+    applied and not learnt from, so a sequence of L tokens makes ceil(L / chunk) - 1 updates, none
+    at all when L <= chunk.
 
     Args:
       state: `State`, from `start` or from an earlier call.
       q, k: [B,H,L,K], normalised by the caller. v: [B,H,L,V]. Their dtype is the GEMMs' dtype.
       lr: f32[B,H,L,3], rates of (w0, w1, w2). momentum: f32[B,H,L,1] in (0, 1), or None.
       mask: bool[B,L], True = valid; None when all tokens are.
-      update_last: also learn from the last chunk, so that the returned state continues the stream at a chunk boundary.
+      update_last: also learn from the last chunk, so that the returned state continues the stream
+      at a chunk boundary.
     """
     arrays = (q, k, v, lr, momentum, mask)
     count = -(-q.shape[2] // chunk) - 1
@@ -294,8 +332,9 @@ def shifted(state, q, k, v, lr, *, chunk, rule=Rule(), momentum=None, mask=None,
     return state, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 
 
-def block_causal(state, q, k, v, lr, *, chunk, rule=Rule(), momentum=None, mask=None):
-    """Update-then-apply over chunks: a token reads weights made from its own chunk and the earlier ones. As `shifted`."""
+def block_causal(state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None):
+    """Update-then-apply over chunks: a token reads weights made from its own chunk and the earlier
+    ones. As `shifted`."""
     arrays = (q, k, v, lr, momentum, mask)
     length = q.shape[2]
     count = length // chunk
@@ -310,8 +349,9 @@ def block_causal(state, q, k, v, lr, *, chunk, rule=Rule(), momentum=None, mask=
     return state, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 
 
-def full(state, q, k, v, lr, *, rule=Rule(), momentum=None, mask=None):
-    """One update on all valid tokens, then apply to all of them (bidirectional; lact_nvs "reconstruct"). As `shifted`."""
+def full(state, q, k, v, lr, *, rule=PLAIN, momentum=None, mask=None):
+    """One update on all valid tokens, then apply to all of them (bidirectional; lact_nvs
+    "reconstruct"). As `shifted`."""
     return _update_then_apply(state, q, k, v, lr, rule, momentum, mask)
 
 
@@ -321,7 +361,8 @@ def apply_only(state, q):
 
 
 def strided_order(length, stride, update_tokens, first=0):
-    """Entries of lact_ar_video's order: the first span with initial weights, then per stride learn from its first tokens only."""
+    """Entries of lact_ar_video's order: the first span with initial weights, then per stride learn
+    from its first tokens only."""
     order = [(0, first, False, True)] if first else []
     for begin in range(first, length, stride):
         order.append((begin, min(begin + update_tokens, length), True, False))
@@ -329,17 +370,23 @@ def strided_order(length, stride, update_tokens, first=0):
     return tuple(order)
 
 
-def run_order(state, q, k, v, lr, order, *, rule=Rule(), momentum=None, mask=None):
-    """Entries (start, end, update, apply) one after the other, update before apply inside an entry (lact_nvs's op).
+def run_order(state, q, k, v, lr, order, *, rule=PLAIN, momentum=None, mask=None):
+    """Entries (start, end, update, apply) one after the other, update before apply inside an entry
+    (lact_nvs's op).
 
-    Returns the state and the outputs of the applying entries joined in order, f32[B,H,sum,V]; the order is static.
+    Returns the state and the outputs of the applying entries joined in order, f32[B,H,sum,V]; the
+    order is static.
     """
     outs = []
     for begin, end, learn, read in order:
         part = slice(int(begin), int(end))
         if learn:
             state = update(
-                state, k[:, :, part], v[:, :, part], lr[:, :, part], rule,
+                state,
+                k[:, :, part],
+                v[:, :, part],
+                lr[:, :, part],
+                rule,
                 None if momentum is None else momentum[:, :, part],
                 None if mask is None else mask[:, part],
             )
@@ -349,7 +396,8 @@ def run_order(state, q, k, v, lr, order, *, rule=Rule(), momentum=None, mask=Non
 
 
 def count_updates(lengths, chunk, mode):
-    """How many updates a sequence of `lengths` tokens makes: i32, same shape. mode: shifted | block | full | off."""
+    """How many updates a sequence of `lengths` tokens makes: i32, same shape. mode: shifted |
+    block | full | off."""
     lengths = jnp.asarray(lengths, jnp.int32)
     if mode == "off":
         return jnp.zeros_like(lengths)

@@ -1,0 +1,219 @@
+"""The LaCT layer: sliding-window attention and fast weights side by side (reference lact_llm's
+LaCTSWIGLULayer, LaCT ASR's layer).
+
+Parameter names are the original's: qkv, o_proj, q_norm, k_norm, w0, w1, w2 (or w0/w_left,
+w0/w_right when low rank), lr_proj, qk_scale, qk_offset, ttt_norm, ttt_scale_proj, momentum_proj_0.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jasr.models import fast_weights as fw
+from jasr.models.attention import attend, rope
+from jasr.models.lact_config import LactConfig
+
+
+def kernel_init(config):
+    """N(0, initializer_range), or N(0, 1/fan in) where that is 0."""
+    if config.initializer_range:
+        return nn.initializers.normal(config.initializer_range)
+    return nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def linear(config, features, name, use_bias=False):
+    return nn.Dense(
+        features, use_bias=use_bias, name=name, kernel_init=kernel_init(config), dtype=config.dtype
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) * scale over the last axis, computed in f32, returned in x's
+    dtype."""
+
+    eps: float = 1e-5
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if self.affine:
+            y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return y.astype(x.dtype)
+
+
+class LowRank(nn.Module):
+    """Initial fast weights f32[H,M,K] = w_left w_right + I/2 (rectangular identity)."""
+
+    heads: int
+    rows: int
+    columns: int
+    rank: int
+    gain: float
+
+    @nn.compact
+    def __call__(self):
+        left = self.param(
+            "w_left",
+            nn.initializers.normal(self.gain / self.rank**0.5),
+            (self.heads, self.rows, self.rank),
+        )
+        right = self.param(
+            "w_right",
+            nn.initializers.normal(self.gain / self.columns**0.5),
+            (self.heads, self.rank, self.columns),
+        )
+        return left @ right + 0.5 * jnp.eye(self.rows, self.columns)
+
+
+class Projection(nn.Module):
+    """Only the kernel and bias of a linear map, for products that are taken together."""
+
+    features: int
+    init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, fan_in):
+        kernel = self.param("kernel", self.init, (fan_in, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+
+
+def heads(x, num):
+    """[B,T,D] -> [B,T,num,D/num]."""
+    return x.reshape(*x.shape[:2], num, x.shape[2] // num)
+
+
+class LactLayer(nn.Module):
+    """Attention + fast weights over one sequence, [B,T,D] -> [B,T,D]."""
+
+    config: LactConfig
+    fast: bool = True
+
+    @nn.compact
+    def __call__(self, x, length, table):
+        """Args: x [B,T,D] already normed; length i32[B] valid frames; table `rope_table` of T
+        frames."""
+        c = self.config
+        frames = x.shape[1]
+        fast = self.fast and (c.lact_updates != "no_branch" or self.is_initializing())
+        q, k, v = jnp.split(linear(c, 3 * c.hidden_size, "qkv", c.qkv_bias)(x), 3, axis=-1)
+        if c.attn_qk_norm:
+            q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
+        self.sow("stages", "q", q)
+        self.sow("stages", "k", k)
+        self.sow("stages", "v", v)
+        block = c.lact_chunk_size if c.lact_mode == "block" else 0
+        out = attend(
+            rope(heads(q, c.num_attn_heads), table),
+            rope(heads(k, c.num_attn_heads), table),
+            heads(v, c.num_attn_heads),
+            causal=c.causal,
+            window=c.window_size,
+            chunk=block,
+            key_len=length if block or not c.causal else None,
+        ).reshape(x.shape)
+        self.sow("stages", "attn_out", out)
+        if fast:
+            valid = jnp.arange(frames) < length[:, None]
+            branch = self.fast_branch(x, q, k, v, valid, table)
+            self.sow("stages", "fast_branch_out", branch)
+            if c.lact_updates != "no_branch":
+                out = out + branch
+        out = linear(c, c.hidden_size, "o_proj")(out)
+        self.sow("stages", "o_proj_out", out)
+        return out
+
+    def initial_weights(self):
+        """w0, w1, w2 f32[H,..] in out_in layout; w0 and w2 low rank if the config says so."""
+        c = self.config
+        dim = c.fast_head_dim
+        hidden = int(dim * c.inter_multi)
+        nh = c.num_lact_heads
+        normal = nn.initializers.normal
+        w1 = self.param("w1", normal(hidden**-0.5), (nh, dim, hidden))
+        if c.w0_w2_low_rank > 0:
+            w0, w2 = (
+                LowRank(nh, hidden, dim, c.w0_w2_low_rank, c.fw_init_gain, name=n)()
+                for n in ("w0", "w2")
+            )
+        else:
+            w0, w2 = (self.param(n, normal(dim**-0.5), (nh, hidden, dim)) for n in ("w0", "w2"))
+        return fw.FastWeights(w0, w1, w2)
+
+    def token_rates(self, x):
+        """lr f32[B,H,T,3], momentum f32[B,H,T,1] or None, output scale f32[B,T,H,1] or None: one
+        f32 product for the three."""
+        c = self.config
+        nh = c.num_lact_heads
+        parts = [Projection(3 * nh, kernel_init(c), name="lr_proj")(c.hidden_size)]
+        if c.use_momentum:
+            parts.append(Projection(nh, kernel_init(c), name="momentum_proj_0")(c.hidden_size))
+        if c.learnable_ttt_scale:
+            parts.append(Projection(nh, kernel_init(c), name="ttt_scale_proj")(c.hidden_size))
+        kernel, bias = (jnp.concatenate(p, axis=-1) for p in zip(*parts, strict=True))
+        y = x.astype(jnp.float32) @ kernel + bias
+        # head-major: (w0, w1, w2) rates of head 0, then of head 1, ...
+        lr = jax.nn.softplus(y[..., : 3 * nh] + fw.softplus_inverse(c.fw_base_lr))
+        lr = lr.reshape(*lr.shape[:2], nh, 3).transpose(0, 2, 1, 3)
+        momentum = scale = None
+        if c.use_momentum:
+            momentum = jax.nn.sigmoid(y[..., 3 * nh : 4 * nh]).transpose(0, 2, 1)[..., None]
+        if c.learnable_ttt_scale:
+            scale = jax.nn.silu(y[..., -nh:])[..., None]
+        return lr, momentum, scale
+
+    def fast_branch(self, x, q, k, v, valid, table):
+        """What the fast weights read out, [B,T,D]."""
+        c = self.config
+        nh = c.num_lact_heads
+        scale = self.param("qk_scale", nn.initializers.ones, (c.hidden_size, 2))
+        offset = self.param("qk_offset", nn.initializers.zeros, (c.hidden_size, 2))
+        q = q * scale[:, 0] + offset[:, 0]
+        k = k * scale[:, 1] + offset[:, 1]
+        if c.qkv_silu:
+            q, k = jax.nn.silu(q), jax.nn.silu(k)
+            v = v if c.no_v_silu else jax.nn.silu(v)
+        q, k = fw.l2_normalise(heads(q, nh)), fw.l2_normalise(heads(k, nh))
+        if not c.ttt_nope:  # the attention's rotation, by the attention's heads, after the norm
+            q, k = (
+                rope(y.reshape(*y.shape[:2], c.num_attn_heads, c.head_dim), table).reshape(y.shape)
+                for y in (q, k)
+            )
+        q, k, v = (y.astype(c.dtype).transpose(0, 2, 1, 3) for y in (q, k, heads(v, nh)))
+        lr, momentum, gate = self.token_rates(x)
+        self.sow("stages", "eta", lr)
+        if momentum is not None:
+            self.sow("stages", "beta", momentum)
+        out = self.run(q, k, v, lr, momentum, valid).transpose(0, 2, 1, 3)
+        self.sow("stages", "fast_out", out)
+        out = RMSNorm(name="ttt_norm")(out)
+        if gate is not None:
+            out = out * gate
+        return out.reshape(x.shape).astype(c.dtype)
+
+    def run(self, q, k, v, lr, momentum, valid):
+        """The operator that the mode asks for: out f32[B,H,T,V]."""
+        c = self.config
+        rule = fw.Rule(muon=fw.MUON_TUNED if c.use_muon else None, prenorm=c.ttt_prenorm)
+        state = fw.start(self.initial_weights(), rule, batch=q.shape[0])
+        if c.lact_updates == "off":
+            return fw.apply_only(state, q)[1]
+        if c.lact_mode == "bidirectional":
+            return fw.full(state, q, k, v, lr, rule=rule, momentum=momentum, mask=valid)[1]
+        if c.lact_mode == "block":
+            return fw.block_causal(
+                state,
+                q,
+                k,
+                v,
+                lr,
+                chunk=c.lact_chunk_size,
+                rule=rule,
+                momentum=momentum,
+                mask=valid,
+            )[1]
+        # right padding cannot reach a valid frame in this order, so no mask
+        return fw.shifted(
+            state, q, k, v, lr, chunk=c.lact_chunk_size, rule=rule, momentum=momentum
+        )[1]
