@@ -8,7 +8,7 @@ def default():
     from jasr import augment, checkpoint, optim, settings, sharding, start, step
     from jasr.audio import FrontEndConfig
     from jasr.data import DataConfig
-    from jasr.models.lact_asr import LactConfig
+    from jasr.models.lact import LactConfig
     from jasr.tasks.ctc import CtcLossConfig
 
     def section(cls):

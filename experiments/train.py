@@ -14,12 +14,13 @@ other; otherwise give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 import difflib
 import functools
 import json
+import logging
 import pathlib
 import sys
 import time
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: path.py or path.py:variant.")
@@ -29,12 +30,13 @@ PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes of the
 PROCESS = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
 CHANGED = flags.DEFINE_bool("allow_data_change", False, "Resume although the data changed.")
 
+log = logging.getLogger("jasr.train")
+
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    logging.get_absl_handler().python_handler.stream = sys.stderr
-    logging.set_verbosity(logging.INFO)
+    log_to_stderr()
     from jasr import compilation_cache, rundir, sharding
 
     several = sharding.init_distributed(COORDINATOR.value, PROCESSES.value, PROCESS.value)
@@ -60,7 +62,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     """
     import jax
 
-    from jasr import checkpoint, metrics, optim, settings, sharding, start, tasks, tree
+    from jasr import checkpoint, data, metrics, optim, settings, sharding, start, tasks, tree
     from jasr import step as steps
     from jasr.evaluation import evaluate
 
@@ -73,12 +75,25 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     kept = settings.build(checkpoint.CheckpointConfig, plain["checkpoint"], "config.checkpoint")
     check_keys(plain)
 
-    # --- Data, mesh, task
-    tokenizer, train_data, valid_data = open_data(plain, workdir)
-    logging.info("%s", train_data.describe())
+    # --- Mesh, tokenizer, task, data
     mesh = sharding.make_mesh(settings.build(sharding.MeshConfig, plain["mesh"], "config.mesh"))
-    sharding.check_batch_sizes([b for b, _, _ in train_data.shapes], mesh, opt.accumulate)
+    sources = settings.build(data.DataConfig, plain["data"], "config.data")
+    words = settings.build(start.TextConfig, plain["text"], "config.text")
+    tokenizer = start.make_tokenizer(words, functools.partial(data.texts, sources.train))
     task = tasks.build(plain, tokenizer)
+    train_data = data.open_train(
+        sources,
+        tokenizer.encode,
+        plain["seed"],
+        quarantine_path=str(workdir / "quarantine.jsonl") if chief else "",
+        frames_needed=task.frames_needed,
+        seconds_per_frame=task.seconds_per_frame,
+    )
+    valid_data = None
+    if sources.valid:
+        valid_data = data.open_eval(sources, sources.valid, tokenizer.encode)
+    log.info("%s", train_data.describe())
+    sharding.check_batch_sizes([b for b, _, _ in train_data.shapes], mesh, opt.accumulate)
     task.check(train_data.shapes)
 
     # --- Shapes, optimizer, shardings
@@ -97,7 +112,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     by_param = sharding.param_shardings(shapes["params"], mesh, task.sharding)
     shardings = sharding.like_params(state_shapes, shapes["params"], by_param, mesh)
     save_frozen = bool(frozen) and not given.path
-    logging.info(
+    log.info(
         "task %s: %d parameters, %d of them trained, on %d x %s, mesh %s",
         plain["task"], tree.count(shapes["params"]), tree.count(trainable),
         jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape),
@@ -115,12 +130,12 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         if frozen and not save_frozen:
             rest = start.read_frozen(given, shapes, shardings, frozen)
         state, position = start.from_items(state_shapes, saved, rest), meta["position"]
-        logging.info("resumed from step %d, batch %d of the data", int(state.step), position)
+        log.info("resumed from step %d, batch %d of the data", int(state.step), position)
     else:
         state = jax.jit(init, out_shardings=shardings)()
         if given.path:
             state = start.with_given(state, given, shapes, shardings)
-            logging.info("parameters from %s", given.path)
+            log.info("parameters from %s", given.path)
     first = step = int(state.step)
 
     # --- Programs: one a bucket, compiled before the first step: memory runs out now or never
@@ -197,17 +212,29 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
             save(results if validating else {}, wait=ending)
             mark = time.monotonic()  # validation and saving are not training time
         if stopping and step < run.steps:
-            logging.warning("asked to stop: step %d is saved; run again to go on", step)
+            log.warning("asked to stop: step %d is saved; run again to go on", step)
             break
     store.close()
-    train_data.close()
-    logging.info("step %d after %.0f s", step, time.monotonic() - started)
+    batches.close()
+    log.info("step %d after %.0f s", step, time.monotonic() - started)
     if chief:
         writer.close()
     return results
 
 
 # --- What the loop needs, each a few lines
+
+
+def log_to_stderr():
+    """One plain line a message of jasr on standard error; warnings only of the libraries."""
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("jasr")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
 
 
 KNOWN = (
@@ -224,22 +251,6 @@ def check_keys(config):
         if key not in KNOWN:
             near = difflib.get_close_matches(key, KNOWN, n=1) or KNOWN
             raise SettingsError(f"config.{key} is not known; did you mean {' or '.join(near)}?")
-
-
-def open_data(config, workdir):
-    """(tokenizer, training data, validation data or None) of a recipe."""
-    from jasr import data, settings, start
-
-    cfg = settings.build(data.DataConfig, config["data"], "config.data")
-    tokenizer = start.make_tokenizer(
-        settings.build(start.TextConfig, config["text"], "config.text"),
-        functools.partial(data.texts, cfg.train),
-    )
-    train_data = data.open_train(
-        cfg, tokenizer.encode, config["seed"], quarantine_path=str(workdir / "quarantine.jsonl")
-    )
-    valid_data = data.open_eval(cfg, cfg.valid, tokenizer.encode) if cfg.valid else None
-    return tokenizer, train_data, valid_data
 
 
 def zeros(shape):
@@ -272,7 +283,7 @@ def compile_step(step_fn, state, shape, mesh):
     program = step_fn.lower(state, sharding.put_batch(mine, mesh)).compile()
     memory = program.memory_analysis()
     if memory is not None:
-        logging.info(
+        log.info(
             "bucket of %d x %.1f s, %d tokens: %.0f MiB working memory a device",
             shape[0], shape[1] / 16000, shape[2], memory.temp_size_in_bytes / 2**20,
         )  # fmt: skip

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from jasr import checkpoint, text, tree
-from jasr.interop import lact
 
 ITEMS = ("params", "batch_stats", "opt_state", "ema")
 COUNTERS = ("step", "bad_steps", "bad_in_row", "rng")
@@ -100,6 +99,8 @@ def read_given(config, shapes):
       tree.TreeError: names or shapes differ from the model's (lists every one); a drop rule that
         matches nothing.
     """
+    from jasr.interop import lact
+
     if lact.is_lact(config.path):
         _, variables, _ = lact.read_lact(config.path)
         params, stats = variables["params"], variables["batch_stats"]

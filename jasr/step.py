@@ -103,7 +103,7 @@ def train_step(task, tx, optim, state, batch):
     not counted as bad.
     """
     loss, grads, stats, metrics = gradients(task, state, batch, optim.accumulate)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     usable = metrics["weight"] > 0
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -34,7 +34,7 @@ def load(path, step=None, item="", model=None):
     Returns:
       (task, {"params", "batch_stats"} of numpy arrays, meta dict).
     """
-    from jasr import checkpoint, text
+    from jasr import checkpoint, text, tree
     from jasr.interop import lact
 
     if lact.is_lact(path):
@@ -43,15 +43,20 @@ def load(path, step=None, item="", model=None):
         settings, variables, vocabulary = lact.read_lact(path)
         meta = {
             "config": lact.reference_config(to_dict(settings)),
-            "tokenizer": text.CharTokenizer(tuple(vocabulary)).to_dict(),
+            "tokenizer": text.CharTokenizer(tuple(vocabulary), "lower").to_dict(),
             "step": 0,
         }
     else:
         meta = checkpoint.load_meta(path, step)
-        items = checkpoint.load_items(path, step, names=(item,) if item else ("ema", "params"))
+        params = checkpoint.load_params(path, step, item)
+        if meta.get("frozen_from"):
+            whole = tree.flatten(checkpoint.load_params(meta["frozen_from"]))
+            params = tree.unflatten(whole | tree.flatten(params))
+        elif "frozen" in checkpoint.items(checkpoint.find_step(path, step)):
+            params = tree.merge(params, checkpoint.load_params(path, step, "frozen"))
         variables = {
-            "params": items["params"] if item != "ema" else items["ema"],
-            "batch_stats": items.get("batch_stats", {}),
+            "params": params,
+            "batch_stats": checkpoint.load_params(path, step, "batch_stats"),
         }
     config = dict(meta["config"])
     if model:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jasr import audio, augment, settings
 from jasr.decoding.ctc import ctc_greedy
 from jasr.losses.ctc import ctc_loss
-from jasr.models.lact_asr import LactConfig, LactCtc, check_updates, sharding
+from jasr.models.lact import LactConfig, LactCtc, check_updates, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,11 @@ class CtcTask:
     def sharding(self):
         """Regex rules parameter path -> axis names."""
         return sharding(self.config)
+
+    @staticmethod
+    def frames_needed(tokens):
+        """The fewest output frames that a CTC path of these token ids takes: tokens + repeats."""
+        return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
 
     @property
     def seconds_per_frame(self):
