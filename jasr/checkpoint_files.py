@@ -193,13 +193,14 @@ def read_manifest(directory):
         raise CheckpointError(f"{directory} is not there")
     try:
         body = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        if body.pop("sha256") != _digest(body):
+        digest = body.pop("sha256")
+        if digest != _digest(body):
             raise ValueError
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing (half-written)") from None
     except (ValueError, KeyError, AttributeError, OSError):
         raise CheckpointError(f"{MANIFEST} is damaged") from None
-    return body
+    return body | {"sha256": digest}
 
 
 def read_json(directory, item):
