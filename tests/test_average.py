@@ -257,3 +257,24 @@ def test_a_damaged_member_is_refused(run):
     steps = [run / "checkpoints" / s for s in ("100", "200")]
     with pytest.raises(checkpoint.CheckpointError, match="ema/manifest.ocdbt has"):
         averaging.average_checkpoints(steps, run / "out")
+
+
+def test_command_averages_the_best_of_a_run_and_says_what_went_in(run, capsys):
+    from experiments import average as command
+
+    assert command.main(["--checkpoint_dir", str(run), "--top_n=3"]) == 0
+    told = capsys.readouterr().out
+    assert f"{run}/average-top3: ema of 3 steps, weights: inverse val_wer" in told
+    assert "0.5714 x step 300" in told
+    assert checkpoint.verify(run / "average-top3") == []
+    arguments = ["--checkpoint_dir", str(run), "--steps", "100", "300", "--weights", "0.3", "0.7"]
+    assert command.main([*arguments, "--name=mine", "--item=params"]) == 0
+    got = checkpoint.load_params(run / "average-mine")
+    want = jasr.average([params_of(100), params_of(300)], [0.3, 0.7])
+    same_bits(got["model"]["kernel"], want["model"]["kernel"])
+    two = [str(run / "average-top3"), str(run / "checkpoints" / "100")]
+    assert command.main(["--checkpoints", *two, "--output", str(run / "o"), "--item=params"]) == 0
+    assert command.main(["--checkpoint_dir", str(run), "--steps", "100", "150"]) == 1
+    assert "error: steps [150] are not there" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--checkpoint_dir", str(run)])

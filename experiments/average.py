@@ -1,0 +1,104 @@
+"""Averages checkpoints of a run; the result evaluates, transcribes and starts training like a step.
+
+    python -m experiments.average --checkpoint_dir=runs/an4 --top_n=3
+    python -m experiments.average --checkpoint_dir=runs/an4 --steps 300 600 --weights 0.3 0.7
+    python -m experiments.average --checkpoints runs/a/checkpoints/300 runs/b/checkpoints/300 \\
+        --output=runs/soup --evaluate an4/valid.jsonl
+
+Weights: given ones; else, where every member has the metric, in proportion to 1 / metric; else
+equal. The result is written to <checkpoint_dir>/average-<name> with jasr_average.json (members,
+weights, metrics, checksums) in it. Directories named "...-last" are left out.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import sys
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.average",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint_dir", help="a run, or a directory of its steps")
+    source.add_argument("--checkpoints", nargs="+", help="step directories, of one run or several")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--top_n", type=int, default=0, help="the best so many by --metric")
+    choice.add_argument("--steps", type=int, nargs="+", default=(), help="these step numbers")
+    parser.add_argument("--weights", type=float, nargs="+", help="one a member, in their order")
+    parser.add_argument("--equal", action="store_true", help="equal weights, metrics or not")
+    parser.add_argument("--metric", default="val_wer", help="what ranks and weighs (val_wer)")
+    parser.add_argument("--mode", choices=("min", "max"), default="min", help="lower is better")
+    parser.add_argument("--item", default="", help="params or ema; ema where all have it")
+    parser.add_argument("--name", default="", help="the result is average-<name>")
+    parser.add_argument("--output", default="", help="the result's directory, instead of --name")
+    parser.add_argument(
+        "--evaluate", metavar="MANIFEST", default="", help="print WER beside the members'"
+    )
+    args = parser.parse_args(argv)
+    if args.checkpoint_dir and not (args.top_n or args.steps):
+        parser.error("--checkpoint_dir needs --top_n or --steps")
+    if args.checkpoints and (args.top_n or args.steps):
+        parser.error("--checkpoints names its members: no --top_n or --steps")
+    if args.checkpoints and not (args.name or args.output):
+        parser.error("--checkpoints needs --name or --output")
+    if args.weights and args.equal:
+        parser.error("--weights or --equal, not both")
+    return args
+
+
+def choose(args):
+    """(members, default name of the result) of the command line."""
+    from jasr import average
+
+    if args.checkpoints:
+        return [average.member(p) for p in args.checkpoints], args.name
+    members = average.find_members(args.checkpoint_dir)
+    chosen = average.select(members, args.top_n, args.steps, args.metric, args.mode)
+    name = f"top{args.top_n}" if args.top_n else "_".join(str(s) for s in args.steps)
+    return chosen, args.name or name
+
+
+def main(argv=None):
+    args = parse(argv)
+    from jasr import average, checkpoint
+
+    try:
+        members, name = choose(args)
+        weights, how = average.weigh(members, args.weights, args.metric, args.mode)
+        if args.equal:
+            weights, how = None, "equal"
+        where = pathlib.Path(args.checkpoint_dir or ".") / f"average-{name}"
+        output = pathlib.Path(args.output) if args.output else where
+        made = average.average_checkpoints(members, output, weights, args.item, how=how)
+    except (average.AverageError, checkpoint.CheckpointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(f"{output}: {made['item']} of {len(members)} steps, weights: {made['weights_from']}")
+    for m in made["members"]:
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in m["metrics"].items())
+        print(f"  {m['weight']:.4f} x step {m['step']:<8} {shown}  {m['path']}")
+    if args.evaluate:
+        compare(output, members, args.evaluate, args.item)
+    return 0
+
+
+def compare(output, members, manifest, item):
+    """Prints the error rates of the average and of each member on one data set."""
+    from jasr import compilation_cache, score, tasks
+
+    compilation_cache.enable()
+    rows = [(f"step {m.step}", m.path, item) for m in members] + [("average", output, "")]
+    print(f"{'':<16} {'WER %':>8} {'CER %':>8}   on {manifest}")
+    for name, path, which in rows:
+        with contextlib.redirect_stdout(sys.stderr):
+            task, variables, meta = tasks.load(path, item=which)
+            got = score.evaluate(task, variables, (manifest,), meta=meta)
+        print(f"{name:<16} {100 * got['wer']:8.2f} {100 * got['cer']:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
