@@ -22,7 +22,7 @@ from jasr.augment import (  # noqa: F401  (this module is the face of the audio 
     speed,
 )
 from jasr.features import HTK, NEMO, FrontEndConfig, log_mel  # noqa: F401
-from jasr.resample import resample, resample_blocks  # noqa: F401
+from jasr.resample import collect, resample, resample_stream  # noqa: F401
 
 _BLOCK_SAMPLES = 1 << 20  # decoded at a time, all channels together
 _LONGEST_TRUSTED = 1 << 28  # samples: a damaged header must not ask for all memory at once
@@ -53,10 +53,21 @@ def read(file, sample_rate: int = 16000) -> np.ndarray:
     """
     name = _name(file)
     sound, length = _open(file, name)
+    expected = -(-min(length, _LONGEST_TRUSTED) * sample_rate // sound.samplerate)
     with sound:
         blocks = _blocks(sound, length, name)
-        expected = min(length, _LONGEST_TRUSTED)
-        return resample_blocks(blocks, sound.samplerate, sample_rate, expected)
+        return collect(resample_stream(blocks, sound.samplerate, sample_rate), expected)
+
+
+def read_blocks(file, sample_rate: int = 16000):
+    """Yields what `read` returns as blocks f32[*] of at most a minute or so, for long recordings.
+
+    Raises AudioError as `read` does, at the latest where the damage lies.
+    """
+    name = _name(file)
+    sound, length = _open(file, name)
+    with sound:
+        yield from resample_stream(_blocks(sound, length, name), sound.samplerate, sample_rate)
 
 
 def info(file) -> tuple[float, int, int]:

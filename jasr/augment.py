@@ -120,15 +120,31 @@ def augment_waveform(audio, audio_len, keys, cfg: WaveAugmentConfig, scale=1.0):
 
 
 def coloured_noise(key, samples: int, ratio):
-    """Noise f32[S] of variance 1: octave k held for 2^k samples at ratio^k the amplitude (Voss)."""
-    octaves = 7
-    white = (jax.random.bits(key, (samples,), jnp.uint16).astype(jnp.float32) - 32767.5) / 18918.6
-    gains = ratio ** jnp.arange(octaves, dtype=jnp.float32)
-    total = jnp.zeros(samples)
-    for k in range(octaves):
-        held = white[: -(-samples // 2**k)]
-        total += gains[k] * jnp.repeat(held, 2**k)[:samples]
-    return total / jnp.sqrt(jnp.sum(jnp.square(gains)))
+    """Noise f32[S] of variance 1, white for ratio 0, pink for 1, brown for 1.4 (√2).
+
+    Voss's sum: white noise, plus `ratio` times white noise held for 2 samples, and so on to 64.
+    Sample t depends on key and t alone, so a longer row begins with the same noise.
+    """
+    octaves = 6
+    white = _white(key, -(-samples // 2**octaves) * 2**octaves)
+    total = white[: len(white) >> octaves]
+    for k in range(octaves - 1, -1, -1):
+        total = white[: len(white) >> k] + ratio * jnp.repeat(total, 2)
+    power = jnp.sum(jnp.square(ratio) ** jnp.arange(octaves + 1))
+    return total[:samples] / jnp.sqrt(power)
+
+
+def _white(key, samples: int):
+    """Uniform noise of variance 1: an integer hash of the sample's number, seeded by the key.
+
+    Threefry, 50 times slower on a CPU, would cost a tenth of a small model's training step.
+    """
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    x = jnp.arange(samples, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + first
+    x = (x ^ x >> 16) * jnp.uint32(0x7FEB352D)
+    x = (x ^ x >> 15 ^ second) * jnp.uint32(0x846CA68B)
+    x = x ^ x >> 16
+    return ((x >> 8).astype(jnp.float32) * 2.0**-24 - 0.5) * 12**0.5
 
 
 def _each_row(keys, batch: int):

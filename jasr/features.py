@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_SEGMENT = 512  # frames: a segment's spectra are 1 MB
+
 
 @dataclasses.dataclass(frozen=True)
 class FrontEndConfig:
@@ -68,14 +70,15 @@ def log_mel(audio, audio_len, cfg: FrontEndConfig = NEMO, keys=None):
     edge = (n_fft - cfg.hop) // 2 if cfg.exact_pad else n_fft // 2
     end = audio_len - edge if cfg.exact_pad and cfg.kind == "nemo" else audio_len  # NeMo pads first
     audio = jnp.where(jnp.arange(audio.shape[1]) < end[:, None], audio, 0.0)
-    frames = _frames(audio, audio_len, cfg, n_fft, edge)
     mel_len = (audio_len + 2 * edge - n_fft) // cfg.hop + (cfg.kind != "nemo")
     mel_len = jnp.where(audio_len > 0, jnp.maximum(mel_len, 0), 0)
-    spectrum = jnp.fft.rfft(frames * _window(cfg), n_fft)
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    if cfg.mag_power != 2.0:
-        power = power ** (cfg.mag_power / 2)
-    mel = jnp.dot(power, _filter_bank(cfg, n_fft).T, precision=jax.lax.Precision.HIGHEST)
+
+    blocks = _blocks(audio, audio_len, cfg, n_fft, edge)
+    mel = jax.lax.platform_dependent(
+        blocks,
+        cpu=lambda blocks: _mel_by_fft(blocks, cfg, n_fft),
+        default=lambda blocks: _mel_by_product(blocks, cfg, n_fft),
+    )
     if cfg.log:
         guard = jnp.float32(cfg.log_guard)
         mel = jnp.log(mel + guard if cfg.log_guard_type == "add" else jnp.maximum(mel, guard))
@@ -103,25 +106,69 @@ def _check(cfg: FrontEndConfig) -> None:
         raise ValueError(f"n_fft={cfg.n_fft}: must be even and at least win={cfg.win}")
 
 
-def _frames(audio, audio_len, cfg: FrontEndConfig, n_fft: int, edge: int):
-    """Windows f32[B, T, win], the middle of frames of n_fft that start at t * hop - edge.
+def _blocks(audio, audio_len, cfg: FrontEndConfig, n_fft: int, edge: int):
+    """Samples f32[B, T + k - 1, hop] of which frame t is the first `win` from block t on.
 
-    Copies of blocks of `hop` samples side by side, which is cheaper than a gather.
+    Frame t is the middle of the n_fft samples that start at t * hop - edge.
     """
-    samples = audio.shape[1]
-    frames = max(0, samples + 2 * edge - n_fft) // cfg.hop + 1
+    frames = max(0, audio.shape[1] + 2 * edge - n_fft) // cfg.hop + 1
     before = edge - (n_fft - cfg.win) // 2
     if cfg.kind != "nemo":
         audio = _reflect_ends(audio, audio_len, edge)[:, edge - before :]
         before = 0
-    copies = -(-cfg.win // cfg.hop)
-    total = (frames + copies - 1) * cfg.hop
+    total = (frames - 1 + -(-cfg.win // cfg.hop)) * cfg.hop
     audio = jnp.pad(audio, ((0, 0), (before, 0)))[:, :total]
     audio = jnp.pad(audio, ((0, 0), (0, total - audio.shape[1])))
-    blocks = audio.reshape(audio.shape[0], -1, cfg.hop)
-    parts = [blocks[:, i : i + frames] for i in range(copies)]
+    return audio.reshape(audio.shape[0], -1, cfg.hop)
+
+
+def _frames(blocks, cfg: FrontEndConfig):
+    """Frames f32[..., T, win]: shifted blocks side by side, which is cheaper than a gather."""
+    copies = -(-cfg.win // cfg.hop)
+    frames = blocks.shape[-2] - copies + 1
+    parts = [blocks[..., i : i + frames, :] for i in range(copies)]
     parts[-1] = parts[-1][..., : cfg.win - (copies - 1) * cfg.hop]
     return jnp.concatenate(parts, axis=-1)
+
+
+def _mel_by_fft(blocks, cfg: FrontEndConfig, n_fft: int):
+    """Mel energies f32[B, T, F], segment after segment so that the spectra stay in the cache.
+
+    On two cores 2.5 to 4 times as fast as one FFT of everything.
+    """
+    halo = -(-cfg.win // cfg.hop) - 1
+    batch, frames = blocks.shape[0], blocks.shape[1] - halo
+    segments = -(-frames // _SEGMENT)
+    size = -(-frames // segments)
+    blocks = jnp.pad(blocks, ((0, 0), (0, segments * size - frames), (0, 0)))
+    parts = [blocks[:, i * size : (i + 1) * size + halo] for i in range(segments)]
+    window, bank = _window(cfg), _filter_bank(cfg, n_fft)
+
+    def segment(blocks):
+        spectrum = jnp.fft.rfft(_frames(blocks, cfg) * window, n_fft)
+        return _mel(jnp.square(spectrum.real) + jnp.square(spectrum.imag), cfg, bank)
+
+    mel = jax.lax.map(segment, jnp.stack(parts, axis=1).reshape(-1, size + halo, cfg.hop))
+    return mel.reshape(batch, segments * size, -1)[:, :frames]
+
+
+def _mel_by_product(blocks, cfg: FrontEndConfig, n_fft: int):
+    """Mel energies f32[B, T, F] by the DFT as a matrix: what accelerators do best.
+
+    It also stays on its device, where XLA gathers the operand of an FFT from all of them.
+    """
+    angle = 2 * np.pi / n_fft * np.outer(np.arange(cfg.win), np.arange(n_fft // 2 + 1))
+    window = _window(cfg)[:, None]
+    frames, highest = _frames(blocks, cfg), jax.lax.Precision.HIGHEST
+    real = jnp.dot(frames, (window * np.cos(angle)).astype(np.float32), precision=highest)
+    imaginary = jnp.dot(frames, (window * np.sin(angle)).astype(np.float32), precision=highest)
+    return _mel(jnp.square(real) + jnp.square(imaginary), cfg, _filter_bank(cfg, n_fft))
+
+
+def _mel(power, cfg: FrontEndConfig, bank):
+    if cfg.mag_power != 2.0:
+        power = power ** (cfg.mag_power / 2)
+    return jnp.dot(power, bank.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _reflect_ends(audio, audio_len, edge: int):

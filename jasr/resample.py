@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -30,20 +30,18 @@ def resample(x, rate_in: int, rate_out: int) -> np.ndarray:
     x = np.ascontiguousarray(x, np.float32)
     if x.ndim != 1:
         raise ValueError(f"resample needs mono samples of shape [S], got {x.shape}")
-    return resample_blocks([x], rate_in, rate_out, len(x))
-
-
-def resample_blocks(
-    blocks: Iterable[np.ndarray], rate_in: int, rate_out: int, length: int
-) -> np.ndarray:
-    """As `resample`, for a recording that arrives in blocks f32[*], about `length` samples in all.
-
-    The result does not depend on how it is cut into blocks; `length` only sizes the first buffer.
-    """
     up, down = _ratio(rate_in, rate_out)
-    out = np.empty(_out_length(length, up, down), np.float32)
+    return collect(resample_stream([x], rate_in, rate_out), -(-len(x) * up // down))
+
+
+def resample_stream(
+    blocks: Iterable[np.ndarray], rate_in: int, rate_out: int
+) -> Iterator[np.ndarray]:
+    """Yields `resample` of the joined blocks f32[*], about a block at a time."""
+    up, down = _ratio(rate_in, rate_out)
     if up == down:
-        return _concatenate_into(out, blocks)
+        yield from blocks
+        return
     groups, before, reach, step = _filters(up, down)
     row = sum(weights.shape[1] for _, weights in groups)  # outputs a row
     buffer = np.zeros(before, np.float32)  # input from `before` samples ahead of the next row
@@ -52,18 +50,26 @@ def resample_blocks(
         seen += len(block)
         buffer = np.concatenate([buffer, block])
         rows = max(0, (len(buffer) - reach) // step + 1)
-        out = _grown(out, done + rows * row)
-        _apply(groups, buffer, rows, step, out[done : done + rows * row].reshape(rows, row))
-        buffer, done = buffer[rows * step :], done + rows * row
-    total = _out_length(seen, up, down)
-    rows = -(-max(0, total - done) // row)
-    missing = max(0, rows * step + reach - len(buffer))
-    buffer = np.concatenate([buffer, np.zeros(missing, np.float32)])
-    tail = np.empty((rows, row), np.float32)
-    _apply(groups, buffer, rows, step, tail)
-    out = _grown(out, total)
-    out[done:total] = tail.reshape(-1)[: max(0, total - done)]
-    return out[:total]
+        if rows:
+            yield _rows(groups, buffer, rows, step, row)
+            buffer, done = buffer[rows * step :], done + rows * row
+    rest = -(-seen * up // down) - done
+    rows = -(-max(0, rest) // row)
+    buffer = np.pad(buffer, (0, max(0, rows * step + reach - len(buffer))))
+    if rest > 0:
+        yield _rows(groups, buffer, rows, step, row)[:rest]
+
+
+def collect(blocks: Iterable[np.ndarray], expected: int) -> np.ndarray:
+    """The joined blocks f32[S], copied once if there are `expected` samples or fewer."""
+    out, done = np.empty(expected, np.float32), 0
+    for block in blocks:
+        end = done + len(block)
+        if end > len(out):
+            out = np.concatenate([out, np.empty(max(end - len(out), len(out) // 2), np.float32)])
+        out[done:end] = block
+        done = end
+    return out[:done]
 
 
 def _ratio(rate_in, rate_out) -> tuple[int, int]:
@@ -71,25 +77,6 @@ def _ratio(rate_in, rate_out) -> tuple[int, int]:
         raise ValueError(f"sampling rates must be positive whole Hz, got {rate_in} and {rate_out}")
     ratio = Fraction(int(rate_out), int(rate_in))
     return ratio.numerator, ratio.denominator
-
-
-def _out_length(length: int, up: int, down: int) -> int:
-    return -(-length * up // down)
-
-
-def _grown(out: np.ndarray, needed: int) -> np.ndarray:
-    if needed <= len(out):
-        return out
-    return np.concatenate([out, np.empty(max(needed - len(out), len(out) // 2), np.float32)])
-
-
-def _concatenate_into(out: np.ndarray, blocks) -> np.ndarray:
-    done = 0
-    for block in blocks:
-        out = _grown(out, done + len(block))
-        out[done : done + len(block)] = block
-        done += len(block)
-    return out[:done]
 
 
 @functools.lru_cache(maxsize=64)
@@ -120,8 +107,9 @@ def _kaiser(u: np.ndarray) -> np.ndarray:
     return np.where(inside, np.i0(BETA * np.sqrt(np.where(inside, 1 - u * u, 0))), 0) / np.i0(BETA)
 
 
-def _apply(groups, buffer: np.ndarray, rows: int, step: int, out: np.ndarray) -> None:
-    """Fills out f32[rows, row]: row r of group (start, w) is buffer[start + r * step :][:W] @ w."""
+def _rows(groups, buffer: np.ndarray, rows: int, step: int, row: int) -> np.ndarray:
+    """f32[rows * row]: for group (start, w), row r is buffer[start + r * step :][:W] @ w."""
+    out = np.empty((rows, row), np.float32)
     column = 0
     for start, weights in groups:
         width, count = weights.shape
@@ -133,3 +121,4 @@ def _apply(groups, buffer: np.ndarray, rows: int, step: int, out: np.ndarray) ->
             )
             out[r : r + n, column : column + count] = np.ascontiguousarray(view) @ weights
         column += count
+    return out.reshape(-1)

@@ -1,0 +1,124 @@
+"""Row `features`: log-mel of a batch against transformers' ParakeetFeatureExtractor.
+
+    python -m experiments.benchmark features [--batch 16] [--seconds 10] [--rounds 15] [--files ...]
+
+Both get the same list of utterances of unequal length as numpy arrays and return padded features;
+ours pads on the host, moves the batch and runs one jitted function. `--files` takes recordings in
+place of generated speech-like noise. Two more rows time decoding and resampling.
+"""
+
+import argparse
+import io
+
+import jax
+import numpy as np
+
+from experiments.bench import timing
+from jasr import audio
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="benchmark features", description=__doc__)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="length of the longest utterance"
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--mels", type=int, default=80)
+    parser.add_argument("--files", nargs="*", default=(), help="recordings to use as the batch")
+    args = parser.parse_args(argv)
+    print(timing.machine())
+    if args.files:
+        utterances = [audio.read(path) for path in args.files]
+    else:
+        utterances = speech_like(args.batch, args.seconds)
+    log_mel_row(utterances, args.mels, args.rounds)
+    host_rows(utterances[0], args.rounds)
+
+
+def speech_like(batch, seconds, seed=0):
+    """Utterances f32[S] of unequal length: falling noise, four syllables a second."""
+    rng = np.random.default_rng(seed)
+    utterances = []
+    for share in np.linspace(0.7, 1.0, batch):
+        samples = int(share * seconds * 16000)
+        noise = np.convolve(rng.standard_normal(samples), 0.9 ** np.arange(32), mode="same")
+        syllables = np.maximum(0, np.sin(np.arange(samples) * (2 * np.pi * 4 / 16000))) ** 2
+        utterances.append((0.05 * noise * syllables).astype(np.float32))
+    return utterances
+
+
+def pad(utterances):
+    """(audio f32[B, S], audio_len i32[B])."""
+    lengths = np.array([len(x) for x in utterances], np.int32)
+    batch = np.zeros((len(utterances), lengths.max()), np.float32)
+    for row, x in zip(batch, utterances, strict=True):
+        row[: len(x)] = x
+    return batch, lengths
+
+
+def log_mel_row(utterances, mels, rounds):
+    """Compares, times and reports; the ratio of the medians is the result."""
+    import torch
+    from transformers import ParakeetFeatureExtractor
+
+    torch.set_num_threads(timing.threads())
+    extractor = ParakeetFeatureExtractor(feature_size=mels)
+    config = audio.FrontEndConfig(n_mels=mels)
+    function = jax.jit(lambda x, n: audio.log_mel(x, n, config))
+
+    def ours():
+        return jax.block_until_ready(function(*pad(utterances)))
+
+    def peer():
+        return extractor(utterances, sampling_rate=16000, return_tensors="pt")
+
+    (mel, _), theirs = ours(), peer()
+    theirs = theirs["input_features"].numpy()
+    worst = float(np.abs(np.asarray(mel) - theirs).max())
+    if worst > 1e-3:
+        raise SystemExit(f"outputs differ by {worst:.2e}: nothing to time")
+    seconds = sum(map(len, utterances)) / 16000
+    times = timing.interleave({"transformers": peer, "jasr": ours}, rounds)
+    speeds = {name: seconds / timing.quartiles(values)[1] for name, values in times.items()}
+    return timing.report(
+        f"log-mel, {len(utterances)} utterances, {seconds:.0f} s, {mels} mels, "
+        f"{timing.threads()} threads",
+        times,
+        ours="jasr",
+        peer="transformers",
+        extra=[f"largest difference of the outputs {worst:.1e}"]
+        + [f"{name}: {speed:.0f}x real time" for name, speed in speeds.items()],
+    )
+
+
+def host_rows(x, rounds):
+    """Decoding of one utterance in each format, resampling and speed perturbation, on the host."""
+    import scipy.signal
+    import soundfile
+
+    coded = {}
+    for name, kind in {"wav": "WAV", "flac": "FLAC", "ogg": "OGG", "mp3": "MP3"}.items():
+        stream = io.BytesIO()
+        soundfile.write(stream, x, 16000, format=kind)
+        coded[name] = stream.getvalue()
+    seconds = len(x) / 16000
+    thunks = {name: (lambda data=data: audio.read(data)) for name, data in coded.items()}
+    times = timing.interleave(thunks, rounds)
+    speeds = {name: seconds / timing.quartiles(values)[1] for name, values in times.items()}
+    extra = [f"{name}: {speed:.0f}x real time" for name, speed in speeds.items()]
+    timing.report("read, one utterance", times, ours="flac", extra=extra)
+
+    x = audio.resample(x, 16000, 44100)
+    times = timing.interleave(
+        {
+            "scipy resample_poly": lambda: scipy.signal.resample_poly(x, 160, 441),
+            "jasr": lambda: audio.resample(x, 44100, 16000),
+        },
+        rounds,
+    )
+    timing.report("resample 44.1 to 16 kHz", times, ours="jasr", peer="scipy resample_poly")
+    x = x[: int(seconds * 16000)]
+    times = timing.interleave({"speed 1.1": lambda: audio.speed(x, 1.1)}, rounds)
+    speed = seconds / timing.quartiles(times["speed 1.1"])[1]
+    timing.report("speed", times, ours="speed 1.1", extra=[f"{speed:.0f}x real time"])
