@@ -1,0 +1,110 @@
+"""Word error rate of a checkpoint on a manifest.
+
+    python -m experiments.evaluate --checkpoint=runs/an4 --manifest=valid.jsonl --output=eval.json
+
+Prints WER and CER with 95 % intervals (bootstrap over utterances), WER by duration, speed with
+compiling apart, fast-weight updates an utterance, and last `WER x.xx % on N utterances`.
+--output holds all of it and every utterance; --baseline compares with such a file of another
+model on the same utterances (paired bootstrap).
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+
+
+def main(argv=None):
+    args = parse(argv)
+    with contextlib.redirect_stdout(sys.stderr):
+        printed = evaluate(args)
+    if printed is None:
+        return 1
+    print(*printed, sep="\n", flush=True)
+    return 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="run, step, average or LaCT directory")
+    add("--manifest", required=True, action="append", help="manifest, CutSet or Shar; repeatable")
+    add("--output", default="", help="JSON report with every utterance")
+    add("--predictions", default="", help="JSON lines: id, ref, hyp")
+    add("--baseline", default="", help="an earlier --output to compare with")
+    add("--normalisation", default="", help="none, lower or whisper_english (the tokenizer's)")
+    add("--label", default="", help="what the utterances are, for the last line")
+    add("--step", type=int, default=None, help="step of the run (newest)")
+    add("--item", default="", help="params or ema (ema if there is one)")
+    add(
+        "--lact_updates",
+        default="",
+        choices=("", "on", "off", "no_branch"),
+        help="fast weights as trained, never updated, or their branch removed",
+    )
+    add("--window", type=float, default=0.0, help="s seen at once (whole utterances up to 40 s)")
+    add("--overlap", type=float, default=4.0, help="s shared by two windows")
+    add("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
+    add("--limit", type=int, default=0, help="score the first N utterances only")
+    return parser.parse_args(argv)
+
+
+def evaluate(args):
+    """Lines for standard output, or None (said why) where there is nothing to print."""
+    from jasr import compilation_cache, score, tasks
+
+    compilation_cache.enable()
+    changed = {"lact_updates": args.lact_updates} if args.lact_updates else None
+    try:
+        baseline = json.load(open(args.baseline, encoding="utf-8")) if args.baseline else None
+        task, variables, meta = tasks.load(args.checkpoint, args.step, args.item, changed)
+        report = score.evaluate(
+            task,
+            variables,
+            tuple(args.manifest),
+            normalisation=args.normalisation,
+            meta=meta,
+            limit=args.limit,
+            window=args.window,
+            overlap=args.overlap,
+            batch_seconds=args.batch_seconds,
+        )
+        difference = score.compare(report, baseline) if baseline else None
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return None
+    for line in report["left_out"]:
+        print(f"left out: {line}", file=sys.stderr)
+    about = {
+        "checkpoint": args.checkpoint,
+        "step": meta.get("step"),
+        "item": args.item or "default",
+        "manifest": args.manifest,
+        "lact_updates": args.lact_updates or "as trained",
+    }
+    if difference:
+        about["baseline"] = {"file": args.baseline, **difference}
+    if args.output:
+        score.dump({**about, **report}, args.output)
+    if args.predictions:
+        with open(args.predictions, "w", encoding="utf-8") as f:
+            for u in report["utterances"]:
+                row = {k: u[k] for k in ("id", "ref", "hyp")}
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    printed = [*score.lines(report)]
+    if difference:
+        printed.append(
+            f"against {args.baseline}: {100 * difference['difference']:+.2f} points "
+            f"[{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}], "
+            f"better in {100 * difference['p_better']:.0f} % of the draws"
+        )
+    return [*printed, score.last_line(report, args.label)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Transcribes recordings: files and directories of WAV, FLAC, OGG or MP3, of any length.
+
+    python -m experiments.transcribe --checkpoint=runs/an4 a.wav b.flac dir/ --format=srt
+
+Transcripts go to standard output in the order of the inputs (or, with --output_dir, to one file
+each), everything else to standard error. A recording that cannot be used is reported there (and,
+in JSON, as an object with "error"); the others go on and the exit status is 1.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import sys
+import time
+
+from jasr.formats import FORMATS, render
+
+
+def main(argv=None):
+    args = parse(argv)
+    out = sys.stdout
+    if hasattr(out, "reconfigure"):
+        out.reconfigure(encoding="utf-8", errors="backslashreplace")
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is not a transcript
+        try:
+            return transcribe(args, out)
+        except BrokenPipeError:  # the reader has left: | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+            return 1
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.transcribe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("inputs", nargs="+", metavar="PATH", help="recording, or directory of them")
+    parser.add_argument("--checkpoint", required=True, help="run, step, average or LaCT directory")
+    parser.add_argument("--format", choices=FORMATS, default="txt")
+    parser.add_argument("--output_dir", default="", help="write one file a recording there")
+    parser.add_argument("--step", type=int, default=None, help="step of the run (newest)")
+    parser.add_argument("--item", default="", help="params or ema (ema if there is one)")
+    parser.add_argument("--window", type=float, default=0.0, help="s seen at once (as trained)")
+    parser.add_argument("--overlap", type=float, default=4.0, help="s shared by two windows")
+    parser.add_argument("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
+    args = parser.parse_intermixed_args(argv)
+    if args.window < 0 or args.overlap <= 0 or args.batch_seconds <= 0:
+        parser.error("--window, --overlap and --batch_seconds are seconds above 0")
+    return args
+
+
+def transcribe(args, out):
+    """Runs the command; the exit status."""
+    from jasr.transcribe import find_recordings, from_pretrained
+
+    found, problems = find_recordings(args.inputs)
+    for problem in problems:
+        say(f"error: {problem}")
+    if args.format in ("srt", "vtt") and len(found) > 1 and not args.output_dir:
+        say(f"error: {len(found)} recordings in one {args.format} stream: give --output_dir")
+        return 2
+    if not found:
+        return 1
+    try:
+        model = from_pretrained(
+            args.checkpoint,
+            step=args.step,
+            item=args.item,
+            window=args.window,
+            overlap=args.overlap,
+            batch_seconds=args.batch_seconds,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        say(f"error: cannot load {args.checkpoint}: {e}")
+        return 1
+    start, failed = time.perf_counter(), len(problems)
+    results = model.stream(path for path, _ in found)
+    for (path, name), result in zip(found, results, strict=True):
+        failed += report(path, result)
+        if "error" in result and args.format != "json":
+            continue
+        label = name if args.format == "ctm" else str(path) if len(found) > 1 else ""
+        write(render(result, args.format, label), name, args, out)
+    wall = time.perf_counter() - start
+    say(
+        f"{len(found)} recordings, {model.audio_seconds:.1f} s of audio in {wall:.1f} s, "
+        f"{model.compile_seconds:.1f} s of them compiling; {failed} failed"
+    )
+    return 1 if failed else 0
+
+
+def report(path, result):
+    """Prints what was wrong with a recording; 1 if it could not be transcribed, else 0."""
+    if "error" in result:
+        say(f"error: {result['error']}")
+        return 1
+    for warning in result["warnings"]:
+        say(f"warning: {path}: {warning}")
+    return 0
+
+
+def write(text, name, args, out):
+    """Prints a transcript, or writes it under --output_dir."""
+    if not args.output_dir:
+        out.write(text)
+        out.flush()
+        return
+    path = pathlib.Path(args.output_dir) / f"{name}.{args.format}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

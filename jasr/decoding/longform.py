@@ -1,0 +1,126 @@
+"""Recordings of any length: overlapping windows of samples, and one token sequence from them.
+
+Windows start at multiples of an output frame, so that frame numbers of all windows count on one
+clock. Two windows' tokens are joined at a frame inside their overlap that lies between words of
+both, as far from any token and from the windows' ends as can be.
+"""
+
+import bisect
+import dataclasses
+import functools
+
+import numpy as np
+
+SEAM_CLEAR = 12  # frames: more silence than this around a seam makes it no better
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """How recordings are cut; all in samples. `frame` divides `length` and `overlap`."""
+
+    length: int
+    overlap: int
+    frame: int
+
+    @classmethod
+    def of(cls, seconds, overlap_seconds, sample_rate, frame):
+        """The nearest windows to so many seconds; the overlap is at most a quarter of them."""
+        length = max(8, round(seconds * sample_rate / frame))
+        overlap = min(max(2, round(overlap_seconds * sample_rate / frame)), length // 4)
+        return cls(length * frame, overlap * frame, frame)
+
+    @property
+    def hop(self):
+        return self.length - self.overlap
+
+    def cut(self, blocks):
+        """Yields (first sample, window f32[<= length]) of a recording given in blocks f32[*].
+
+        A recording no longer than a window stays whole. Holds little more than one window. At
+        least one window comes, empty if the recording is.
+        """
+        kept, start = np.zeros(0, np.float32), 0
+        for block in blocks:
+            kept = np.concatenate([kept, block])
+            while len(kept) > self.length:
+                yield start, kept[: self.length]
+                kept, start = kept[self.hop :], start + self.hop
+        yield start, kept
+
+
+def join(pieces, windows, tokenizer):
+    """Tokens of the whole recording from the tokens of its windows.
+
+    Args:
+      pieces: [(first sample, tokens, start_frame, end_frame)] in order, frames counted from each
+        window's own start, without padding.
+      windows: the Windows that made them.
+      tokenizer: with `.piece(id)`; a leading space begins a word.
+
+    Returns:
+      (tokens, start_frame, end_frame) as lists, frames counted from the recording's start.
+    """
+    whole = []
+    for first, *columns in pieces:
+        shift = first // windows.frame
+        items = [
+            (int(token), int(start) + shift, int(end) + shift)
+            for token, start, end in zip(*columns, strict=True)
+        ]
+        if first > 0:
+            high = shift + windows.overlap // windows.frame
+            near = bisect.bisect_left(whole, shift - SEAM_CLEAR, key=lambda item: item[1])
+            seam, word_ends = find_seam(whole[near:], items, shift, high, tokenizer)
+            del whole[bisect.bisect_left(whole, seam, key=lambda item: item[1]) :]
+            items = items[bisect.bisect_left(items, seam, key=lambda item: item[1]) :]
+            if word_ends and (space := space_token(tokenizer)) is not None:
+                whole.append((space, seam, seam))
+        whole += items
+    return tuple([list(column) for column in zip(*whole, strict=True)] or ([], [], []))
+
+
+def find_seam(left, right, low, high, tokenizer):
+    """(frame, between words): where in (low, high) to go from `left`'s tokens to `right`'s.
+
+    Best between words of both, then between tokens of both; then with the most silence around it,
+    up to SEAM_CLEAR frames; then nearest to the middle, where both windows see the most context.
+
+    Args:
+      left, right: [(token, start frame, end frame)] in order.
+    """
+    margin = (high - low) // 8
+    seams = np.arange(low + margin, max(high - margin, low + margin) + 1)
+    rooms, gaps = zip(*(_around(items, seams, tokenizer) for items in (left, right)), strict=True)
+    room, between = np.minimum(*rooms), np.logical_and(*gaps)
+    off_centre = np.abs(seams - (low + high) // 2)
+    best = np.lexsort((off_centre, -np.minimum(room, SEAM_CLEAR), ~between, room < 0))[0]
+    return int(seams[best]), bool(between[best])
+
+
+def _around(items, seams, tokenizer):
+    """Frames from each seam to the nearest token (negative inside one); whether a word ends there.
+
+    Spaces are no tokens here. Before the first and after the last token words have ended.
+    """
+    starts, ends, gaps, spaced = [], [], [], True
+    for token, start, end in items:
+        piece = tokenizer.piece(token)
+        if not piece.strip():
+            spaced = spaced or bool(piece)
+            continue
+        starts.append(start)
+        ends.append(end)
+        gaps.append(spaced or piece[0].isspace())
+        spaced = False
+    after = np.searchsorted(np.array(starts, np.int64), seams, side="left")
+    far = 1 << 30
+    to_next = np.array([*starts, far])[after] - seams
+    from_last = seams - np.array([-far, *ends])[after]
+    return np.minimum(to_next, from_last), np.array([*gaps, True])[after]
+
+
+@functools.cache
+def space_token(tokenizer):
+    """The id of the token that is a space alone; None if there is none."""
+    pieces = (tokenizer.piece(token) for token in range(tokenizer.vocab_size))
+    return next((token for token, piece in enumerate(pieces) if piece == " "), None)

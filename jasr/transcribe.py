@@ -1,0 +1,324 @@
+"""Recordings to text with times: files or arrays of any length, in bounded memory.
+
+    model = jasr.from_pretrained("runs/an4")
+    model.transcribe(["a.wav", "b.flac"])
+
+Recordings are cut into windows (decoding/longform.py), windows padded to a few fixed lengths and
+batched, so that the second file of a length compiles nothing; results come in the order of the
+inputs. A recording that cannot be used gives a result with `error` and does not stop the others.
+"""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import time
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from jasr import audio, audio_blocks, resample
+from jasr.decoding import longform
+from jasr.decoding.ctc import words
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".w64")
+BUCKET_SECONDS = (2.0, 4.0, 8.0, 16.0, 32.0)  # window lengths that programs are compiled for
+BUCKET_ROWS = (1, 4, 16, 64)
+WAITING_JOBS = 64  # results held back for an earlier recording before its batch runs part-full
+
+LEVEL_SECONDS = 0.02  # loudness is measured on frames of this length
+SILENT_DB, SOUND_DB = -60.0, -50.0  # of full scale: nothing there; something there
+HOLE_SECONDS, HOLE_DB = 4.0, 12.0  # a wordless span so long, at most so much below the words
+
+
+def from_pretrained(path, *, step=None, item="", model=None, **settings):
+    """The Recognizer of a run, checkpoint step, average or original LaCT directory.
+
+    Args:
+      path, step, item, model: see `jasr.tasks.load`.
+      settings: window, overlap, batch_seconds of `Recognizer`.
+    """
+    from jasr import compilation_cache, tasks
+
+    compilation_cache.enable()
+    task, variables, meta = tasks.load(path, step, item, model)
+    return Recognizer(task, variables, meta=meta, **settings)
+
+
+def transcribe(path, inputs, **settings):
+    """The transcripts of files by the model at `path`: `from_pretrained` and its `transcribe`."""
+    return from_pretrained(path, **settings).transcribe(inputs)
+
+
+def trained_seconds(meta):
+    """The window for a checkpoint: the longest row it was trained on, within 8 to 30 s."""
+    data = meta.get("config", {}).get("data", {})
+    bins = data.get("bucket_duration_bins", ())
+    edges = [b[0] if isinstance(b, (list, tuple)) else b for b in bins]
+    longest = meta.get("longest_seconds") or max(edges, default=data.get("max_duration", 0.0))
+    return min(30.0, max(8.0, longest)) if longest else 20.0
+
+
+class Recognizer:
+    """A task with its weights on the device, transcribing in fixed shapes.
+
+    Args:
+      task: with predict, tokenizer, front_end.sample_rate and seconds_per_frame.
+      variables: {"params", "batch_stats"}.
+      meta: the checkpoint's, for the length that it was trained on.
+      window: seconds that the model sees at once; 0 = what it was trained on. Longer recordings
+        are cut into windows that overlap.
+      overlap: seconds shared by neighbouring windows, at most a quarter of them.
+      batch_seconds: padded audio in one batch at most: sets the memory that is needed.
+    """
+
+    def __init__(self, task, variables, *, meta=None, window=0.0, overlap=4.0, batch_seconds=64.0):
+        self.task, self.meta = task, meta or {}
+        self.variables = jax.device_put(variables)
+        self.sample_rate = task.front_end.sample_rate
+        frame = round(task.seconds_per_frame * self.sample_rate)
+        seconds = window or trained_seconds(self.meta)
+        self.windows = longform.Windows.of(seconds, overlap, self.sample_rate, frame)
+        self.batch_seconds = batch_seconds
+        self.programs = {}  # (rows, samples) -> compiled predict
+        self.compile_seconds = self.run_seconds = self.audio_seconds = 0.0
+        self._predict = jax.jit(task.predict)
+
+    def transcribe(self, inputs, sample_rate=0):
+        """Transcripts of recordings, in their order; a single one for a single recording.
+
+        Args:
+          inputs: path, array f32[S] (or int16), or a list of them.
+          sample_rate: of the arrays; 0 = the model's.
+
+        Returns:
+          [{"audio_filepath", "duration" in s, "text", "words": [{"word", "start", "end"} in s],
+          "warnings": [str], "updates": fast-weight updates}]; a recording that could not be used
+          has "error" too and is also announced by a Python warning.
+        """
+        single = isinstance(inputs, (str, os.PathLike)) or getattr(inputs, "ndim", 0) == 1
+        results = list(self.stream([inputs] if single else inputs, sample_rate))
+        for result in results:
+            if "error" in result:
+                warnings.warn(f"not transcribed: {result['error']}", stacklevel=2)
+        return results[0] if single else results
+
+    def stream(self, inputs, sample_rate=0):
+        """Yields the transcripts of an iterable of recordings, in order, as they get done.
+
+        Memory holds the waiting batches (one a window length) and the texts not yet asked for.
+        """
+        waiting = collections.defaultdict(list)
+        jobs = collections.deque()
+        for number, recording in enumerate(inputs):
+            job = Job(recording, f"array {number}")
+            jobs.append(job)
+            for first, samples in job.read(self.windows, self.sample_rate, sample_rate):
+                bucket = self._bucket(len(samples))
+                waiting[bucket].append((job, first, samples))
+                if len(waiting[bucket]) == self._most_rows(bucket):
+                    self._run(bucket, waiting.pop(bucket))
+            if len(jobs) > WAITING_JOBS:
+                for bucket in list(waiting):
+                    if any(job is jobs[0] for job, _, _ in waiting[bucket]):
+                        self._run(bucket, waiting.pop(bucket))
+            while jobs and jobs[0].done:
+                yield self._result(jobs.popleft())
+        for bucket in sorted(waiting):
+            self._run(bucket, waiting[bucket])
+        for job in jobs:
+            yield self._result(job)
+
+    def _bucket(self, samples):
+        """The number of samples that a window is padded to."""
+        edges = (round(s * self.sample_rate) for s in BUCKET_SECONDS)
+        return min(e for e in (*edges, self.windows.length) if e >= samples)
+
+    def _most_rows(self, bucket):
+        affordable = self.batch_seconds * self.sample_rate / bucket
+        return max(r for r in BUCKET_ROWS if r <= max(1, affordable))
+
+    def program(self, rows, samples):
+        """The compiled `predict` of a batch shape; compiled at its first use only."""
+        shape = rows, samples
+        if shape not in self.programs:
+            start = time.perf_counter()
+            batch = {
+                "audio": jax.ShapeDtypeStruct(shape, np.float32),
+                "audio_len": jax.ShapeDtypeStruct((rows,), np.int32),
+            }
+            self.programs[shape] = self._predict.lower(self.variables, batch).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self.programs[shape]
+
+    def _run(self, bucket, items):
+        """Decodes waiting windows [(job, first sample, samples)] and gives each job its tokens."""
+        rows = min(r for r in BUCKET_ROWS if r >= len(items))
+        program = self.program(rows, bucket)
+        start = time.perf_counter()
+        batch = {
+            "audio": np.zeros((rows, bucket), np.float32),
+            "audio_len": np.zeros(rows, np.int32),
+        }
+        for row, (_, _, samples) in enumerate(items):
+            batch["audio"][row, : len(samples)] = samples
+            batch["audio_len"][row] = len(samples)
+        out = jax.device_get(program(self.variables, batch))
+        for row, (job, first, _) in enumerate(items):
+            length = int(out["token_len"][row])
+            columns = [out[k][row, :length] for k in ("tokens", "start_frame", "end_frame")]
+            job.take(first, columns, int(out["updates"][row]))
+        self.run_seconds += time.perf_counter() - start
+
+    def _result(self, job):
+        """The transcript of a job whose windows are all done."""
+        result = {"audio_filepath": job.name, "duration": round(job.seconds, 4)}
+        self.audio_seconds += job.seconds
+        if job.error:
+            empty = {"duration": 0.0, "text": "", "words": [], "updates": 0}
+            return {**result, **empty, "warnings": [job.error], "error": job.error}
+        tokenizer = self.task.tokenizer
+        columns = longform.join(sorted(job.pieces, key=lambda p: p[0]), self.windows, tokenizer)
+        found = words(tokenizer, *columns, self.task.seconds_per_frame)
+        for word in found:  # the last frame may reach beyond the last sample
+            word["start"] = min(word["start"], result["duration"])
+            word["end"] = min(word["end"], result["duration"])
+        result["text"], result["words"] = tokenizer.decode(columns[0]), found
+        result["warnings"] = job.notes + doubts(found, np.concatenate(job.levels), job.seconds)
+        return {**result, "updates": job.updates}
+
+
+@dataclasses.dataclass
+class Job:
+    """One recording on its way: read in blocks, decoded in windows."""
+
+    recording: Any  # path or array
+    name: str
+    error: str = ""
+    seconds: float = 0.0
+    updates: int = 0
+    waiting: int = 0  # windows read but not decoded
+    ended: bool = False
+    notes: list = dataclasses.field(default_factory=list)
+    levels: list = dataclasses.field(default_factory=lambda: [np.zeros(0, np.float32)])
+    pieces: list = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        if isinstance(self.recording, (str, os.PathLike)):
+            self.name = os.fspath(self.recording)
+
+    @property
+    def done(self):
+        return self.ended and (not self.waiting or bool(self.error))
+
+    def read(self, windows, sample_rate, array_rate):
+        """Yields (first sample, window); on bad audio ends early with `error` set."""
+        try:
+            for first, samples in windows.cut(self._blocks(sample_rate, array_rate)):
+                self.waiting += 1
+                yield first, samples
+        except audio.AudioError as e:
+            self.error = str(e)
+        self.recording, self.ended = None, True
+
+    def take(self, first, columns, updates):
+        """Receives the tokens of one window."""
+        self.pieces.append((first, *columns))
+        self.updates += updates
+        self.waiting -= 1
+
+    def _blocks(self, sample_rate, array_rate):
+        """Yields the recording's samples in blocks at the model's rate, measuring them."""
+        if isinstance(self.recording, (str, os.PathLike)):
+            seconds, rate, channels = audio.info(self.recording)
+            if channels > 2:
+                self.notes.append(f"{channels} channels were averaged")
+            blocks = audio_blocks.read_blocks(self.recording, sample_rate)
+        else:
+            rate = array_rate or sample_rate
+            blocks = [samples_of(self.recording, rate, sample_rate, self.name)]
+        if rate < 0.75 * sample_rate:
+            self.notes.append(f"sampled at {rate} Hz: speech above {rate // 2} Hz is missing")
+        count, size, rest = 0, round(LEVEL_SECONDS * sample_rate), np.zeros(0, np.float32)
+        for block in blocks:
+            count += len(block)
+            self.seconds = count / sample_rate
+            rest = np.concatenate([rest, block])
+            whole = len(rest) // size * size
+            power = np.square(rest[:whole]).reshape(-1, size).mean(axis=1)
+            self.levels.append(10 * np.log10(np.maximum(power, 1e-12)).astype(np.float32))
+            rest = rest[whole:]
+            yield block
+
+
+def samples_of(array, rate, sample_rate, name):
+    """Samples f32[S] of an array at `sample_rate`; AudioError where it cannot be used."""
+    array = np.asarray(array)
+    if array.ndim != 1 or not len(array):
+        raise audio.AudioError(name, f"needs samples of shape [S], S > 0, got {array.shape}")
+    if np.issubdtype(array.dtype, np.integer):
+        array = array.astype(np.float32) / np.iinfo(array.dtype).max
+    array = array.astype(np.float32)
+    if not np.all(np.isfinite(array)):
+        raise audio.AudioError(name, "NaN or infinite samples")
+    return resample.resample(array, rate, sample_rate)
+
+
+def doubts(found, levels, seconds):
+    """Warnings about a transcript: no words at all, or long stretches as loud as words without any.
+
+    Args:
+      found: words with start and end; levels: f32[N] dB of full scale every LEVEL_SECONDS.
+    """
+    peak = float(levels.max(initial=-120.0))
+    if not found:
+        if peak < SILENT_DB:
+            return [f"no words found: the recording is silent (peak {peak:.0f} dBFS)"]
+        loud = LEVEL_SECONDS * int(np.sum(levels > SOUND_DB))
+        return [f"no words found although {loud:.1f} s of it are above {SOUND_DB:g} dBFS"]
+    times = (np.arange(len(levels)) + 0.5) * LEVEL_SECONDS
+    edges = np.array([[w["start"], w["end"]] for w in found])
+    number = np.searchsorted(edges[:, 0], times) - 1  # the last word begun
+    inside = (number >= 0) & (times < edges[np.maximum(number, 0), 1])
+    if not inside.any():
+        return []
+    loud = levels > np.median(levels[inside]) - HOLE_DB
+    gaps = zip([0.0, *edges[:, 1]], [*edges[:, 0], seconds], strict=True)
+    return [
+        f"no words between {start:.1f} and {end:.1f} s although it is about as loud as the words"
+        for start, end in gaps
+        if end - start > HOLE_SECONDS and np.mean(loud[(times >= start) & (times < end)]) > 0.5
+    ]
+
+
+def find_recordings(inputs):
+    """[(path, name)] of files and of the recordings in directories, and what was found wanting.
+
+    A directory gives every file in it and below with one of SUFFIXES, sorted. Names are for output
+    files and CTM: the file's without suffix, with its folders if it was found in a directory; the
+    whole path where that is not unique.
+
+    Returns:
+      ([(path, name)], [problem]): the problems are directories without recordings.
+    """
+    found, problems = [], []
+    for given in map(pathlib.Path, inputs):
+        if not given.is_dir():
+            found.append((given, given.stem))
+            continue
+        below = sorted(
+            pathlib.Path(folder, file)
+            for folder, _, files in os.walk(given)
+            for file in files
+            if file.lower().endswith(SUFFIXES)
+        )
+        if not below:
+            problems.append(f"{given}: no recordings in it ({' '.join(SUFFIXES)})")
+        found += [(p, str(p.relative_to(given).with_suffix(""))) for p in below]
+    seen = collections.Counter(name for _, name in found)
+    return [
+        (path, name if seen[name] == 1 else str(path).lstrip("/").replace("..", "_"))
+        for path, name in found
+    ], problems
