@@ -91,6 +91,11 @@ def find_steps(path):
     return found
 
 
+def is_step(path):
+    """Whether a directory is one step (whole or not), rather than a directory of steps."""
+    return (path / MANIFEST).exists() or (path / "_CHECKPOINT_METADATA").exists()
+
+
 def find_step(path, step=None, items=None, checksums=True):
     """The directory of one good step.
 
@@ -104,7 +109,7 @@ def find_step(path, step=None, items=None, checksums=True):
       CheckpointError: there is no such step, or it is damaged.
     """
     path = pathlib.Path(path).absolute()
-    if (path / MANIFEST).exists() or (path / "_CHECKPOINT_METADATA").exists():
+    if is_step(path):
         candidates = [path]
     else:
         found = find_steps(path)

@@ -392,3 +392,22 @@ def test_mistakes_of_the_caller_raise_at_once(tmp_path):
             c.save(1, {"meta": {"w": np.ones(1)}}, {}, {})
     with pytest.raises(ValueError, match="keep_latest"):
         Checkpoints(tmp_path / "c", keep_latest=0)
+
+
+def test_doctor_lists_steps_and_names_damaged_files(run, capsys):
+    from experiments import doctor
+
+    assert doctor.main(["checkpoint", str(run), "--tree"]) == 0
+    told = capsys.readouterr().out
+    assert f"{run}/checkpoints/10: whole" in told and "val_wer 0.2000" in told
+    assert "params                   54 numbers in 2 arrays" in told
+    assert "params/model/layers_0/kernel" in told and "3 whole, 0 damaged" in told
+    damage(run / "checkpoints" / "20" / "params" / "manifest.ocdbt", "flipped")
+    (run / "checkpoints" / "30" / MANIFEST).unlink()
+    (run / "checkpoints" / "31.orbax-checkpoint-tmp").mkdir()
+    assert doctor.main(["checkpoint", str(run)]) == 1
+    told = capsys.readouterr().out
+    assert "/20: DAMAGED" in told and "params/manifest.ocdbt has changed" in told
+    assert "/30: DAMAGED" in told and "31.orbax-checkpoint-tmp: a save" in told
+    assert doctor.main(["checkpoint", str(run / "checkpoints" / "10"), "--fast"]) == 0
+    assert doctor.main(["checkpoint", str(run / "nowhere")]) == 1
