@@ -1,0 +1,1 @@
+"""Weights of other systems: files read without running anything from them, tables of names."""

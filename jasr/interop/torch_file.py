@@ -1,0 +1,377 @@
+"""Tensors of torch.save files (.pt, .pth, .bin, .ckpt) as numpy arrays, without torch and without
+running anything from the file; and files that torch.load reads, written without torch.
+
+The format (torch >= 1.6): an uncompressed zip of NAME/data.pkl, a pickle in which each tensor is a
+view (offset, shape, strides) of a storage, and NAME/data/KEY, the storages' bytes.
+"""
+
+import collections
+import math
+import os
+import struct
+import typing
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+from jasr.interop import pickles
+
+# Modules whose objects appear in checkpoints as hyper-parameters: read as inert data.
+OPAQUE = (
+    "argparse.Namespace",
+    "collections.defaultdict",
+    "datetime",
+    "lightning",
+    "lightning_fabric",
+    "nemo",
+    "numpy",
+    "omegaconf",
+    "pathlib",
+    "pytorch_lightning",
+    "torch.device",
+    "transformers",
+    "typing",
+    *(
+        f"builtins.{name}"
+        for name in "bool bytes complex dict float int list set str tuple".split()
+    ),
+)
+DTYPES = {
+    "Double": np.float64,
+    "Float": np.float32,
+    "Half": np.float16,
+    "BFloat16": ml_dtypes.bfloat16,
+    "Long": np.int64,
+    "Int": np.int32,
+    "Short": np.int16,
+    "Char": np.int8,
+    "Byte": np.uint8,
+    "Bool": np.bool_,
+    "ComplexFloat": np.complex64,
+    "ComplexDouble": np.complex128,
+}
+NAMED = {
+    f"torch.{name}": np.dtype(dtype)
+    for name, dtype in {
+        **{np.dtype(t).name: t for t in DTYPES.values()},
+        "uint16": np.uint16,
+        "uint32": np.uint32,
+        "uint64": np.uint64,
+        "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+        "float8_e5m2": ml_dtypes.float8_e5m2,
+    }.items()
+}
+STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in DTYPES.items()}
+UNTYPED = {"torch.UntypedStorage": None, "torch.storage.UntypedStorage": None}
+MOST_MEMBERS = 1_000_000
+
+
+class TorchFileError(ValueError):
+    """The file is damaged, is not torch.save's, or asks for what weights do not need."""
+
+
+def read(path, *, opaque=()):
+    """What was given to torch.save, with tensors as read-only numpy arrays mapped from the file.
+
+    Pages are read when they are used, so a large file costs no memory before. bfloat16 comes as
+    ml_dtypes.bfloat16. Parameters come as their data; objects of hyper-parameter classes as
+    `pickles.Opaque`.
+
+    Args:
+      path: a file of torch.save, torch >= 1.6.
+      opaque: more module names, or "module.name"s, whose objects are read as inert data.
+
+    Raises:
+      TorchFileError: with the path, what is wrong and what to do.
+    """
+    path = os.fspath(path)
+    try:
+        members, pickle_name = _members(path)
+        archive = _Archive(path, members, pickle_name)
+        return pickles.loads(
+            archive.bytes("data.pkl"),
+            functions=archive.functions(),
+            values={**NAMED, **STORAGES, **UNTYPED},
+            opaque=(*OPAQUE, *opaque),
+            persistent=archive.storage,
+        )
+    except pickles.PickleError as e:
+        raise TorchFileError(f"{path}: {e}") from e
+
+
+class _Damage(pickles.PickleError):
+    """What is wrong, without the path."""
+
+
+class _Member(typing.NamedTuple):
+    start: int
+    size: int
+
+
+class _Storage(typing.NamedTuple):
+    array: np.ndarray  # one-dimensional; bytes where the dtype comes with the tensor
+
+
+def _members(path):
+    """({name: where its bytes lie}, name of the pickle) of the zip, with every claim checked."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(512)
+        if start[:4] != b"PK\x03\x04":
+            raise _Damage(_what_else(start))
+        try:
+            with zipfile.ZipFile(file) as archive:
+                infos, end = archive.infolist(), archive.start_dir
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
+            raise _Damage(f"a cut or damaged zip file of {size} bytes ({e}); copy it again") from e
+        if len(infos) > MOST_MEMBERS:
+            raise _Damage(f"the zip lists {len(infos)} members")
+        members = {}
+        done = 0
+        infos = sorted(infos, key=lambda info: info.header_offset)
+        if infos and infos[0].header_offset:
+            raise _Damage(f"{infos[0].header_offset} bytes of something else precede the zip")
+        for info in infos:
+            name = info.orig_filename
+            if name in members:
+                raise _Damage(f"the zip holds {name!r} twice")
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+                raise _Damage(
+                    f"{name!r} is compressed or encrypted, as torch.save never does; the file was "
+                    "repacked: save it again with torch"
+                )
+            if info.header_offset < done:
+                raise _Damage(f"{name!r} overlaps another member")
+            file.seek(info.header_offset)
+            header = file.read(30)
+            if len(header) < 30 or header[:4] != b"PK\x03\x04":
+                raise _Damage(f"no header where {name!r} should begin")
+            name_size, extra_size = struct.unpack("<HH", header[26:30])
+            raw = file.read(name_size)
+            if raw.decode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace") != name:
+                raise _Damage(f"{name!r} has another name in its own header")
+            first = info.header_offset + 30 + name_size + extra_size
+            if info.compress_size != info.file_size or first + info.file_size > end:
+                raise _Damage(f"{name!r} claims {info.file_size} bytes that the file does not have")
+            members[name] = _Member(first, info.file_size)
+            done = first + info.file_size
+    names = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
+    if len(names) != 1:
+        raise _Damage(f"a zip file, but not of torch.save: {len(names)} members NAME/data.pkl")
+    if names[0].replace("data.pkl", "constants.pkl") in members:
+        raise _Damage("a TorchScript program (torch.jit.save); save the model's state_dict instead")
+    return members, names[0]
+
+
+def _what_else(start):
+    """What a file that is no zip seems to be, and what to do."""
+    if not start:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself; run `git lfs pull`"
+    if start[:2] == b"\x80\x02" and b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in start:
+        return (
+            "a torch.save file of the old format (before torch 1.6, or "
+            "_use_new_zipfile_serialization=False), which is not read here. If you trust it, "
+            "convert it where torch is installed: "
+            "torch.save(torch.load(OLD, weights_only=True), NEW)"
+        )
+    if start[:1] == b"\x80":
+        return "a bare pickle, not a torch.save file; nothing of it was run"
+    if start[:2] == b"\x1f\x8b" or b"ustar" in start:
+        return "an archive (tar or gzip); extract it and give the weights file inside"
+    if start.lstrip()[:1] in (b"<", b"{"):
+        return "a text file (HTML or JSON), perhaps a failed download"
+    return f"not a torch.save file (it begins with {start[:8]!r})"
+
+
+class _Archive:
+    """The storages and tensors of one file."""
+
+    def __init__(self, path, members, pickle_name):
+        self.members = members
+        self.prefix = pickle_name[: -len("data.pkl")]
+        self.map = np.asarray(np.memmap(path, np.uint8, "r"))
+        if self.prefix + "byteorder" in members and self.bytes("byteorder") != b"little":
+            raise _Damage("written on a big-endian machine; save it again on a little-endian one")
+
+    def bytes(self, name):
+        start, size = self.members[self.prefix + name]
+        return self.map[start : start + size].tobytes()
+
+    def functions(self):
+        """What the pickle may call, by torch's names."""
+        return {
+            "collections.OrderedDict": _ordered_dict,
+            "_codecs.encode": _bytes,
+            "torch.Size": _size,
+            "torch._utils._rebuild_tensor": self.tensor,
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "torch._utils._rebuild_tensor_v3": self.tensor_v3,
+            "torch._utils._rebuild_parameter": _data,
+            "torch._utils._rebuild_parameter_with_state": _data,
+        }
+
+    def storage(self, pid):
+        """The storage of a persistent id ("storage", type, key, location, number of elements)."""
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+            raise _Damage("the pickle refers to something that is not a storage")
+        _, dtype, key, _, count = pid
+        where = self.members.get(f"{self.prefix}data/{key}")
+        if where is None:
+            raise _Damage(f"storage {key!r:.100} is missing from the file")
+        if not isinstance(dtype, np.dtype | None) or type(count) is not int:
+            raise _Damage(f"storage {key!r} has an unknown type")
+        size = 1 if dtype is None else dtype.itemsize
+        if count * size != where.size:
+            raise _Damage(
+                f"storage {key!r} claims {count} x {size} bytes, the file has {where.size}"
+            )
+        part = self.map[where.start : where.start + where.size]
+        return _Storage(part if dtype is None else part.view(dtype))
+
+    def tensor(self, storage, offset, size, stride, *_):
+        """The view of a storage, if its elements lie inside and are distinct."""
+        if not isinstance(storage, _Storage):
+            raise _Damage("a tensor of something that is not a storage")
+        return _view(storage.array, offset, size, stride)
+
+    def tensor_v3(self, storage, offset, size, stride, grad, hooks, dtype, *_):
+        if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
+            raise _Damage("a tensor of something that is not a storage, or of an unknown dtype")
+        if storage.array.nbytes % dtype.itemsize:
+            raise _Damage(f"a storage of {storage.array.nbytes} bytes cannot hold {dtype}")
+        return _view(storage.array.view(dtype), offset, size, stride)
+
+
+def _ordered_dict(*args):
+    if args:  # torch writes its items one by one
+        raise _Damage("an OrderedDict made of arguments")
+    return collections.OrderedDict()
+
+
+def _bytes(text, encoding):
+    if encoding != "latin1":  # how protocol 2 writes bytes
+        raise _Damage(f"text in encoding {encoding!r:.100}")
+    return text.encode("latin1")
+
+
+def _size(shape=()):
+    return tuple(shape)
+
+
+def _data(tensor, *_):
+    return tensor
+
+
+def _view(flat, offset, size, stride):
+    """flat[offset + sum i·stride] for all i < size, read-only, if that lies inside `flat` and no
+    two elements share memory (an expanded tensor would make a huge array of a tiny file).
+    """
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or len(size) > 32 or any(type(n) is not int for n in numbers):
+        raise _Damage(f"a tensor of shape {size!r:.100} with strides {stride!r:.100}")
+    if min(numbers) < 0:
+        raise _Damage(f"a tensor with negative numbers: shape {size}, strides {stride}, {offset}")
+    shown = f"a tensor of shape {size}, strides {stride}, offset {offset}"
+    if 0 in size:
+        return np.zeros(size, flat.dtype)
+    last = sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if offset + last >= flat.size:
+        raise _Damage(f"{shown} lies outside its storage of {flat.size} elements")
+    reach = 0
+    for step, n in sorted((s, n) for n, s in zip(size, stride, strict=True) if n > 1):
+        if step <= reach:
+            raise _Damage(f"{shown} has elements that share memory; save it as .contiguous()")
+        reach += (n - 1) * step
+    flat = flat[offset : offset + last + 1]
+    strides = tuple(s * flat.itemsize if n > 1 else flat.itemsize for n, s in zip(size, stride))
+    return np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def write(path, tree):
+    """Writes a file that torch.load(path, weights_only=True) reads: `tree` with its arrays as CPU
+    tensors, bit for bit.
+
+    tree: dict, list or tuple of arrays, str, int, float, bool and None. The file appears whole or
+    not at all.
+
+    Raises:
+      TorchFileError: something that such a file cannot hold, with its place in the tree.
+    """
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    storages = []
+    out = bytearray(b"\x80\x02")
+    _emit(out, tree, storages, names, "")
+    out += b"."
+    partial = f"{os.fspath(path)}.partial"
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            _add(archive, "archive/data.pkl", bytes(out))
+            _add(archive, "archive/byteorder", b"little")
+            for number, array in enumerate(storages):
+                _add(
+                    archive, f"archive/data/{number}", memoryview(array.reshape(-1).view(np.uint8))
+                )
+            _add(archive, "archive/version", b"3\n")
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def _add(archive, name, data):
+    """Adds a member whose bytes begin at a multiple of 64, as torch's do, for mapping."""
+    info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    start = archive.fp.tell() + 30 + len(name) + 4
+    if len(data) * 1.05 > zipfile.ZIP64_LIMIT:
+        start += 20  # the sizes that zipfile adds to the header of a large member
+    info.extra = struct.pack("<HH", 0x4246, -start % 64) + bytes(-start % 64)
+    archive.writestr(info, data)
+
+
+def _emit(out, value, storages, names, where):
+    """Appends the opcodes of protocol 2 that push `value`."""
+    if value is None or isinstance(value, bool):
+        out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
+    elif isinstance(value, int) and -(2**31) <= value < 2**31:
+        out += b"J" + struct.pack("<i", value)
+    elif isinstance(value, int) and -(2**63) <= value < 2**63:
+        out += b"\x8a\x08" + struct.pack("<q", value)
+    elif isinstance(value, float):
+        out += b"G" + struct.pack(">d", value)
+    elif isinstance(value, str):
+        raw = value.encode("utf-8", "surrogatepass")
+        out += b"X" + struct.pack("<I", len(raw)) + raw
+    elif isinstance(value, dict):
+        out += b"}("
+        for name, item in value.items():
+            _emit(out, name, storages, names, where)
+            _emit(out, item, storages, names, f"{where}/{name}")
+        out += b"u"
+    elif isinstance(value, list | tuple):
+        out += b"(" if isinstance(value, tuple) else b"]("
+        for number, item in enumerate(value):
+            _emit(out, item, storages, names, f"{where}/{number}")
+        out += b"t" if isinstance(value, tuple) else b"e"
+    elif hasattr(value, "dtype") and hasattr(value, "shape"):
+        array = np.asarray(value)
+        if array.dtype not in names:
+            raise TorchFileError(f"{where or 'the tree'}: torch files hold no {array.dtype} here")
+        strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
+        out += b"ctorch._utils\n_rebuild_tensor_v2\n(("
+        _emit(out, "storage", storages, names, where)
+        out += f"ctorch\n{names[array.dtype]}Storage\n".encode()
+        for part in (str(len(storages)), "cpu", array.size):
+            _emit(out, part, storages, names, where)
+        out += b"tQ"
+        for part in (0, array.shape, strides, False):
+            _emit(out, part, storages, names, where)
+        storages.append(np.ascontiguousarray(array))
+        out += b"ccollections\nOrderedDict\n)RtR"
+    else:
+        raise TorchFileError(f"{where or 'the tree'}: a torch file holds no {type(value).__name__}")
