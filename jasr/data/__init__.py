@@ -8,7 +8,21 @@ A manifest or Shar directory becomes an index of usable utterances; the plan is 
 data is one integer: the number of global batches consumed.
 """
 
-from jasr.data.batches import Eval, Train, open_eval, open_train, texts
-from jasr.data.config import DataConfig, DataError
+_HOMES = {
+    "DataConfig": "config",
+    "DataError": "config",
+    "Eval": "batches",
+    "Train": "batches",
+    "open_eval": "batches",
+    "open_train": "batches",
+    "texts": "entries",
+}
+__all__ = list(_HOMES)
 
-__all__ = ["DataConfig", "DataError", "Eval", "Train", "open_eval", "open_train", "texts"]
+
+def __getattr__(name):  # settings and preparation do without the loader's imports
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -312,11 +312,3 @@ def open_eval(cfg, source, encode, quarantine_path=""):
         entries.write_quarantine(quarantine_path, index.bad)
     plan = Plan(index, cfg, 0, evaluation=True)
     return Eval(Loader(index, plan, encode, cfg, quarantine_path))
-
-
-def texts(sources):
-    """Yields the texts of sources without looking at audio: what a tokenizer is made from."""
-    for path, _ in entries.source_pairs(sources):
-        for e in entries.entries_of(path):
-            if not isinstance(e, entries.Bad):
-                yield e.text

@@ -4,6 +4,8 @@ import numpy as np
 
 from jasr.data.config import DataError
 
+CHECKS = ("none", "files", "header", "decode", "auto")
+
 
 def round_up(x, multiple):
     """The least multiple that is not below x."""
@@ -103,7 +105,9 @@ def fill(bucket, sizes):
 
 
 def check(cfg):
-    """Raises DataError on settings that no plan can follow."""
+    """Raises DataError on settings that no index or plan can follow."""
+    if cfg.check not in CHECKS:
+        raise DataError(f"data.check must be one of {', '.join(CHECKS)}, got {cfg.check!r}")
     for name in ("num_buckets", "batch_multiple", "length_multiple", "token_multiple", "concat"):
         if getattr(cfg, name) < 1:
             raise DataError(f"data.{name} must be at least 1, got {getattr(cfg, name)}")

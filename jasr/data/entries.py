@@ -76,6 +76,14 @@ def entries_of(source):
     return manifest_entries(source)
 
 
+def texts(sources):
+    """Yields the texts of sources without a look at the audio: what a tokenizer is made from."""
+    for path, _ in source_pairs(sources):
+        for e in entries_of(path):
+            if isinstance(e, Entry):
+                yield e.text
+
+
 def manifest_entries(path):
     """Yields an Entry or Bad for each line of a NeMo manifest."""
     for number, at, d, reason in json_lines(path):

@@ -15,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from jasr.data import recording
+from jasr.data import buckets, recording
 from jasr.data.config import DataError
 from jasr.data.entries import Bad, entries_of, in_folder, open_list, reason_class, source_pairs
 from jasr.text import TextError
 
 HEADER_CHECK_ROWS = 20_000  # data.check="auto" reads the headers of sets up to this size
-CHECKS = ("none", "files", "header", "decode", "auto")
 
 COLUMNS = {
     "source": "i",
@@ -137,18 +136,25 @@ class Index:
 
 
 def build(sources, encode, cfg, frames_needed=None, seconds_per_frame=0.0, evaluation=False):
+    """The Index of `sources`, as `collect` gives it, if enough of it is usable.
+
+    Raises DataError when a source cannot be read, nothing usable is left, or more than
+    `cfg.max_bad_share` of the entries is bad.
+    """
+    index = collect(sources, encode, cfg, frames_needed, seconds_per_frame, evaluation)
+    stop_if_too_bad(index, cfg.max_bad_share)
+    return index
+
+
+def collect(sources, encode, cfg, frames_needed=None, seconds_per_frame=0.0, evaluation=False):
     """The Index of `sources`, its `bad` holding every entry left out.
 
     encode: text -> list of token ids; may raise TextError. frames_needed: tokens -> frames that
     the loss needs at least, of `seconds_per_frame` each; utterances too short for their text (at
     the fastest speed) are bad. With `evaluation`, the duration and token limits do not apply, and
-    a text that cannot be encoded keeps its row.
-
-    Raises DataError when a source cannot be read, nothing usable is left, or more than
-    `cfg.max_bad_share` of the entries is bad.
+    a text that cannot be encoded keeps its row. Raises DataError for an unreadable source.
     """
-    if cfg.check not in CHECKS:
-        raise DataError(f"data.check must be one of {', '.join(CHECKS)}, got {cfg.check!r}")
+    buckets.check(cfg)
     if frames_needed and not seconds_per_frame > 0:
         raise DataError("frames_needed needs seconds_per_frame above 0")
     pairs = source_pairs(sources)
@@ -171,10 +177,11 @@ def build(sources, encode, cfg, frames_needed=None, seconds_per_frame=0.0, evalu
     _drop_repeats(index, ok, np.frombuffer(b.id_keys, np.uint64), "duplicate id")
     _check_audio(index, ok, cfg)
     _filter(index, ok, np.frombuffer(b.needed), cfg, evaluation)
-    index = _take(index, ok)
+    if cfg.check == "decode":
+        _look_at(recording.decoded_seconds, index, ok, np.flatnonzero(ok), cfg)
+    index = take(index, ok)
     order = {path: n for n, (path, _) in enumerate(pairs)}
     index.bad.sort(key=lambda x: (order.get(x.source, len(order)), x.source, x.line))
-    stop_if_too_bad(index, cfg.max_bad_share)
     return index
 
 
@@ -259,7 +266,7 @@ def _drop_repeats(index, ok, keys, what):
 
 
 def _check_audio(index, ok, cfg):
-    """Compares the rows with their files as far as `cfg.check` says; fills in durations."""
+    """Compares the rows with their files, as far as headers tell; fills in durations."""
     kind = cfg.check
     if kind == "auto":
         kind = "header" if len(index) <= HEADER_CHECK_ROWS else "files"
@@ -269,9 +276,14 @@ def _check_audio(index, ok, cfg):
             if not os.path.isfile(index.path(row)):
                 ok[row] = False
                 index.bad.append(index.bad_row(row, "missing file"))
-    if kind in ("none", "files"):
+    index.exact = kind in ("header", "decode")
+    if not index.exact:
         rows = np.flatnonzero(ok & (index.duration < 0))
-    look = recording.decoded_seconds if kind == "decode" else recording.header_seconds
+    _look_at(recording.header_seconds, index, ok, rows, cfg)
+
+
+def _look_at(look, index, ok, rows, cfg):
+    """Takes durations from `look(index, row, cfg)`, which says a reason where a row is bad."""
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         found = pool.map(lambda row: look(index, row, cfg), rows.tolist())
         for row, seconds in zip(rows.tolist(), found, strict=True):
@@ -280,7 +292,6 @@ def _check_audio(index, ok, cfg):
                 index.bad.append(index.bad_row(row, seconds))
             else:
                 index.duration[row] = seconds
-    index.exact = kind in ("header", "decode")
 
 
 def _filter(index, ok, needed, cfg, evaluation):
@@ -316,7 +327,7 @@ def longest(cfg):
     return min(limits, default=0.0)
 
 
-def _take(index, ok):
+def take(index, ok):
     """The index with the rows where `ok` alone."""
     if ok.all():
         return index

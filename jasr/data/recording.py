@@ -72,13 +72,14 @@ def header_seconds(index, row, cfg):
 
 def decoded_seconds(index, row, cfg):
     """Seconds of the row's audio after decoding all of it, or (str) the reason against it."""
-    found = header_seconds(index, row, cfg)
-    if isinstance(found, str):
-        return found
     try:
-        return len(read(index, row, cfg.sample_rate)) / cfg.sample_rate
+        seconds = len(read(index, row, cfg.sample_rate)) / cfg.sample_rate
     except audio.AudioError as e:
         return reason_of(e)
+    declared = float(index.duration[row])
+    if abs(seconds - declared) > cfg.duration_tolerance:
+        return f"duration mismatch: {declared:.2f} s declared, {seconds:.2f} s decoded"
+    return seconds
 
 
 def agreed_seconds(start, duration, seconds, cfg):

@@ -1,0 +1,171 @@
+"""`doctor data`: what a training run would make of data sources, without a run.
+
+    python -m experiments.doctor data train.jsonl valid.jsonl [--quarantine bad.jsonl]
+
+Decodes every recording, names each entry that cannot be used, and prints counts by reason,
+durations, sampling rates, characters, and buckets with the padding that they would have. The exit
+status is 0 only if there is no bad entry.
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="doctor data", description=__doc__.split("\n")[0])
+    p.add_argument("sources", nargs="+", help="manifests, CutSets or Shar directories")
+    p.add_argument("--sample", type=int, default=0, help="decode so many, and headers of the rest")
+    p.add_argument("--quarantine", default="", help="write the entries left out as JSON lines")
+    p.add_argument("--alphabet", default="", help="characters allowed in texts (default: any)")
+    p.add_argument("--min_duration", type=float, default=0.1, help="seconds")
+    p.add_argument("--max_duration", type=float, default=40.0, help="seconds; 0 = any")
+    p.add_argument("--duration_tolerance", type=float, default=0.1, help="manifest against file")
+    p.add_argument("--seconds_per_frame", type=float, default=0.0, help="of a CTC model's output")
+    p.add_argument("--num_buckets", type=int, default=4)
+    p.add_argument("--batch_duration", type=float, default=120.0, help="padded seconds of a batch")
+    p.add_argument("--show", type=int, default=10, help="bad entries to print")
+    return p
+
+
+def main(argv=None):
+    """Prints the report; 0 if every entry can be used, else 1 (2: it cannot even be read)."""
+    a = parser().parse_args(argv)
+    from jasr.data import entries, index, plan
+    from jasr.data.config import DataConfig, DataError
+
+    cfg = DataConfig(
+        check="header",
+        min_duration=a.min_duration,
+        max_duration=a.max_duration,
+        duration_tolerance=a.duration_tolerance,
+        num_buckets=a.num_buckets,
+        batch_duration=a.batch_duration,
+        max_bad_share=1.0,
+    )
+    frames = ctc_frames if a.seconds_per_frame else None
+    try:
+        found = index.collect(a.sources, encoder(a.alphabet), cfg, frames, a.seconds_per_frame)
+    except DataError as e:
+        print(f"doctor data: {e}", file=sys.stderr)
+        return 2
+    found, facts = decode(found, a.sample, cfg)
+    print(found.describe())
+    if len(found):
+        print("\n".join(describe(found, facts)))
+        buckets = plan.Plan(found, cfg, seed=0)
+        print(f"suggested: bucket_duration_bins={bins(buckets)}")
+        print(buckets.describe())
+    if a.quarantine:
+        entries.write_quarantine(a.quarantine, found.bad)
+    bad = [b for b in found.bad if not b.filtered]
+    for b in bad[: a.show]:
+        print(f"bad {b.source}:{b.line} {b.audio or b.id}: {b.reason}")
+    if len(bad) > a.show:
+        rest = f"all of them in {a.quarantine}" if a.quarantine else "--quarantine FILE lists all"
+        print(f"... and {len(bad) - a.show} more; {rest}")
+    filtered = len(found.bad) - len(bad)
+    print(f"{len(found)} usable, {len(bad)} bad, {filtered} outside the limits")
+    return 1 if bad or not len(found) else 0
+
+
+def encoder(alphabet):
+    """An `encode` of one token a character, that refuses characters outside the alphabet."""
+    from jasr.text import TextError
+
+    allowed = set(alphabet)
+
+    def encode(text):
+        if allowed and (unknown := sorted(set(text) - allowed)):
+            raise TextError(f"unknown characters {' '.join(map(repr, unknown))}")
+        return list(text)
+
+    return encode
+
+
+def ctc_frames(tokens):
+    """Frames that CTC needs: one a token, and a blank between equal neighbours."""
+    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+
+
+def decode(index, sample, cfg):
+    """(the index without what fails to decode, Counter of (kind, value) facts about the audio)."""
+    from jasr import audio
+    from jasr.data import index as index_lib
+    from jasr.data import recording
+
+    rows = np.arange(len(index))
+    if 0 < sample < len(rows):
+        rows = np.sort(np.random.default_rng(0).permutation(len(rows))[:sample])
+
+    def look(row):
+        try:
+            _, rate, channels = audio.info(recording.audio_file(index, row))
+            samples = recording.read(index, row, cfg.sample_rate)
+        except audio.AudioError as e:
+            return recording.reason_of(e)
+        except OSError as e:
+            return f"unreadable audio: {e.strerror or e}"
+        declared, seconds = float(index.duration[row]), len(samples) / cfg.sample_rate
+        if abs(declared - seconds) > cfg.duration_tolerance:
+            return f"duration mismatch: {declared:.2f} s declared, {seconds:.2f} s decoded"
+        return rate, channels, float(np.abs(samples).max(initial=0.0))
+
+    ok, facts = np.ones(len(index), bool), Counter()
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for row, found in zip(rows.tolist(), pool.map(look, rows.tolist()), strict=True):
+            if isinstance(found, str):
+                ok[row] = False
+                index.bad.append(index.bad_row(row, found))
+                continue
+            rate, channels, peak = found
+            facts["decoded", ""] += 1
+            facts["rate", f"{rate} Hz"] += 1
+            facts["channels", f"{channels} channel{'s' if channels > 1 else ''}"] += 1
+            facts["silent", ""] += peak < 1e-4
+            facts["clipped", ""] += peak >= 1.0
+    return index_lib.take(index, ok), facts
+
+
+def describe(index, facts):
+    """Lines about durations, audio and texts."""
+    seconds = np.sort(index.duration)
+    quantiles = [seconds[int(q * (len(seconds) - 1))] for q in (0, 0.05, 0.5, 0.95, 1)]
+    yield "seconds: least, 5 %, median, 95 %, most: " + ", ".join(f"{q:.2f}" for q in quantiles)
+    yield from histogram(seconds)
+    kinds = [(k, v, n) for (k, v), n in sorted(facts.items()) if k in ("rate", "channels")]
+    yield f"decoded {facts['decoded', '']}: " + ", ".join(f"{n} × {v}" for _, v, n in kinds)
+    for name in ("silent", "clipped"):
+        if facts[name, ""]:
+            yield f"  {facts[name, '']} of them {name}"
+    characters, words = Counter(), Counter()
+    for row in range(len(index)):
+        characters.update(text := index.texts[row])
+        words.update(text.split())
+    often = [c for c, _ in characters.most_common(120)]
+    listed = " ".join(c if c.isprintable() and not c.isspace() else repr(c) for c in often)
+    yield f"{len(characters)} characters, the most frequent first: {listed}"
+    yield f"{sum(words.values())} words, {len(words)} different"
+
+
+def histogram(seconds, bins=10, width=40):
+    """Lines of a histogram of durations."""
+    top = max(float(seconds.max()), 1e-3)
+    counts, edges = np.histogram(seconds, bins=bins, range=(0.0, top))
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "#" * int(np.ceil(width * count / counts.max()))
+        yield f"  {low:6.2f} to {high:6.2f} s {count:8d} {bar}"
+
+
+def bins(plan):
+    """The upper edges (seconds, tokens) of a plan's buckets, as data.bucket_duration_bins."""
+    rate = plan.cfg.sample_rate
+    return tuple((round(samples / rate, 2), tokens) for _, samples, tokens in plan.shapes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
