@@ -65,9 +65,9 @@ def spec_augment(mel, mel_len, keys, cfg: SpecAugmentConfig, scale=1.0):
     extent = mel_len.astype(jnp.float32)[:, None]
     widest = cfg.time_width * extent if cfg.time_width < 1 else float(cfg.time_width)
     widest = scale * jnp.minimum(widest, extent)
-    masked = _bands(*jnp.split(time_draws, 2, axis=1), widest, extent, time)[:, :, None]
+    masked = bands(*jnp.split(time_draws, 2, axis=1), widest, extent, time)[:, :, None]
     widest = scale * float(min(cfg.freq_width, bins))
-    masked |= _bands(*jnp.split(freq_draws, 2, axis=1), widest, float(bins), bins)[:, None, :]
+    masked |= bands(*jnp.split(freq_draws, 2, axis=1), widest, float(bins), bins)[:, None, :]
     fill = jnp.zeros((), mel.dtype)
     if cfg.fill == "mean":
         total = jnp.sum(jnp.where(valid[..., None], mel, 0), axis=1, keepdims=True)
@@ -75,7 +75,7 @@ def spec_augment(mel, mel_len, keys, cfg: SpecAugmentConfig, scale=1.0):
     return jnp.where(valid[..., None], jnp.where(masked, fill, mel), original)
 
 
-def _bands(width_draw, start_draw, widest, extent, size: int):
+def bands(width_draw, start_draw, widest, extent, size: int):
     """bool[B, size], True in the union of the masks drawn by two uniforms [B, masks]."""
     width = jnp.floor(width_draw * widest)
     start = jnp.floor(start_draw * (extent - width))
