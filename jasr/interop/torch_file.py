@@ -74,7 +74,8 @@ class TorchFileError(ValueError):
 def read(path, *, opaque=()):
     """What was given to torch.save, with tensors as read-only numpy arrays mapped from the file.
 
-    Pages are read when they are used, so a large file costs no memory before. bfloat16 comes as
+    Pages are read when they are used, so a large file costs no memory before; copy what must
+    outlive a change of the file. bfloat16 comes as
     ml_dtypes.bfloat16. Parameters come as their data; objects of hyper-parameter classes as
     `pickles.Opaque`.
 
