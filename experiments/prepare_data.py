@@ -53,9 +53,9 @@ def manifest(argv):
     p.add_argument("--text_column", default="")
     p.add_argument("--lower", action="store_true", help="texts in lower case")
     a = p.parse_args(argv)
-    from jasr.data import recipes
+    from jasr.data import manifest as manifests
 
-    recipes.manifest(a.source, a.out, a.audio_dir, a.path_column, a.text_column, a.lower)
+    manifests.make(a.source, a.out, a.audio_dir, a.path_column, a.text_column, a.lower)
 
 
 def shar(argv):
@@ -66,9 +66,9 @@ def shar(argv):
     p.add_argument("--shard_size", type=int, default=1000, help="utterances in a tar")
     p.add_argument("--max_bad_share", type=float, default=0.05)
     a = p.parse_args(argv)
-    from jasr.data import recipes
+    from jasr.data import manifest as manifests
 
-    recipes.to_shar(a.source, a.out_dir, a.shard_size, a.max_bad_share)
+    manifests.to_shar(a.source, a.out_dir, a.shard_size, a.max_bad_share)
 
 
 def synth(argv):

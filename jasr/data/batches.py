@@ -140,13 +140,13 @@ class Loader:
                 with open(self.quarantine_path, "a", encoding="utf-8") as f:
                     f.write(entries.quarantine_line(bad))
             count, tried = len(self.failed), int(self._tried.sum())
-        entries.say(f"quarantined {bad.source}:{bad.line} {bad.audio}: {reason}")
+        entries.say(f"quarantined {entries.named(bad)}")
         judged = max(tried, min(len(self.index), JUDGED_AFTER))
         if count > self.cfg.max_bad_share * judged:
             raise DataError(
                 f"{count} of {tried} utterances could not be decoded, more than "
                 f"data.max_bad_share={self.cfg.max_bad_share:g} allows; the last one: "
-                f"{bad.source}:{bad.line} {bad.audio}: {reason}"
+                f"{entries.named(bad)}"
             )
 
 

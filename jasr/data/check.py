@@ -64,7 +64,7 @@ def main(argv=None):
         entries.write_quarantine(a.quarantine, found.bad)
     bad = [b for b in found.bad if not b.filtered]
     for b in bad[: a.show]:
-        print(f"bad {b.source}:{b.line} {b.audio or b.id}: {b.reason}")
+        print(f"bad {entries.named(b)}")
     if len(bad) > a.show:
         rest = f"all of them in {a.quarantine}" if a.quarantine else "--quarantine FILE lists all"
         print(f"... and {len(bad) - a.show} more; {rest}")

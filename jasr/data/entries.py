@@ -162,6 +162,12 @@ def reason_class(reason):
     return reason.split(":", 1)[0]
 
 
+def named(bad):
+    """One line that names a Bad: source:line audio: reason."""
+    where = f"{bad.source}:{bad.line}" if bad.line else bad.source
+    return f"{' '.join(filter(None, (where, bad.audio or bad.id)))}: {bad.reason}"
+
+
 def quarantine_line(bad):
     """The JSON line of a Bad: source, line, id, audio, reason, filtered."""
     return json.dumps(bad._asdict(), ensure_ascii=False) + "\n"

@@ -17,7 +17,15 @@ import numpy as np
 
 from jasr.data import buckets, recording
 from jasr.data.config import DataError
-from jasr.data.entries import Bad, entries_of, in_folder, open_list, reason_class, source_pairs
+from jasr.data.entries import (
+    Bad,
+    entries_of,
+    in_folder,
+    named,
+    open_list,
+    reason_class,
+    source_pairs,
+)
 from jasr.text import TextError
 
 HEADER_CHECK_ROWS = 20_000  # data.check="auto" reads the headers of sets up to this size
@@ -350,7 +358,7 @@ def stop_if_too_bad(index, max_bad_share):
     bad, total = index.bad_count, len(index) + len(index.bad)
     worst = Counter(reason_class(x.reason) for x in index.bad).most_common(3)
     reasons = ", ".join(f"{n} × {r}" for r, n in worst)
-    examples = "; ".join(f"{x.source}:{x.line} {x.audio} {x.reason}" for x in index.bad[:3])
+    examples = "; ".join(map(named, index.bad[:3]))
     sources = ", ".join(index.sources)
     if not total:
         raise DataError(f"no utterance in {sources}: it is empty")

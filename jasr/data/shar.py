@@ -238,4 +238,5 @@ def identifier(path):
 def is_member_name(ident):
     """Whether lhotse reads an identifier back from the name of a tar member."""
     name = pathlib.PurePosixPath(f"{ident}.flac")
-    return str(name.parent / name.stem) == ident and not name.is_absolute() and "\0" not in ident
+    plain = not name.is_absolute() and ".." not in name.parts and "\0" not in ident
+    return plain and str(name.parent / name.stem) == ident
