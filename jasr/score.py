@@ -38,8 +38,8 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
     config = data.DataConfig(sample_rate=task.front_end.sample_rate, cache_audio=False)
     source = data.open_eval(config, manifest, task.tokenizer.encode)
     if not settings.get("window"):
-        longest = max(source.durations, default=0.0)
-        settings["window"] = min(WHOLE_SECONDS, max(8.0, float(longest) + 0.2))
+        longest = float(max(source.durations, default=0.0))
+        settings["window"] = min(WHOLE_SECONDS, max(8.0, 4.0 * math.ceil(longest / 4.0)))
     recognizer = Recognizer(task, variables, meta=meta, **settings)
     chosen = set(range(len(source.texts))[: limit or None])
     order = []
@@ -63,7 +63,7 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
         if kept
         else 0.0,
         "left_out": [f"{source.ids[n]}: {reason}" for n, reason in sorted(failed.items())]
-        + [str(getattr(bad, "reason", bad)) for bad in source.bad],
+        + [f"{bad.source}:{bad.line}: {bad.audio}: {bad.reason}" for bad in source.bad],
         "audio_seconds": round(seconds, 2),
         "seconds": round(wall, 3),
         "compile_seconds": round(recognizer.compile_seconds, 3),

@@ -90,7 +90,7 @@ class Recognizer:
         """Transcripts of recordings, in their order; a single one for a single recording.
 
         Args:
-          inputs: path, array f32[S] (or int16), or a list of them.
+          inputs: path, binary file object, array f32[S] (or int16), or a list of them.
           sample_rate: of the arrays; 0 = the model's.
 
         Returns:
@@ -98,7 +98,7 @@ class Recognizer:
           "warnings": [str], "updates": fast-weight updates}]; a recording that could not be used
           has "error" too and is also announced by a Python warning.
         """
-        single = isinstance(inputs, (str, os.PathLike)) or getattr(inputs, "ndim", 0) == 1
+        single = is_file(inputs) or getattr(inputs, "ndim", 0) == 1
         results = list(self.stream([inputs] if single else inputs, sample_rate))
         for result in results:
             if "error" in result:
@@ -194,7 +194,7 @@ class Recognizer:
 class Job:
     """One recording on its way: read in blocks, decoded in windows."""
 
-    recording: Any  # path or array
+    recording: Any  # path, file object or array
     name: str
     error: str = ""
     seconds: float = 0.0
@@ -208,6 +208,8 @@ class Job:
     def __post_init__(self):
         if isinstance(self.recording, (str, os.PathLike)):
             self.name = os.fspath(self.recording)
+        elif hasattr(self.recording, "read"):
+            self.name = str(getattr(self.recording, "name", type(self.recording).__name__))
 
     @property
     def done(self):
@@ -231,11 +233,12 @@ class Job:
 
     def _blocks(self, sample_rate, array_rate):
         """Yields the recording's samples in blocks at the model's rate, measuring them."""
-        if isinstance(self.recording, (str, os.PathLike)):
-            seconds, rate, channels = audio.info(self.recording)
+        if is_file(self.recording):
+            file = self.recording.read() if hasattr(self.recording, "read") else self.recording
+            _, rate, channels = audio.info(file)
             if channels > 2:
                 self.notes.append(f"{channels} channels were averaged")
-            blocks = audio_blocks.read_blocks(self.recording, sample_rate)
+            blocks = audio_blocks.read_blocks(file, sample_rate)
         else:
             rate = array_rate or sample_rate
             blocks = [samples_of(self.recording, rate, sample_rate, self.name)]
@@ -251,6 +254,11 @@ class Job:
             self.levels.append(10 * np.log10(np.maximum(power, 1e-12)).astype(np.float32))
             rest = rest[whole:]
             yield block
+
+
+def is_file(recording):
+    """Whether it is a path or a binary file object."""
+    return isinstance(recording, (str, os.PathLike)) or hasattr(recording, "read")
 
 
 def samples_of(array, rate, sample_rate, name):
@@ -284,7 +292,7 @@ def doubts(found, levels, seconds):
     inside = (number >= 0) & (times < edges[np.maximum(number, 0), 1])
     if not inside.any():
         return []
-    loud = levels > np.median(levels[inside]) - HOLE_DB
+    loud = levels > max(SILENT_DB, np.quantile(levels[inside], 0.75) - HOLE_DB)
     gaps = zip([0.0, *edges[:, 1]], [*edges[:, 0], seconds], strict=True)
     return [
         f"no words between {start:.1f} and {end:.1f} s although it is about as loud as the words"

@@ -8,9 +8,11 @@ both, as far from any token and from the windows' ends as can be.
 import bisect
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
+SEAM_JITTER = 2  # frames by which two windows may differ about a token
 SEAM_CLEAR = 12  # frames: more silence than this around a seam makes it no better
 
 
@@ -24,8 +26,8 @@ class Windows:
 
     @classmethod
     def of(cls, seconds, overlap_seconds, sample_rate, frame):
-        """The nearest windows to so many seconds; the overlap is at most a quarter of them."""
-        length = max(8, round(seconds * sample_rate / frame))
+        """Windows of at least so many seconds; the overlap is at most a quarter of them."""
+        length = max(8, math.ceil(seconds * sample_rate / frame - 1e-6))
         overlap = min(max(2, round(overlap_seconds * sample_rate / frame)), length // 4)
         return cls(length * frame, overlap * frame, frame)
 
@@ -82,8 +84,9 @@ def join(pieces, windows, tokenizer):
 def find_seam(left, right, low, high, tokenizer):
     """(frame, between words): where in (low, high) to go from `left`'s tokens to `right`'s.
 
-    Best between words of both, then between tokens of both; then with the most silence around it,
-    up to SEAM_CLEAR frames; then nearest to the middle, where both windows see the most context.
+    Clear of tokens by SEAM_JITTER frames, since the windows may disagree by as much; then between
+    words of both; then with the most silence around it, up to SEAM_CLEAR frames; then nearest to
+    the middle, where both windows see the most context.
 
     Args:
       left, right: [(token, start frame, end frame)] in order.
@@ -93,7 +96,8 @@ def find_seam(left, right, low, high, tokenizer):
     rooms, gaps = zip(*(_around(items, seams, tokenizer) for items in (left, right)), strict=True)
     room, between = np.minimum(*rooms), np.logical_and(*gaps)
     off_centre = np.abs(seams - (low + high) // 2)
-    best = np.lexsort((off_centre, -np.minimum(room, SEAM_CLEAR), ~between, room < 0))[0]
+    clear, silence = np.minimum(room, SEAM_JITTER), np.minimum(room, SEAM_CLEAR)
+    best = np.lexsort((off_centre, -silence, ~between, -clear))[0]
     return int(seams[best]), bool(between[best])
 
 
