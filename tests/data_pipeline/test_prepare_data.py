@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -258,7 +257,7 @@ def test_a_manifest_becomes_shar_with_segments_cut_out(tmp_path):
         assert (again / name).exists()
 
 
-def test_help_is_quick_and_errors_are_short(capsys):
+def test_errors_are_short_and_name_the_choices(capsys):
     assert prepare_data.main([]) == 0 and "librispeech" in capsys.readouterr().out
     assert prepare_data.main(["an5"]) == 2 and "choose from" in capsys.readouterr().err
     assert prepare_data.main(["manifest", "/nowhere", "/tmp/x.jsonl"]) == 1
@@ -267,7 +266,13 @@ def test_help_is_quick_and_errors_are_short(capsys):
         with pytest.raises(SystemExit) as e:
             prepare_data.main([command, "--help"])
         assert e.value.code == 0
-    program = "import sys; from experiments import prepare_data; prepare_data.main(['an4', '-h'])"
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    assert time.perf_counter() - start < 2
+
+
+def test_help_loads_nothing_slow(root):
+    program = (
+        "import sys\nfrom experiments import prepare_data\n"
+        "try: prepare_data.main(['an4', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'jax', 'lhotse', 'soundfile', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, cwd=root)
