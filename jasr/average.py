@@ -241,13 +241,13 @@ def check_duplicates(members):
 
 
 def _stream(members, weights, item):
-    """The average of one item of the members, a leaf at a time."""
+    """The average of one item of the members, a leaf at a time, as jax.Arrays on the CPU."""
     readers = [checkpoint_read.Leaves(m.path / item) for m in members]
     names = [str(m.path / item) for m in members]
     _check_agreement([r.kinds for r in readers], names)
     used = [(r, w) for r, w in zip(readers, weights, strict=True) if w > 0]
     plan = [(path, reader, w) for path in readers[0].kinds for reader, w in used]
-    flat, acc = {}, None
+    flat, acc, cpu = {}, None, jax.devices("cpu")[0]
     ahead = plan[0][1].read(plan[0][0])
     for i, (path, reader, w) in enumerate(plan):
         value = ahead.result()
@@ -259,6 +259,8 @@ def _stream(members, weights, item):
         if reader is used[-1][0]:
             again = lambda: [r.read(path).result() for r in readers]  # noqa: B023, E731
             flat[path] = acc.result(path, again, names)
+            if flat[path].dtype != np.float64:  # Orbax copies numpy arrays, but not JAX's
+                flat[path] = jax.block_until_ready(jax.device_put(flat[path], cpu))
     return tree.unflatten(flat)
 
 

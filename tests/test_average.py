@@ -236,6 +236,17 @@ def test_one_checkpoint_twice_is_refused_even_as_a_copy(run):
     assert not (run / "out").exists()
 
 
+def test_streaming_keeps_every_dtype(tmp_path):
+    dtypes = {"d": np.float64, "s": np.float32, "h": np.float16, "b": ml_dtypes.bfloat16}
+    for step in (1, 2):
+        params = {k: np.full((3, 2), 1 + step / 3, t) for k, t in dtypes.items()}
+        checkpoint.save_step(tmp_path / str(step), {"params": params}, step=step)
+    averaging.average_checkpoints(find_members(tmp_path), tmp_path / "out")
+    for k, leaf in checkpoint.load_params(tmp_path / "out").items():
+        assert leaf.dtype == dtypes[k]
+        np.testing.assert_allclose(leaf.astype(float), 1.5, rtol=5e-3)
+
+
 def test_items_are_chosen_and_bad_ones_refused(run):
     steps = [run / "checkpoints" / s for s in ("100", "200")]
     averaging.average_checkpoints(steps, run / "out", item="params")

@@ -12,7 +12,6 @@ loading. The files are in the page cache for both sides.
 import argparse
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -88,9 +87,10 @@ def write_members(folder, millions, members):
 
 
 def rss():
-    """(resident now, peak) in bytes."""
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """(resident now, peak) in bytes; getrusage would count what the parent had before exec."""
+    text = pathlib.Path("/proc/self/status").read_text()
+    found = dict(line.split(":", 1) for line in text.splitlines())
+    return tuple(int(found[k].split()[0]) * 1024 for k in ("VmRSS", "VmHWM"))
 
 
 def torch_side(folder, members):
