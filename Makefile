@@ -39,14 +39,18 @@ test: $(FULL)
 # Resumes where it was stopped; `make clean` begins anew.
 quickstart: $(LIGHT)
 	$(BIN)/python -m experiments.prepare_data synth --out_dir=$(RUN)/corpus
+	@echo
 	$(BIN)/python -m experiments.train --config=configs/quickstart.py --workdir=$(RUN)/model \
 	  --config.data.train=$(RUN)/corpus/train.jsonl --config.data.valid=$(RUN)/corpus/valid.jsonl
+	@echo
 	$(BIN)/python -m experiments.transcribe --checkpoint=$(RUN)/model \
 	  $(RUN)/corpus/accents/accents-00000.flac
+	@echo
 	$(BIN)/python -m experiments.evaluate --checkpoint=$(RUN)/model \
-	  --manifest=$(RUN)/corpus/accents.jsonl --output=$(RUN)/accents.json
+	  --manifest=$(RUN)/corpus/accents.jsonl --label="unseen accents" --output=$(RUN)/accents.json
+	@echo
 	$(BIN)/python -m experiments.evaluate --checkpoint=$(RUN)/model \
-	  --manifest=$(RUN)/corpus/valid.jsonl --output=$(RUN)/valid.json
+	  --manifest=$(RUN)/corpus/valid.jsonl --label="unseen voices" --output=$(RUN)/valid.json
 
 lint: $(FULL)
 	$(BIN)/python -m ruff check .

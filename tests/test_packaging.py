@@ -18,7 +18,7 @@ DISTRIBUTION = {
     "espeakng_loader": "espeakng-loader",
     "IPython": "ipykernel",
 }
-COMES_WITH_JAX = {"ml_dtypes"}
+COMES_WITH_JAX = {"ml_dtypes", "scipy"}
 
 
 @pytest.fixture(scope="module")
