@@ -18,7 +18,7 @@ DISTRIBUTION = {
     "espeakng_loader": "espeakng-loader",
     "IPython": "ipykernel",
 }
-COMES_WITH_JAX = {"ml_dtypes", "scipy"}
+COMES_WITH_THE_CORE = {"ml_dtypes", "scipy", "tensorstore"}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_version_is_the_package_s(setup_arguments):
 
 
 def test_every_package_that_is_imported_is_declared(root, setup_arguments):
-    declared = names(setup_arguments["install_requires"]) | COMES_WITH_JAX
+    declared = names(setup_arguments["install_requires"]) | COMES_WITH_THE_CORE
     for requirements in setup_arguments["extras_require"].values():
         declared |= names(requirements)
     own = {"jasr", "experiments", "configs"}
