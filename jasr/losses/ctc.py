@@ -1,10 +1,10 @@
 """Connectionist temporal classification (Graves et al., 2006), gather-first and in log space.
 
-Only the logits of each row's own tokens enter the scan, measured from the blank's logit of the
-same frame. A path's score is then the sum of its tokens' differences plus one sum over frames that
-all paths share, so blank steps add nothing, numbers stay small and no [B, T, V] array is made
-before the gradient. One scan runs both directions: the backward one is the forward recursion on
-time-reversed, token-reversed inputs, stacked along the batch axis.
+Only the logits of the blank and of each row's own tokens enter the scan, measured from the largest
+of them in each frame. That reference is the same for all paths, so its sum over frames is added
+once at the end; scores stay small (near 0 for a model that is sure, where float32 would lose most)
+and no [B, T, V] array is made before the gradient. One scan runs both directions: the backward one
+is the forward recursion on time-reversed, token-reversed inputs.
 """
 
 import functools
@@ -51,24 +51,32 @@ def _repeats(tokens):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _loss(logits, logit_len, tokens, token_len, feasible, blank):
-    steps, base, _ = _differences(logits, logit_len, tokens, token_len, blank)
-    total, _ = _scan(steps, _repeats(tokens), jnp.zeros_like(token_len), token_len)
+    stay, steps, base, _ = _differences(logits, logit_len, tokens, token_len, blank)
+    total, _ = _scan(stay, steps, _repeats(tokens), jnp.zeros_like(token_len), token_len)
     return jnp.where(feasible, -(total + base), 0.0)
 
 
 def _differences(logits, logit_len, tokens, token_len, blank):
-    """Token logits less the blank's f32[T, B, L]; log-probability of all blanks f32[B]; lse."""
+    """Each frame's logits less their reference, and what the reference adds to every path.
+
+    Returns:
+      stay f32[T, B, 1] of the blank, steps f32[T, B, L] of the tokens (0 and NEVER outside the
+      row), the log-probability of the references f32[B], and lse f32[B, T].
+    """
     logits = logits.astype(jnp.float32)
     # The barrier keeps XLA from computing the sum over V once for each of its two readers.
     lse = jax.lax.optimization_barrier(jax.nn.logsumexp(logits, axis=-1))
-    is_frame = jnp.arange(logits.shape[1]) < logit_len[:, None]
+    is_frame = (jnp.arange(logits.shape[1]) < logit_len[:, None]).T[:, :, None]  # [T, B, 1]
     is_token = jnp.arange(tokens.shape[1]) < token_len[:, None]
-    base = jnp.sum(jnp.where(is_frame, logits[:, :, blank] - lse, 0.0), axis=1)
     by_time = logits.transpose(1, 0, 2)
+    zero = by_time[:, :, blank, None]
     own = jnp.take_along_axis(by_time, tokens[None], axis=2, mode="clip")
-    valid = is_frame.T[:, :, None] & is_token
-    steps = jnp.maximum(own - by_time[:, :, blank, None], NEVER)
-    return jnp.where(valid, steps, NEVER), base, lse
+    own = jnp.where(is_token, own, NEVER)
+    reference = jnp.maximum(zero, jnp.max(own, axis=2, keepdims=True, initial=NEVER))
+    stay = jnp.where(is_frame, jnp.maximum(zero - reference, NEVER), 0.0)
+    steps = jnp.where(is_frame & is_token, jnp.maximum(own - reference, NEVER), NEVER)
+    base = jnp.sum(jnp.where(is_frame, reference - lse.T[:, :, None], 0.0), axis=(0, 2))
+    return stay, steps, base, lse
 
 
 def _either(a, b):
@@ -76,15 +84,15 @@ def _either(a, b):
     return jnp.maximum(a, b) + jnp.log(1.0 + jnp.exp(-jnp.abs(a - b)))
 
 
-def _scan(steps, repeats, first, last):
+def _scan(stay, steps, repeats, first, last):
     """Score of all paths from state `first` to state `last`, f32[...], and each token's scores.
 
     State n means n tokens done. blank[n] and token[n - 1] are the scores of the paths that stand
-    in state n on a blank or on its token. Frames outside the row carry NEVER for every token and
-    so leave the blanks as they are; they may stand on either side of the row.
+    in state n on a blank or on its token. Frames outside the row carry 0 for the blank and NEVER
+    for every token and so leave the blanks as they are; they may stand on either side of the row.
 
     Args:
-      steps: f32[T, ..., L] score of token n + 1 at frame t, a blank's being 0.
+      stay: f32[T, ..., 1] and steps: f32[T, ..., L], scores of the blank and of token n + 1.
       repeats: bool[..., L]; first, last: i32[...].
     """
     blank = jnp.where(jnp.arange(steps.shape[-1] + 1) == first[..., None], 0.0, NEVER)
@@ -93,26 +101,27 @@ def _scan(steps, repeats, first, last):
     def leave(blank, token):
         return jnp.concatenate([blank[..., :1], _either(blank[..., 1:], token)], axis=-1)
 
-    def step(carry, difference):
-        blank, token = carry
+    def step(carry, score):
+        (blank, token), (stay, step) = carry, score
         done = leave(blank, token)
         before = jnp.where(repeats, blank[..., :-1], done[..., :-1])
-        token = jnp.maximum(_either(token, before) + difference, NEVER)
-        return (done, token), token
+        token = jnp.maximum(_either(token, before) + step, NEVER)
+        return (jnp.maximum(done + stay, NEVER), token), token
 
-    (blank, token), tokens = jax.lax.scan(step, (blank, token), steps)
+    (blank, token), tokens = jax.lax.scan(step, (blank, token), (stay, steps))
     done = leave(blank, token)
     return jnp.take_along_axis(done, last[..., None], axis=-1)[..., 0], tokens
 
 
 def _loss_fwd(logits, logit_len, tokens, token_len, feasible, blank):
-    steps, base, lse = _differences(logits, logit_len, tokens, token_len, blank)
+    stay, steps, base, lse = _differences(logits, logit_len, tokens, token_len, blank)
     repeats = _repeats(tokens)
     # Seen from the end, token n repeats token n + 1.
     mirrored = jnp.pad(repeats, ((0, 0), (0, 1)))[:, 1:][:, ::-1]
     length = jnp.full_like(token_len, tokens.shape[1])
     # A new axis, not a longer batch, so that a batch sharded over devices stays where it is.
     total, scores = _scan(
+        jnp.stack([stay, stay[::-1]], axis=1),
         jnp.stack([steps, steps[::-1, :, ::-1]], axis=1),
         jnp.stack([repeats, mirrored]),
         jnp.stack([jnp.zeros_like(token_len), length - token_len]),

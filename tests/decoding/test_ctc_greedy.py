@@ -4,9 +4,10 @@ import itertools
 
 import jax
 import numpy as np
+import pytest
 
 from jasr.decoding.ctc import ctc_greedy, words
-from jasr.text import CharTokenizer
+from jasr.text import CharTokenizer, SentencePieceTokenizer
 
 
 def naive(best, blank):
@@ -92,3 +93,17 @@ def test_words_joined_are_the_text_and_times_are_monotone():
         assert " ".join(w["word"] for w in found) == TOKENIZER.decode(tokens)
         clock = [t for w in found for t in (w["start"], w["end"])]
         assert clock == sorted(clock) and clock[-1] <= 60 * 0.08
+
+
+def test_equals_nemo(goldens):
+    """Texts are NeMo's; its word ends are the frames at which our words' last tokens start."""
+    pytest.importorskip("sentencepiece")
+    g = np.load(goldens / "ctc" / "nemo_tiny_ctc.npz")
+    tokenizer = SentencePieceTokenizer(g["tokenizer_model"].tobytes())
+    assert tokenizer.vocab_size == g["log_probs"].shape[-1]
+    rows = rows_of(ctc_greedy(g["log_probs"], g["logit_len"], tokenizer.blank_id))
+    assert [tokenizer.decode([t for t, _, _ in row]) for row in rows] == list(g["texts"])
+    tokens, starts, _ = zip(*rows[0], strict=True)
+    found = words(tokenizer, tokens, starts, starts, 1.0)
+    assert [w["word"] for w in found] == list(g["words"])
+    assert [w["end"] for w in found] == list(g["word_ends"])

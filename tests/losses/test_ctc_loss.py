@@ -242,3 +242,12 @@ def forward_backward(logits, tokens):
     for s, symbol in enumerate(states):
         grad[:, symbol] -= np.exp(alpha[:, s] + beta[:, s] - log_probs[:, symbol] - total)
     return -total, grad
+
+
+def test_equals_nemo(goldens):
+    g = np.load(goldens / "ctc" / "nemo_tiny_ctc.npz")
+    loss, feasible = ctc_loss(
+        g["log_probs"], g["logit_len"], g["tokens"], g["token_len"], g["log_probs"].shape[-1] - 1
+    )
+    assert np.all(feasible)
+    np.testing.assert_allclose(loss, g["loss"], rtol=1e-5)
