@@ -1,6 +1,7 @@
 """Benchmarks against peers, side by side in one run.
 
     python -m experiments.benchmark {features,lact,ctc,step,checkpoint,loader} [options of the row]
+    python -m experiments.benchmark all
 
 Every row compares the outputs first, then times both sides interleaved with equal threads and
 prints medians, quartiles and the ratio. `--help` after a row's name shows its options.
@@ -18,8 +19,10 @@ def main(argv=None):
         print(__doc__)
         return 0
     row, rest = argv[0], argv[1:]
+    if row == "all":
+        return max(main([name, *rest]) for name in ROWS)
     if row not in ROWS:
-        print(f"no benchmark row {row!r}; choose from {', '.join(ROWS)}", file=sys.stderr)
+        print(f"no benchmark row {row!r}; choose from all, {', '.join(ROWS)}", file=sys.stderr)
         return 2
     return importlib.import_module(f"experiments.bench.{row}").main(rest) or 0
 

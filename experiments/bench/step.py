@@ -1,0 +1,89 @@
+"""Row `step`: the whole training step of a recipe, on random audio of one bucket's shape.
+
+    python -m experiments.benchmark step                                    # AN4's recipe
+    python -m experiments.benchmark step --recipe=lact_librispeech:improved --dtype=bfloat16
+
+Features, augmentation, model, CTC, gradient, clipping, AdamW and moving average, as training runs
+them. There is no peer that trains this model; what it prints is audio-seconds a second, and the
+compiler's count of floating-point operations over the time.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+
+import numpy as np
+
+from experiments.bench import timing
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="benchmark step", description=__doc__.split("\n")[0])
+    parser.add_argument("--recipe", default="lact_an4", help="configs/NAME.py[:variant]")
+    parser.add_argument("--rows", type=int, default=8, help="utterances in the batch")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of each")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each")
+    parser.add_argument("--dtype", default="", help="float32 or bfloat16; the recipe's if not given")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--peak", type=float, default=0.0, help="peak TFLOP/s of the device")
+    args = parser.parse_args(argv)
+    name, _, variant = args.recipe.partition(":")
+    recipe = importlib.import_module(f"configs.{name}").get_config(variant)
+    config = json.loads(recipe.to_json())
+    if args.dtype:
+        config["model"]["dtype"] = args.dtype
+    measure(config, args)
+
+
+def random_batch(args, vocabulary):
+    """A batch of noise with random tokens."""
+    rng = np.random.default_rng(0)
+    samples = int(args.seconds * 16000)
+    return {
+        "audio": rng.normal(size=(args.rows, samples)).astype(np.float32) * 0.1,
+        "audio_len": np.full(args.rows, samples, np.int32),
+        "tokens": rng.integers(1, vocabulary, (args.rows, args.tokens)).astype(np.int32),
+        "token_len": np.full(args.rows, args.tokens, np.int32),
+        "index": np.arange(args.rows),
+    }
+
+
+def measure(config, args):
+    import jax
+
+    from jasr import optim, settings, step, tasks, text, tree
+
+    tokenizer = text.CharTokenizer((text.BLANK, *config["text"]["vocabulary"]))
+    task = tasks.build(config, tokenizer)
+    opt = settings.build(optim.OptimConfig, config["optim"])
+    batch = jax.device_put(random_batch(args, tokenizer.vocab_size))
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: task.init(key, batch))["params"]
+    tx, _ = optim.make(opt, shapes, config["train"]["steps"])
+    init = jax.jit(lambda: step.init_state(task, tx, key, batch, lambda _: False, opt.ema > 0))
+    state = init()
+    run = jax.jit(functools.partial(step.train_step, task, tx, opt), donate_argnums=0)
+    program = run.lower(state, batch).compile()
+    box = [state]
+
+    def once():
+        box[0], metrics = program(box[0], batch)
+        jax.block_until_ready(metrics)
+
+    times = timing.interleave({"step": once}, rounds=args.rounds, warmup=2)
+    median = timing.quartiles(times["step"])[1]
+    flops = (program.cost_analysis() or {}).get("flops", float("nan"))
+    memory = program.memory_analysis()
+    audio = args.rows * args.seconds
+    extra = [
+        timing.machine(),
+        f"{tree.count(shapes) / 1e6:.2f} M parameters, {config['model']['dtype']}",
+        f"{audio / median:.0f} audio-seconds a second",
+        f"{flops / median / 1e12:.3f} TFLOP/s by the compiler's count ({flops / 1e9:.1f} GFLOP)",
+    ]
+    if args.peak:
+        extra.append(f"{100 * flops / median / 1e12 / args.peak:.1f} % of {args.peak} TFLOP/s")
+    if memory is not None:
+        extra.append(f"{memory.temp_size_in_bytes / 2**20:.0f} MiB working memory")
+    timing.report(f"training step, {args.rows} x {args.seconds} s", times, ours="step", extra=extra)

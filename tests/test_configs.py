@@ -1,0 +1,53 @@
+"""Every recipe builds: shapes of the model, optimizer and sharding rules, without memory."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import lact_an4, lact_librispeech, quickstart
+from jasr import optim, settings, sharding, tasks, text, tree
+from tests import tiny
+
+RECIPES = [
+    (lact_an4, ""), (lact_an4, "short"), (lact_an4, "control"), (quickstart, ""), (tiny, ""),
+    *((lact_librispeech, name) for name in ("base", "improved", "large", "improved_reference")),
+]  # fmt: skip
+
+
+def zeros(samples):
+    return {
+        "audio": np.zeros((1, samples), np.float32), "audio_len": np.zeros(1, np.int32),
+        "tokens": np.zeros((1, 8), np.int32), "token_len": np.zeros(1, np.int32),
+        "index": np.zeros(1, np.int64),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe, arg", RECIPES, ids=lambda x: getattr(x, "__name__", x))
+def test_recipe_builds_with_live_rules_only(recipe, arg):
+    config = json.loads(recipe.get_config(arg).to_json())
+    characters = config["text"]["vocabulary"] or list("abc ")
+    task = tasks.build(config, text.CharTokenizer((text.BLANK, *characters)))
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), zeros(32000)))
+    opt = settings.build(optim.OptimConfig, config["optim"])
+    optim.make(opt, shapes["params"], config["train"]["steps"])
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = sharding.param_shardings(shapes["params"], mesh, task.sharding)
+    assert any(s.spec != () and any(s.spec) for s in tree.flatten(placed).values())
+
+
+@pytest.mark.parametrize("arg, count", [("base", 88_558_800), ("improved", 311_165_808)])
+def test_published_sizes_come_out_exactly(arg, count):
+    config = json.loads(lact_librispeech.get_config(arg).to_json())
+    tokenizer = text.CharTokenizer((text.BLANK, *config["text"]["vocabulary"]))
+    task = tasks.build(config, tokenizer)
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), zeros(32000)))
+    assert tokenizer.vocab_size == 29
+    assert tree.count(shapes["params"]) == count
+
+
+@pytest.mark.parametrize("recipe", [lact_an4, lact_librispeech, quickstart])
+def test_unknown_variant_is_named(recipe):
+    with pytest.raises(ValueError, match="variant"):
+        recipe.get_config("huge")
