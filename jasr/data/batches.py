@@ -28,10 +28,9 @@ class Loader:
         self.failed = {}  # row -> reason
         self._tried = np.zeros(len(index), bool)
         self._lock = threading.Lock()
-        hours = float(index.duration.sum()) / 3600
-        copies = sum(1 / s for s in set(plan.speeds[: plan.draws]))
-        self.cache_size = hours * 3600 * cfg.sample_rate * 2 * copies / 2**20
-        self._cache = {} if cfg.cache_audio and self.cache_size <= cfg.cache_mb else None
+        seconds = float(index.duration.sum()) * sum(1 / s for s in set(plan.speeds))
+        fits = 2 * seconds * cfg.sample_rate <= cfg.cache_mb * 2**20
+        self._cache = {} if cfg.cache_audio and fits else None
 
     def load(self, position, process_index=0, process_count=1):
         """(epoch, batch) of a global batch: this process's rows of it."""
@@ -57,27 +56,20 @@ class Loader:
 
     def _put(self, batch, i, row):
         """Fills row i of the batch; utterances that fail are left out of it."""
-        space, at, texts = batch["audio"].shape[1], 0, []
-        parts = [
-            (u, gap, pcm)
-            for u, speed, gap in zip(row.utterances, row.speeds, row.gaps, strict=True)
-            if (pcm := self.pcm(u, speed)) is not None
-        ]
-        excess = sum(len(pcm) + gap for _, gap, pcm in parts) - space
-        for u, gap, pcm in parts:
-            if texts:  # audio a little longer than declared shortens the silence, not the speech
-                shrink = min(max(excess, 0), gap)
-                excess, at = excess - shrink, at + gap - shrink
-            if at + len(pcm) > space:
-                self._fail(u, f"duration mismatch: {len(pcm)} samples do not fit its bucket")
+        at, texts = 0, []
+        for u, speed, gap in zip(row.utterances, row.speeds, row.gaps, strict=True):
+            pcm = self.pcm(u, speed)
+            if pcm is None:
                 continue
-            if not texts:
-                at, batch["index"][i] = 0, u
+            if texts:
+                at += gap
+            else:
+                batch["index"][i] = u
             np.multiply(pcm, np.float32(2**-15), out=batch["audio"][i, at : at + len(pcm)])
             at += len(pcm)
             texts.append(self.index.texts[u])
         tokens = self._tokens(texts, batch["tokens"].shape[1])
-        batch["audio_len"][i], batch["token_len"][i] = at if texts else 0, len(tokens)
+        batch["audio_len"][i], batch["token_len"][i] = at, len(tokens)
         batch["tokens"][i, : len(tokens)] = tokens
 
     def _tokens(self, texts, space):
@@ -116,7 +108,7 @@ class Loader:
     def _decode(self, row):
         samples = recording.read(self.index, row, self.cfg.sample_rate)
         rate, declared = self.cfg.sample_rate, float(self.index.duration[row])
-        if abs(len(samples) / rate - declared) > max(self.cfg.duration_tolerance, 2 / rate):
+        if abs(len(samples) / rate - declared) > self.index.tolerance(self.cfg):
             raise audio.AudioError(
                 self.index.path(row),
                 f"duration mismatch: {declared:.2f} s declared, {len(samples) / rate:.2f} decoded",
@@ -126,7 +118,7 @@ class Loader:
         return samples
 
     def _keep(self, row, speed, pcm):
-        if self._cache is not None and (speed in self.plan.speeds):
+        if self._cache is not None:
             self._cache[row, speed] = pcm
 
     def _fail(self, row, reason):

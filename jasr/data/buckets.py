@@ -54,27 +54,37 @@ def token_limits(samples, tokens, edges, most):
     return np.minimum(np.maximum.accumulate([*limits, most]), most).tolist()
 
 
-def explicit(cfg, slack):
-    """(edges in samples, token limits) of data.bucket_duration_bins; each [] where not given."""
+def explicit(cfg, tolerance):
+    """(edges in samples, token limits) of data.bucket_duration_bins; each [] where not given.
+
+    An utterance of just an edge's duration fits, be it longer than declared by `tolerance` seconds.
+    """
     if not cfg.bucket_duration_bins:
         return [], []
     pairs = [b if isinstance(b, (tuple, list)) else (b, 0) for b in cfg.bucket_duration_bins]
-    room = 1 if set(cfg.speeds) == {1.0} else slack
-    edges = [int(np.ceil(float(seconds) * cfg.sample_rate)) + room for seconds, _ in pairs]
+    edges = [int(np.ceil((float(d) + tolerance) * cfg.sample_rate)) + 1 for d, _ in pairs]
     most = [int(tokens) for _, tokens in pairs]
     if edges != sorted(set(edges)) or most != sorted(most):
         raise DataError(f"data.bucket_duration_bins must ascend: {cfg.bucket_duration_bins}")
     return edges, most if all(most) else []
 
 
-def batch_sizes(cfg, lengths, explicit=True):
-    """Rows of the global batches of buckets with these samples a row."""
+def batch_sizes(cfg, lengths, evaluation=False):
+    """Rows of the global batches of buckets with these samples a row.
+
+    Evaluation has buckets of its own; where sizes were given for those of training, its batches
+    hold as much audio as the largest of them.
+    """
     sizes, multiple = list(cfg.bucket_batch_size), cfg.batch_multiple
+    most = int(cfg.batch_duration * cfg.sample_rate)
     if len(sizes) == 1:
         sizes = sizes * len(lengths)
-    if not sizes or (len(sizes) != len(lengths) and not explicit):
-        fit = [int(cfg.batch_duration * cfg.sample_rate) // s for s in lengths]
-        return [max(multiple, rows // multiple * multiple) for rows in fit]
+    elif evaluation:
+        edges, _ = explicit(cfg, 0.0)
+        most = max((b * s for b, s in zip(sizes, edges, strict=False)), default=most)
+        sizes = []
+    if not sizes:
+        return [max(multiple, most // s // multiple * multiple) for s in lengths]
     if len(sizes) != len(lengths):
         raise DataError(
             f"data.bucket_batch_size has {len(sizes)} numbers, but there are {len(lengths)} buckets"

@@ -4,6 +4,7 @@ NeMo manifests are read here, lhotse's formats in `shar`. Nothing of an entry is
 its types; whether its audio and text can be used is the index's matter.
 """
 
+import functools
 import json
 import math
 import os
@@ -152,9 +153,15 @@ def is_number(x):
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
+@functools.lru_cache(maxsize=64)
+def folder_of(list_path):
+    """The absolute folder of a list."""
+    return os.path.dirname(os.path.abspath(list_path))
+
+
 def in_folder(list_path, file):
     """The path of an audio file named in a list."""
-    return os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(list_path)), file))
+    return os.path.normpath(os.path.join(folder_of(list_path), file))
 
 
 def reason_class(reason):

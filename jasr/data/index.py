@@ -28,6 +28,7 @@ from jasr.data.entries import (
 )
 from jasr.text import TextError
 
+EXACT = 0.02  # seconds by which decoded audio may differ from its header
 HEADER_CHECK_ROWS = 20_000  # data.check="auto" reads the headers of sets up to this size
 
 COLUMNS = {
@@ -118,6 +119,10 @@ class Index:
         """The Bad of a row."""
         where = self.lists[self.list[row]], int(self.line[row]), self.id(row), self.path(row)
         return Bad(*where, reason, filtered)
+
+    def tolerance(self, cfg):
+        """Seconds by which a row's decoded audio may differ from its duration."""
+        return min(EXACT, cfg.duration_tolerance) if self.exact else cfg.duration_tolerance
 
     def fingerprint(self):
         """Hex digest of what the plan depends on: order, durations, texts' sizes, file names."""
@@ -244,8 +249,8 @@ class _Builder:
         self.needed.append(seconds_needed)
         part = f"{e.start:.4f}+{e.duration:.4f}" if e.start >= 0 else ""
         audio = f"{source}\0{self.full}\0{e.byte_start}\0{e.channel}\0{part}"
-        self.audio_keys.append(_hash(audio))
-        self.id_keys.append(_hash(f"{source}\0{e.id}" if e.id else audio))
+        self.audio_keys.append(key := _hash(audio))
+        self.id_keys.append(_hash(f"{source}\0{e.id}") if e.id else key)
 
     def index(self, pairs):
         columns = {

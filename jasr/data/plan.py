@@ -71,7 +71,7 @@ class Plan:
         self.cfg, self.seed, self.evaluation = cfg, int(seed), evaluation
         self.weights, self.source = index.weights, index.source
         self.seconds, self.tokens = index.duration, index.token_count
-        self.slack = 0 if index.exact else round(cfg.duration_tolerance * cfg.sample_rate)
+        self.tolerance = index.tolerance(cfg)  # longer than that, audio is refused
         speeds = (1.0,) if evaluation else tuple(map(float, cfg.speeds))
         self.draws, self.speeds = len(speeds), (*speeds, 1.0)  # the last: when it fits no other way
         self.concat = 1 if evaluation else cfg.concat
@@ -126,8 +126,8 @@ class Plan:
 
     def _build(self, number):
         _, samples, tokens = self.shapes[-1]
-        rows = self._rows(number, samples - self.slack, tokens, self._joined_limit(samples))
-        by_samples = np.searchsorted([s - self.slack for _, s, _ in self.shapes], rows.samples)
+        rows = self._rows(number, samples, tokens, self._joined_limit(samples))
+        by_samples = np.searchsorted([s for _, s, _ in self.shapes], rows.samples)
         by_tokens = np.searchsorted([t for _, _, t in self.shapes], rows.tokens)
         sizes = [b for b, _, _ in self.shapes]
         batches = buckets.fill(np.maximum(by_samples, by_tokens), sizes)
@@ -141,7 +141,7 @@ class Plan:
     def _joined_limit(self, samples):
         """Samples up to which rows are joined, given those of the largest bucket."""
         limit = round(self.cfg.concat_duration * self.cfg.sample_rate)
-        return min(limit or samples, samples - self.slack)
+        return min(limit or samples, samples)
 
     def _rows(self, number, max_samples, max_tokens, joined_samples):
         """The Rows of an epoch, none above the given sizes."""
@@ -176,7 +176,8 @@ class Plan:
     def _lengths(self, utterances, choice):
         """i64[M]: upper bounds of the samples of utterances at their speeds."""
         speeds = np.asarray(self.speeds)[choice]
-        exact = np.ceil(self.seconds[utterances] / speeds * self.cfg.sample_rate)
+        seconds = (self.seconds[utterances] + self.tolerance) / speeds
+        exact = np.ceil(seconds * self.cfg.sample_rate)
         return exact.astype(np.int64) + np.where(speeds == 1.0, 1, SPEED_SLACK)
 
     def _order(self, number):
@@ -210,18 +211,21 @@ class Plan:
         cfg, everything = self.cfg, np.arange(len(self.seconds))
         slowest = np.full(len(everything), int(np.argmin(self.speeds[: self.draws])))
         limit = int(self._lengths(everything, slowest).max())
-        edges, most = (None, None) if self.evaluation else buckets.explicit(cfg, SPEED_SLACK)
+        edges, most = [], []
+        if not self.evaluation:
+            edges, most = buckets.explicit(cfg, self.tolerance)
         if edges:
             limit = edges[-1]
         elif self.concat > 1:
             limit = max(limit, round(cfg.concat_duration * cfg.sample_rate))
         enough = int(self.tokens.sum(dtype=np.int64)) + len(self.tokens)
-        joined = self._joined_limit(limit + self.slack)
-        rows = self._rows(0, limit, most[-1] if most else enough, joined)
+        limits = limit, most[-1] if most else enough, self._joined_limit(limit)
+        rows = self._rows(0, *limits)
         most_tokens = int(max(self.tokens.max(), np.quantile(rows.tokens, 0.999)))
         if not edges:
             multiple = cfg.length_multiple
-            edges = buckets.best_edges(rows.samples, cfg.num_buckets, multiple, limit)
+            count = len(cfg.bucket_duration_bins) or cfg.num_buckets
+            edges = buckets.best_edges(rows.samples, count, multiple, limit)
         if not most:
             most = buckets.token_limits(rows.samples, rows.tokens, edges, most_tokens)
         elif most[-1] < self.tokens.max():
@@ -229,9 +233,9 @@ class Plan:
                 f"the last of data.bucket_duration_bins holds {most[-1]} tokens, but a text has "
                 f"{self.tokens.max()}: raise it or set data.max_tokens={most[-1]}"
             )
-        lengths = [buckets.round_up(e + self.slack, cfg.length_multiple) for e in edges]
+        lengths = [buckets.round_up(e, cfg.length_multiple) for e in edges]
         texts = [buckets.round_up(max(t, 1), cfg.token_multiple) for t in most]
-        sizes = buckets.batch_sizes(cfg, lengths, explicit=not self.evaluation)
+        sizes = buckets.batch_sizes(cfg, lengths, self.evaluation)
         shapes = list(zip(sizes, lengths, texts, strict=True))
         return self._even(shapes, rows) if self.evaluation else shapes
 
@@ -242,7 +246,7 @@ class Plan:
         even = []
         for b, (size, samples, tokens) in enumerate(shapes):
             if count := int((bucket == b).sum()):
-                fits = (rows.samples <= samples - self.slack).sum()
+                fits = (rows.samples <= samples).sum()
                 least = -(-int(min(fits, size * count)) // count)
                 size = min(size, buckets.round_up(least, self.cfg.batch_multiple))
             even.append((size, samples, tokens))
@@ -252,8 +256,9 @@ class Plan:
         """Share of an epoch's padded samples that are no speech."""
         epoch = self.epoch(number)
         padded = sum(self.shapes[b][0] * self.shapes[b][1] for b in epoch.bucket)
-        used = self._lengths(epoch.rows.utterance, epoch.rows.choice).sum()
-        return 1.0 - float(used) / float(padded)
+        speeds = np.asarray(self.speeds)[epoch.rows.choice]
+        used = float((self.seconds[epoch.rows.utterance] / speeds).sum()) * self.cfg.sample_rate
+        return 1.0 - used / float(padded)
 
     def describe(self):
         """The buckets, one line each, and the share of padding in the first epoch."""

@@ -1,0 +1,202 @@
+"""The data loader: audio-seconds a second cold and cached, by threads; padding; cost of resuming.
+
+    python -m experiments.benchmark loader [--manifest=train.jsonl --rounds=5 --threads 0 1 2 4]
+    python -m experiments.benchmark loader --rows=1000000        index and plan of so many rows
+
+Without a manifest, a corpus of FLAC files is made (noise shaped like speech, 1 to 12 s). The peer
+is lhotse where it is installed: DynamicBucketingSampler, recordings read and padded by lhotse's
+collation, in this process, over the same files, with the same seconds of audio in a batch; all
+sides without threads first. Files are in the page cache for both.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+
+from experiments.bench import timing
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--manifest", default="", help="default: a corpus made for the purpose")
+    parser.add_argument("--utterances", type=int, default=400, help="of the corpus made")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="*", default=[0, 1, 2, 4])
+    parser.add_argument("--rows", type=int, default=0, help="only index and plan of so many rows")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        print(timing.machine())
+        if args.rows:
+            return many_rows(folder, args.rows)
+        manifest = args.manifest or make_corpus(folder, args.utterances)
+        throughput(manifest, folder, args)
+        resuming(manifest)
+    return 0
+
+
+def encode(text):
+    """One token a character."""
+    return [1] * len(text)
+
+
+def make_corpus(folder, count):
+    """The manifest of `count` FLAC files, which compress about as speech does."""
+    import soundfile
+
+    from jasr.data.manifest import write_manifest
+
+    rng, entries = np.random.default_rng(0), []
+    for i in range(count):
+        seconds = float(rng.gamma(4.0, 1.2).clip(1.0, 12.0))
+        x = np.cumsum(rng.standard_normal(int(seconds * 16000))) % 7 - 3.5
+        x *= np.repeat(rng.uniform(0, 1, len(x) // 1600 + 1), 1600)[: len(x)]
+        soundfile.write(folder / f"{i}.flac", 0.05 * x, 16000)
+        entry = {"audio_filepath": f"{i}.flac", "duration": len(x) / 16000}
+        entries.append(entry | {"text": "x" * max(1, int(14 * seconds))})
+    return write_manifest(folder / "corpus.jsonl", entries)
+
+
+def opened(manifest, **change):
+    from jasr import data
+
+    cfg = data.DataConfig(train=(str(manifest),), batch_duration=200.0, check="none")
+    return data.open_train(dataclasses.replace(cfg, **change), encode, seed=0)
+
+
+def one_epoch(train, start=0):
+    """Reads the batches of one epoch from position `start` on."""
+    stream = train.iterate(start)
+    for _ in range(len(train.loader.plan.epoch(0).bucket)):
+        next(stream)
+    stream.close()
+
+
+def throughput(manifest, folder, args):
+    index_start = time.perf_counter()
+    first = opened(manifest)
+    index_seconds = time.perf_counter() - index_start
+    seconds = float(first.loader.index.duration.sum())
+    print(first.describe())
+    print(f"index, buckets and plan: {1e3 * index_seconds:.0f} ms")
+    plain = {n: opened(manifest, cache_audio=False, num_threads=n) for n in args.threads}
+    same_batches(plain.values())
+    cpu = time.process_time()
+    one_epoch(next(iter(plain.values())))
+    cpu = time.process_time() - cpu
+    print(f"decoding: {seconds / cpu:,.0f} audio-seconds a second of CPU time")
+    thunks = {f"decoding, {n} threads": lambda t=t: one_epoch(t) for n, t in plain.items()}
+    if peer := lhotse_epoch(manifest, folder):
+        thunks["lhotse, 0 threads"] = peer
+    show("an epoch, decoded anew", thunks, seconds, args, peer)
+    speeds = {"speeds": (0.9, 1.0, 1.1), "cache_mb": 1 << 20}
+    warm = {n: opened(manifest, num_threads=n, **speeds) for n in args.threads}
+    for train in warm.values():
+        fill(train)
+    thunks = {f"cached, {n} threads": lambda t=t: one_epoch(t) for n, t in warm.items()}
+    show("an epoch at three speeds, cached", thunks, seconds, args, None)
+    cold = opened(manifest, cache_audio=False, num_threads=0, **{"speeds": (0.9, 1.1)})
+    thunks = {"stretching, 0 threads": lambda: one_epoch(cold)}
+    show("an epoch, every utterance stretched anew", thunks, seconds, args, None)
+
+
+def fill(train):
+    """Decodes and stretches everything into the cache."""
+    for row in range(len(train.loader.index)):
+        for speed in train.loader.plan.speeds:
+            train.loader.pcm(row, speed)
+
+
+def same_batches(trains):
+    """Raises unless all give the same first batches."""
+    streams = [t.iterate() for t in trains]
+    for _ in range(3):
+        batches = [next(s)[1] for s in streams]
+        for other in batches[1:]:
+            assert all(np.array_equal(batches[0][k], other[k]) for k in other), "batches differ"
+    for s in streams:
+        s.close()
+
+
+def show(title, thunks, seconds, args, peer):
+    times = timing.interleave(thunks, args.rounds)
+    extra = [
+        f"{name:<28} {seconds / timing.quartiles(values)[1]:10,.0f} audio-seconds a second"
+        for name, values in times.items()
+    ]
+    ours = next(iter(thunks))
+    timing.report(title, times, ours=ours, peer="lhotse, 0 threads" if peer else None, extra=extra)
+
+
+def lhotse_epoch(manifest, folder):
+    """A function that reads one epoch with lhotse, or None where it is not installed."""
+    try:
+        from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+        from lhotse.dataset import DynamicBucketingSampler
+        from lhotse.dataset.collation import collate_audio
+    except ImportError:
+        print("lhotse is not installed: no peer")
+        return None
+    base, cuts = pathlib.Path(manifest).parent, []
+    for line in open(manifest, encoding="utf-8"):
+        entry = json.loads(line)
+        recording = Recording.from_file(base / entry["audio_filepath"])
+        spoken = SupervisionSegment(recording.id, recording.id, 0.0, recording.duration, 0)
+        spoken.text = entry["text"]
+        cut = MonoCut(recording.id, 0.0, recording.duration, 0, [spoken], recording=recording)
+        cuts.append(cut.resample(16000) if recording.sampling_rate != 16000 else cut)
+    cuts = CutSet.from_cuts(cuts)
+
+    def epoch():
+        sampler = DynamicBucketingSampler(cuts, max_duration=200.0, num_buckets=4, shuffle=True)
+        for batch in sampler:
+            audio, _ = collate_audio(batch)
+            audio.numpy()
+            [encode(s.text) for cut in batch for s in cut.supervisions]
+
+    return epoch
+
+
+def resuming(manifest):
+    """Prints the seconds from nothing to the first batch, at the start and far into training."""
+    for name, change in (("plain", {}), ("three speeds", {"speeds": (0.9, 1.0, 1.1)})):
+        for position in (0, 1000, 100_000):
+            train = opened(manifest, num_threads=0, **change)
+            start = time.perf_counter()
+            epoch = train.epoch_of(position)
+            next(train.iterate(position))
+            spent = time.perf_counter() - start
+            print(f"  {name}: batch {position:>7,} (epoch {epoch}) after {1e3 * spent:7.1f} ms")
+
+
+def many_rows(folder, count):
+    """Prints the time and memory of index and plan of a manifest of `count` rows."""
+    import resource
+
+    rng = np.random.default_rng(0)
+    with open(folder / "m.jsonl", "w", encoding="utf-8") as f:
+        for i, seconds in enumerate(rng.gamma(4.0, 2.5, count).clip(1, 30).round(3).tolist()):
+            entry = {"audio_filepath": f"part-{i % 1000:03d}/utterance-{i:09d}.flac"}
+            entry |= {"duration": seconds, "text": "some words that were said " * int(seconds / 2)}
+            f.write(json.dumps(entry) + "\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    train = opened(folder / "m.jsonl")
+    spent = time.perf_counter() - start
+    plan = train.loader.plan
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    print(f"index, buckets and first plan of {count:,} rows: {spent:.1f} s, {grown:.2f} GiB")
+    print(train.describe())
+    for name, number in (("another epoch", 7), ("and another", 8)):
+        start = time.perf_counter()
+        plan.epoch(number)
+        print(f"{name}: {time.perf_counter() - start:.2f} s")
+    start = time.perf_counter()
+    plan.batch(10**9)
+    print(f"batch 1,000,000,000: {time.perf_counter() - start:.2f} s")
+    return 0
