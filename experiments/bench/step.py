@@ -24,7 +24,7 @@ def main(argv=None):
     parser.add_argument("--rows", type=int, default=8, help="utterances in the batch")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of each")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each")
-    parser.add_argument("--dtype", default="", help="float32 or bfloat16; the recipe's if not given")
+    parser.add_argument("--dtype", default="", help="instead of the recipe's")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--peak", type=float, default=0.0, help="peak TFLOP/s of the device")
     args = parser.parse_args(argv)
