@@ -11,6 +11,7 @@ model on the same utterances (paired bootstrap).
 import argparse
 import contextlib
 import json
+import pathlib
 import sys
 
 
@@ -59,6 +60,8 @@ def evaluate(args):
     from jasr import compilation_cache, score, tasks
 
     compilation_cache.enable()
+    for path in filter(None, (args.output, args.predictions)):  # now, not after the work
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     changed = {"lact_updates": args.lact_updates} if args.lact_updates else None
     try:
         baseline = json.load(open(args.baseline, encoding="utf-8")) if args.baseline else None
@@ -76,7 +79,7 @@ def evaluate(args):
         )
         difference = score.compare(report, baseline) if baseline else None
     except (OSError, ValueError, RuntimeError, KeyError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {type(e).__name__}: {e}", file=sys.stderr)
         return None
     for line in report["left_out"]:
         print(f"left out: {line}", file=sys.stderr)

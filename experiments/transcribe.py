@@ -54,6 +54,7 @@ def parse(argv):
 
 def transcribe(args, out):
     """Runs the command; the exit status."""
+    from jasr.metrics import progress
     from jasr.transcribe import find_recordings, from_pretrained
 
     found, problems = find_recordings(args.inputs)
@@ -74,10 +75,10 @@ def transcribe(args, out):
             batch_seconds=args.batch_seconds,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as e:
-        say(f"error: cannot load {args.checkpoint}: {e}")
+        say(f"error: cannot load {args.checkpoint}: {type(e).__name__}: {e}")
         return 1
     start, failed = time.perf_counter(), len(problems)
-    results = model.stream(path for path, _ in found)
+    results = progress(model.stream(path for path, _ in found), total=len(found))
     for (path, name), result in zip(found, results, strict=True):
         failed += report(path, result)
         if "error" in result and args.format != "json":

@@ -44,7 +44,9 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
     chosen = set(range(len(source.texts))[: limit or None])
     order = []
     start = time.perf_counter()
-    results = {order[n]: r for n, r in enumerate(recognizer.stream(_rows(source, chosen, order)))}
+    stream = recognizer.stream(_rows(source, chosen, order))
+    stream = metrics.progress(stream, total=len(chosen), label="evaluating")
+    results = {order[n]: result for n, result in enumerate(stream)}
     wall = time.perf_counter() - start - recognizer.compile_seconds
     failed = {n: r["error"] for n, r in results.items() if "error" in r} | dict(source.failed)
     kept = [n for n in sorted(results) if n not in failed]
