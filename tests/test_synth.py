@@ -168,3 +168,11 @@ def test_committed_sample_is_small_and_matches_its_plan(root):
         for row in rows:
             info = soundfile.info(folder / row["audio_filepath"])
             assert info.samplerate == 16000 and info.frames == row["duration"] * 16000
+
+
+def test_quickstart_recipe_knows_every_letter_of_the_corpus():
+    from configs import quickstart
+
+    config = quickstart.get_config()
+    assert set(config.text.vocabulary) == set(" ".join(synth.WORDS))
+    assert config.data.concat_duration > 0 and config.data.num_buckets == 1
