@@ -15,6 +15,7 @@ import json
 import pathlib
 import tempfile
 import time
+import warnings
 
 import numpy as np
 
@@ -35,7 +36,7 @@ def main(argv=None):
         if args.rows:
             return many_rows(folder, args.rows)
         manifest = args.manifest or make_corpus(folder, args.utterances)
-        throughput(manifest, folder, args)
+        throughput(manifest, args)
         resuming(manifest)
     return 0
 
@@ -77,7 +78,7 @@ def one_epoch(train, start=0):
     stream.close()
 
 
-def throughput(manifest, folder, args):
+def throughput(manifest, args):
     index_start = time.perf_counter()
     first = opened(manifest)
     index_seconds = time.perf_counter() - index_start
@@ -86,12 +87,16 @@ def throughput(manifest, folder, args):
     print(f"index, buckets and plan: {1e3 * index_seconds:.0f} ms")
     plain = {n: opened(manifest, cache_audio=False, num_threads=n) for n in args.threads}
     same_batches(plain.values())
-    cpu = time.process_time()
-    one_epoch(next(iter(plain.values())))
-    cpu = time.process_time() - cpu
-    print(f"decoding: {seconds / cpu:,.0f} audio-seconds a second of CPU time")
+    peer, alone = lhotse_epoch(manifest, first), next(iter(plain.values()))
+    for name, epoch in (("jasr", lambda: one_epoch(alone)), ("lhotse", peer)):
+        if epoch:
+            epoch()
+            cpu = time.process_time()
+            epoch()
+            cpu = time.process_time() - cpu
+            print(f"decoding, {name}: {seconds / cpu:,.0f} audio-seconds a second of CPU time")
     thunks = {f"decoding, {n} threads": lambda t=t: one_epoch(t) for n, t in plain.items()}
-    if peer := lhotse_epoch(manifest, folder):
+    if peer:
         thunks["lhotse, 0 threads"] = peer
     show("an epoch, decoded anew", thunks, seconds, args, peer)
     speeds = {"speeds": (0.9, 1.0, 1.1), "cache_mb": 1 << 20}
@@ -133,8 +138,11 @@ def show(title, thunks, seconds, args, peer):
     timing.report(title, times, ours=ours, peer="lhotse, 0 threads" if peer else None, extra=extra)
 
 
-def lhotse_epoch(manifest, folder):
-    """A function that reads one epoch with lhotse, or None where it is not installed."""
+def lhotse_epoch(manifest, train):
+    """A function that reads one epoch with lhotse, or None where it is not installed.
+
+    The first recordings are compared with those of `train`.
+    """
     try:
         from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
         from lhotse.dataset import DynamicBucketingSampler
@@ -150,7 +158,12 @@ def lhotse_epoch(manifest, folder):
         spoken.text = entry["text"]
         cut = MonoCut(recording.id, 0.0, recording.duration, 0, [spoken], recording=recording)
         cuts.append(cut.resample(16000) if recording.sampling_rate != 16000 else cut)
+    for row, cut in enumerate(cuts[:5]):
+        ours = train.loader.pcm(row) * np.float32(2**-15)
+        if cut.recording.sampling_rate == 16000 and not cut.recording.transforms:
+            assert np.array_equal(cut.load_audio()[0], ours), f"lhotse reads {cut.id} differently"
     cuts = CutSet.from_cuts(cuts)
+    warnings.filterwarnings("ignore", message=".*eagerly read CutSet.*")
 
     def epoch():
         sampler = DynamicBucketingSampler(cuts, max_duration=200.0, num_buckets=4, shuffle=True)
