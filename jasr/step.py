@@ -98,15 +98,15 @@ def gradients(task, state, batch, accumulate):
 def train_step(task, tx, optim, state, batch):
     """The state after one batch, and the step's metrics (f32 scalars).
 
-    A step whose loss or gradient is not finite changes nothing but the counters `step`,
+    A step whose loss, gradient or update is not finite changes nothing but the counters `step`,
     `bad_steps` and `bad_in_row`; a batch without any usable row changes nothing either, and is
     not counted as bad.
     """
     loss, grads, stats, metrics = gradients(task, state, batch, optim.accumulate)
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    usable = metrics["weight"] > 0
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+    usable = metrics["weight"] > 0
     params = optax.apply_updates(state.params, updates)
     good = finite & usable
 

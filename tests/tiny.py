@@ -15,7 +15,7 @@ def get_config(arg=""):
     config = common.default()
     config.data.train = (str(DATA / "train.jsonl"),)
     config.data.valid = (str(DATA / "valid.jsonl"),)
-    config.data.bucket_duration_bins = (2.0, 4.0)
+    config.data.bucket_duration_bins = (4.0,)
     config.data.bucket_batch_size = (8,)
     config.data.num_threads = 1
     config.spec_augment.update(freq_masks=1, freq_width=4, time_masks=1, time_width=0.05)

@@ -1,0 +1,177 @@
+"""The loop: it learns, resumes bit for bit, and gives the same numbers on any mesh."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.train import train
+from jasr import checkpoint, settings, start
+from tests import tiny
+
+
+def losses(workdir):
+    rows = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: r["loss"] for r in rows if "loss" in r}
+
+
+def config(arg="", **changes):
+    c = tiny.get_config(arg)
+    with c.unlocked():
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            c[section][name] = value
+    return c
+
+
+def run(workdir, c):
+    return train(c, workdir)
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """A run of 20 steps on one device of the eight."""
+    workdir = tmp_path_factory.mktemp("one")
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    command([tiny_flag(), f"--workdir={workdir}"], env)
+    return workdir
+
+
+def tiny_flag(arg=""):
+    return "--config=tests/tiny.py" + (f":{arg}" if arg else "")
+
+
+def command(args, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.train", *args],
+        env=env, check=True, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_loss_falls(one_device):
+    found = losses(one_device)
+    assert list(found) == list(range(1, 21))
+    assert np.mean([found[s] for s in (18, 19, 20)]) < 0.7 * found[1]
+
+
+def test_run_leaves_metrics_config_and_checkpoints(one_device):
+    rows = [json.loads(x) for x in (one_device / "metrics.jsonl").read_text().splitlines()]
+    validated = [r for r in rows if "val_wer" in r]
+    assert [r["step"] for r in validated] == [10, 20]
+    assert json.loads((one_device / "config.json").read_text())["task"] == "ctc"
+    meta = checkpoint.load_meta(one_device)
+    assert meta["position"] == 20 and meta["tokenizer"]["kind"] == "char"
+    assert set(checkpoint.load_params(one_device)) == {"model", "ctc_head"}
+
+
+@pytest.mark.parametrize(
+    "mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str
+)
+def test_any_mesh_gives_the_losses_of_one_device(tmp_path, one_device, mesh):
+    c = config(data__valid=(), **{f"mesh__{k}": v for k, v in mesh.items()})
+    run(tmp_path, c)
+    ours, theirs = losses(tmp_path), losses(one_device)
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+
+
+def test_two_processes_of_two_devices_give_the_losses_of_one_device(tmp_path, one_device):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    args = [
+        tiny_flag(), f"--workdir={tmp_path}", "--config.mesh.fsdp=2", "--config.mesh.data=2",
+        f"--coordinator=localhost:{port}", "--num_processes=2", "--config.train.eval_every=20",
+    ]  # fmt: skip
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "experiments.train", *args, f"--process_id={i}"],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        for i in range(2)
+    ]
+    outputs = [p.communicate(timeout=600)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], "\n".join(x[-3000:] for x in outputs)
+    ours, theirs = losses(tmp_path), losses(one_device)
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_stopped_and_resumed_run_equals_the_whole_one_bit_for_bit(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    c = config("dropout", train__steps=8, data__valid=())
+    run(whole, c)
+    asked = iter([False, False, True])
+    train(c, parts, stop=lambda: next(asked))
+    assert checkpoint.load_meta(parts)["step"] == 3
+    run(parts, c)
+    for item in ("params", "ema", "opt_state", "counters"):
+        same(
+            checkpoint.load_params(whole, item=item), checkpoint.load_params(parts, item=item)
+        )
+    assert losses(whole) == losses(parts)
+
+
+def test_changed_data_or_model_is_refused_at_resume(tmp_path):
+    run(tmp_path, config(train__steps=1, data__valid=()))
+    with pytest.raises(start.StartError, match="allow_data_change"):
+        run(tmp_path, config(train__steps=2, data__bucket_batch_size=(16,)))
+    with pytest.raises(start.StartError, match="config.model differs .* rope_theta"):
+        run(tmp_path, config(train__steps=2, model__rope_theta=1e5))
+
+
+def test_run_starts_from_given_weights_and_freezes_by_rule(tmp_path, one_device):
+    c = config(
+        train__steps=2, data__valid=(), init__path=str(one_device), init__freeze=("model/.*",),
+        init__drop=("ctc_head/.*",), optim__ema=0.0,
+    )  # fmt: skip
+    run(tmp_path, c)
+    assert set(checkpoint.load_params(tmp_path)) == {"ctc_head"}  # adapters only
+    from jasr import tasks
+
+    _, variables, _ = tasks.load(tmp_path)
+    before = checkpoint.load_params(one_device)
+    same(variables["params"]["model"], before["model"])
+    assert not np.array_equal(
+        variables["params"]["ctc_head"]["kernel"], before["ctc_head"]["kernel"]
+    )
+    run(tmp_path, config(**{**_sections(c), "train__steps": 3}))  # resumes with frozen ones
+
+
+def _sections(c):
+    return {
+        "init__path": c.init.path, "init__freeze": c.init.freeze, "init__drop": c.init.drop,
+        "optim__ema": 0.0, "data__valid": (),
+    }  # fmt: skip
+
+
+def test_misspelt_config_key_is_named(tmp_path):
+    plain = json.loads(config().to_json())
+    plain["model"]["hiden_size"] = 3
+    with pytest.raises(settings.SettingsError, match="config.model.hiden_size.*'hidden_size'"):
+        train(plain, tmp_path)
+    plain = json.loads(config().to_json()) | {"modle": {}}
+    with pytest.raises(settings.SettingsError, match="config.modle.*model"):
+        train(plain, tmp_path)
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path):
+    c = config(optim__lr=float("nan"), optim__max_bad_steps=3, train__steps=10)
+    with pytest.raises(FloatingPointError, match="3 steps in a row|in a row"):
+        run(tmp_path, c)
+
+
+def test_zero_updates_are_refused(tmp_path):
+    c = config(model__lact_mode="causal", model__lact_chunk_size=4096)
+    with pytest.raises(ValueError, match="never be updated"):
+        run(tmp_path, c)
