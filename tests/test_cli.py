@@ -11,6 +11,8 @@ import pytest
 
 from experiments import evaluate, transcribe
 from jasr import checkpoint, score, tasks, text, tree
+from jasr.interop import lact
+from jasr.models.lact import LactConfig
 from jasr.transcribe import Recognizer, from_pretrained
 
 soundfile = pytest.importorskip("soundfile")
@@ -167,6 +169,24 @@ def test_batch_mates_and_windows_change_no_text_and_no_time(run, recordings):
     programs = len(model.programs)
     model.transcribe([*paths, recordings / "long.wav"])
     assert len(model.programs) == programs
+
+
+def test_models_of_the_original_transcribe(tmp_path, recordings, capsys):
+    vocabulary = (text.BLANK, *" etaoinhsr")
+    config = LactConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attn_heads=2,
+        num_lact_heads=2,
+        intermediate_size=32,
+        audio_encoder_layers=1,
+        ctc_vocab_size=len(vocabulary),
+    )
+    lact.write_lact(tmp_path, config, babbling(lact.shapes(config)), vocabulary)
+    status, out, err = call(tmp_path, capsys, recordings / "a.wav", "--format=json")
+    row = json.loads(out)
+    assert status == 0, err
+    assert row["text"] and set(row["text"]) <= set(vocabulary[1:])
 
 
 @pytest.fixture(scope="module")
