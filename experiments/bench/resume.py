@@ -1,0 +1,310 @@
+"""Kills a tiny run over and over; it must come out as if nobody had.
+
+    python -m experiments.bench.resume [--kills=30 --steps=40 --seed=0 --dir=DIR]
+
+One run goes through undisturbed. Then runs of the same recipe are killed (SIGKILL), in turn at a
+random time and at a named instant of a save, and started again until they finish. Each must end
+with the same bits in parameters, statistics, optimizer state, moving average and key, and must have
+seen the same audio of the same utterances at every position. The exit status is 0 only then.
+
+Every start is a fork of a process that has imported everything and run nothing, so that it costs
+what the run itself costs.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+
+INSTANTS = ("items written", "manifest not renamed", "sealed", "committed", "old step half deleted")
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=40, help="length of a run")
+    parser.add_argument("--save_every", type=int, default=2)
+    parser.add_argument("--instants_only", action="store_true", help="no kills at random times")
+    parser.add_argument("--seed", type=int, default=0, help="of the random times")
+    parser.add_argument("--manifest", default=str(ROOT / "tests" / "data" / "train.jsonl"))
+    parser.add_argument("--dir", default="", help="where the runs go (a temporary directory)")
+    args = parser.parse_args(argv)
+    load_modules()
+    config = tiny_config(args.manifest, args.steps, args.save_every)
+    with tempfile.TemporaryDirectory(dir=args.dir or None) as folder:
+        folder = pathlib.Path(folder)
+        if not args.instants_only:  # else the undisturbed run would be timed with its compilation
+            start(config, folder / "warm-up")
+        seconds = start(config, folder / "undisturbed")[1]
+        want = outcome(folder / "undisturbed")
+        print(f"undisturbed: {seconds:.1f} s from its first batch, state {want['state'][:16]}")
+        return torture(args, config, folder, want, seconds)
+
+
+def torture(args, config, folder, want, seconds):
+    """Kills runs until there were enough kills; 0 if every run ended as `want` says."""
+    rng = random.Random(args.seed)
+    counts, bad, runs, kills = collections.Counter(), 0, 0, 0
+    while kills < args.kills or counts["unfinished"]:
+        workdir = folder / f"run-{runs}"
+        delay, instant = 0.0, ""
+        if kills < args.kills:
+            if args.instants_only:
+                instant = INSTANTS[kills % len(INSTANTS)]
+            elif kills % 2:
+                instant = INSTANTS[kills // 2 % len(INSTANTS)]
+            else:
+                delay = rng.uniform(0, seconds)
+        status, _ = start(config, workdir, delay, instant)
+        if status == "killed":
+            kills += 1
+            counts[instant or "random time"] += 1
+            counts["unfinished"] = 1
+            torn = [p for p in (workdir / "checkpoints").glob("*.*")]
+            counts["left a half-written or half-deleted step"] += bool(torn)
+            steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.suffix == ""]
+            print(
+                f"kill {kills:>2}: {instant or f'after {delay:.2f} s':<24} run {runs}, "
+                f"steps {sorted(steps)}, remains {[p.name for p in torn]}",
+                flush=True,
+            )
+            continue
+        if status != "done":
+            print((workdir / "log.txt").read_text()[-3000:])
+            raise SystemExit(f"run {runs} failed by itself: {status}")
+        wrong = differences(want, outcome(workdir))
+        bad += bool(wrong)
+        print(f"run {runs} finished: " + ("; ".join(wrong) or "identical"), flush=True)
+        runs, counts["unfinished"] = runs + 1, 0
+    del counts["unfinished"]
+    print(f"{kills} kills in {runs} runs: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+    print(f"{runs - bad} of {runs} runs identical to the undisturbed one")
+    return 1 if bad else 0
+
+
+def tiny_config(manifest, steps, save_every):
+    """A recipe of a few thousand parameters with every source of randomness in it."""
+    from configs import common
+
+    config = common.default()
+    config.data.train = (manifest,)
+    config.data.valid = ()
+    config.data.num_buckets = 1
+    config.data.bucket_batch_size = (4,)
+    config.data.speeds = (0.9, 1.0, 1.1)
+    config.wave_augment.update(gain_db=6.0, noise_share=0.5)
+    config.spec_augment.update(freq_masks=1, time_masks=1)
+    config.model.update(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attn_heads=2,
+        num_lact_heads=2,
+        intermediate_size=16,
+        audio_encoder_layers=2,
+        subsampling=4,
+        conv_kernel=3,
+        lact_mode="bidirectional",
+        use_muon=False,
+        use_momentum=False,
+        positions="none",
+        window_size=0,
+        dropout=0.1,
+    )
+    config.optim.update(lr=1e-3, warmup_steps=4, ema=0.9)
+    config.train.update(steps=steps, log_every=10, eval_every=10_000, save_every=save_every)
+    config.checkpoint.update(keep_latest=2, keep_best=1)
+    return json.loads(config.to_json())
+
+
+def load_modules():
+    """Imports what a run needs, so that its forks have it; nothing may start a device or thread."""
+    import flax.linen  # noqa: F401
+    import grain  # noqa: F401
+    import optax  # noqa: F401
+    import soundfile  # noqa: F401
+
+    import experiments.train  # noqa: F401
+    from jasr import audio, checkpoint, data, evaluation, metrics, optim, start, step  # noqa: F401
+    from jasr.data import batches  # noqa: F401
+    from jasr.tasks import ctc  # noqa: F401
+
+
+def start(config, workdir, delay=0.0, instant=""):
+    """("done" | "killed" | what went wrong, seconds since its first batch) of one start of a run.
+
+    Args:
+      delay: kill it so many seconds after its first batch.
+      instant: kill it at this instant of its first save (of its first deletion).
+    """
+    workdir.mkdir(exist_ok=True)
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(read)
+            child(config, workdir, instant, write)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(write)
+    begun = bool(os.read(read, 1))  # empty when the child is gone
+    tick = time.monotonic()
+    if begun and delay:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    os.close(read)
+    code = os.waitstatus_to_exitcode(status)
+    named = {0: "done", -signal.SIGKILL: "killed"}.get(code, f"exit status {code}")
+    return named, time.monotonic() - tick
+
+
+def child(config, workdir, instant, pipe):
+    """The run itself: notes every batch that it takes, and dies at the wanted instant."""
+    log = os.open(workdir / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    from experiments import train
+    from jasr import compilation_cache, rundir
+    from jasr.data import batches
+
+    compilation_cache.enable()
+    plain = batches.Train.iterate
+    seen = open(workdir / "seen.jsonl", "a", buffering=1)
+
+    def iterate(self, start, *rest):
+        stream = plain(self, start, *rest)
+        try:
+            for position, (epoch, batch) in enumerate(stream, start):
+                audio = hashlib.sha256(batch["audio"].tobytes()).hexdigest()
+                rows = batch["index"].tolist()
+                seen.write(json.dumps([position, epoch, rows, audio]) + "\n")
+                if position == start:
+                    os.write(pipe, b"1")
+                yield epoch, batch
+        finally:
+            stream.close()
+
+    batches.Train.iterate = iterate
+    if instant:
+        arm(workdir / "checkpoints", instant)
+    with rundir.lock(workdir):
+        train.train(config, workdir)
+
+
+def arm(directory, instant):
+    """Makes this process kill itself at an instant of a save."""
+    from jasr import checkpoint, checkpoint_files
+
+    def die(name):
+        if name == instant:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(owner, name, before=None, after=None):
+        plain = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if before:
+                before(*args)
+            result = plain(*args, **kwargs)
+            if after:
+                die(after)
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def replacing(_, target):
+        if str(target).endswith(checkpoint_files.MANIFEST):
+            die("manifest not renamed")
+
+    def syncing(path):
+        if path == directory:
+            die("committed")
+
+    def removing(path, *_):
+        if path.exists() and instant == "old step half deleted":
+            for f in [f for f in path.rglob("*") if f.is_file()][::2]:
+                f.unlink()
+            die(instant)
+
+    around(checkpoint, "seal", lambda *_: die("items written"), "sealed")
+    around(checkpoint_files.os, "replace", replacing)
+    around(checkpoint, "sync_directory", syncing)
+    around(checkpoint_files.shutil, "rmtree", removing)
+
+
+def outcome(workdir):
+    """What a finished run has done: digests of its last state, and the batch at each position.
+
+    Found out in a fork, since the process that forks runs may not have started JAX.
+    """
+    target = workdir / "outcome.json"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            target.write_text(json.dumps(digests(workdir)))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.waitpid(pid, 0)
+    return json.loads(target.read_text())
+
+
+def digests(workdir):
+    """See `outcome`."""
+    from jasr import checkpoint
+    from jasr.checkpoint_read import leaves
+
+    directory = checkpoint.find_step(workdir)
+    items = {}
+    for name in checkpoint.items(directory):
+        digest = hashlib.sha256()
+        for path, leaf in sorted(leaves(checkpoint.load_params(directory, item=name)).items()):
+            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+        items[name] = digest.hexdigest()
+    lines = (workdir / "seen.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("]")]
+    seen = collections.defaultdict(set)
+    for position, *batch in rows:
+        seen[str(position)].add(json.dumps(batch))
+    meta = checkpoint.load_meta(directory)
+    whole = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
+    return {
+        "step": meta["step"],
+        "items": items,
+        "seen": {k: sorted(v) for k, v in seen.items()},
+        "state": whole,
+    }
+
+
+def differences(want, got):
+    """What is not as in the undisturbed run, a line each."""
+    lines = []
+    if want["step"] != got["step"]:
+        lines.append(f"ended at step {got['step']}, not {want['step']}")
+    for name in want["items"] | got["items"]:
+        if want["items"].get(name) != got["items"].get(name):
+            lines.append(f"{name} differs")
+    for position in sorted(want["seen"] | got["seen"], key=int):
+        if want["seen"].get(position) != got["seen"].get(position):
+            lines.append(f"batch {position} differs, or was read in two ways, or not at all")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
