@@ -102,7 +102,7 @@ def read_given(config, shapes):
     from jasr.interop import lact
 
     if lact.is_lact(config.path):
-        _, variables, _ = lact.read_lact(config.path)
+        _, variables = lact.read_weights(config.path)
         params, stats = variables["params"], variables["batch_stats"]
     else:
         params = checkpoint.load_params(config.path, item=config.item)
