@@ -1,5 +1,6 @@
 """Greedy CTC decoding with frame-accurate token times, and words with times in seconds."""
 
+import jax
 import jax.numpy as jnp
 
 
@@ -28,16 +29,17 @@ def ctc_greedy(logits, logit_len, blank=0):
     ends = (best != blank) & (best != jnp.concatenate([best[:, 1:], edge], axis=1))
     number = jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1  # which token the frame belongs to
 
-    def collect(keep, values):
-        rows = jnp.arange(B)[:, None]
+    @jax.vmap  # row by row, so that a batch sharded over devices stays where it is
+    def collect(keep, number, values):
         slots = jnp.where(keep, number, T)  # T is outside: dropped
-        return jnp.zeros((B, T), jnp.int32).at[rows, slots].set(values, mode="drop")
+        return jnp.zeros(T, jnp.int32).at[slots].set(values, mode="drop")
 
+    every = jnp.broadcast_to(frames, (B, T))
     return (
-        collect(starts, best),
+        collect(starts, number, best),
         jnp.sum(starts, axis=1, dtype=jnp.int32),
-        collect(starts, frames[None]),
-        collect(ends, frames[None] + 1),
+        collect(starts, number, every),
+        collect(ends, number, every + 1),
     )
 
 

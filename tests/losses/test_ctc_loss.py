@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jasr.decoding.ctc import ctc_greedy
 from jasr.losses.ctc import ctc_loss
 
 
@@ -251,3 +252,23 @@ def test_equals_nemo(goldens):
     )
     assert np.all(feasible)
     np.testing.assert_allclose(loss, g["loss"], rtol=1e-5)
+
+
+def test_a_batch_sharded_over_devices_stays_where_it_is():
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = jax.device_put(tuple(x[:6] for x in ragged()), rows)
+
+    def both(logits, logit_len, tokens, token_len):
+        loss, back = jax.vjp(lambda x: ctc_loss(x, logit_len, tokens, token_len)[0], logits)
+        return loss, back(jnp.ones_like(loss))[0], ctc_greedy(logits, logit_len)
+
+    program = jax.jit(both).lower(*batch).compile()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in program.as_text()
+    want = loss_and_grad(*(np.asarray(x) for x in batch))
+    loss, grad, _ = program(*batch)
+    np.testing.assert_allclose(loss, want[0], rtol=1e-6)
+    np.testing.assert_allclose(grad, want[2], atol=1e-6)
