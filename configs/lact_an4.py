@@ -18,24 +18,24 @@ def get_config(arg=""):
     config.data.valid = ("data/an4/valid.jsonl",)
     config.data.max_duration = 20.0
     config.data.speeds = (0.9, 1.0, 1.1)
-    config.data.concat = 2
-    config.data.bucket_duration_bins = (4.0, 8.0)
-    config.data.bucket_batch_size = (16, 8)
+    config.data.concat = 3
+    config.data.bucket_duration_bins = (6.5,)  # the longest utterance, or up to three joined
+    config.data.bucket_batch_size = (5,)  # many small updates matter more than big batches
     config.text.vocabulary = tuple(" abcdefghijklmnopqrstuvwxyz'")
 
     config.front_end.kind = "nemo"
     config.spec_augment.update(
-        freq_masks=2, freq_width=15, time_masks=4, time_width=0.05, fill="mean", warp=0.1
+        freq_masks=2, freq_width=15, time_masks=5, time_width=0.05, fill="mean", warp=0.12
     )
     config.wave_augment.update(gain_db=6.0, noise_share=0.5, snr_low_db=10.0, snr_high_db=40.0)
     config.loss.ramp_steps = 1000
 
     config.model.update(
-        hidden_size=192,
+        hidden_size=144,
         num_hidden_layers=6,
         num_attn_heads=4,
         num_lact_heads=2,
-        intermediate_size=384,
+        intermediate_size=432,
         audio_encoder_layers=2,
         subsampling=4,
         conv_kernel=15,
@@ -50,12 +50,12 @@ def get_config(arg=""):
         initializer_range=0.0,
     )
     config.optim.update(
-        lr=2e-3, schedule="cosine", warmup_steps=300, weight_decay=0.01, clip_norm=1.0, ema=0.999
+        lr=1.5e-3, schedule="cosine", warmup_steps=400, weight_decay=0.01, clip_norm=1.0, ema=0.999
     )
-    config.train.update(steps=6000, log_every=50, eval_every=1000, sample_every=500)
+    config.train.update(steps=8000, log_every=100, eval_every=1000, sample_every=500)
 
     if arg == "short":
-        config.train.steps = 2000
+        config.train.steps = 3000
     elif arg == "control":
         config.model.lact_every = 0
     elif arg:

@@ -15,6 +15,8 @@ slashes and list indices joined by "_" ("model.layers.0.attn.qkv.weight" is
     self_condition/kernel                                             ours, with self_conditioning
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -175,16 +177,44 @@ class GatedMLP(nn.Module):
         return linear(c, c.hidden_size, "down_proj")(jax.nn.silu(gate) * up)
 
 
-def depthwise(x, kernel, causal):
+def _shifted_sum(x, kernel, before):
+    """sum over i of x[:, t + i - before] * kernel[i], zero beyond the ends."""
+    width, frames = kernel.shape[0], x.shape[1]
+    # The barrier keeps XLA from padding once for every shift.
+    x = jax.lax.optimization_barrier(
+        jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
+    )
+    return sum(x[:, i : i + frames] * kernel[i] for i in range(width))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise(x, kernel, before):
     """Depthwise convolution over time, [B,T,D] with kernel [W,D]: W shifted multiply-adds.
 
-    XLA's grouped convolution is about nine times slower on CPUs, and the adds fuse everywhere.
-    Centred, or reading only the past.
+    Frame t reads the frames t - before ... t - before + W - 1. XLA's grouped convolution is about
+    nine times slower on CPUs; the written gradient keeps x alone, not its W shifts.
     """
+    return _shifted_sum(x, kernel, before)
+
+
+def _depthwise_forward(x, kernel, before):
+    return _shifted_sum(x, kernel, before), (x, kernel)
+
+
+def _depthwise_backward(before, saved, cotangent):
+    x, kernel = saved
     width, frames = kernel.shape[0], x.shape[1]
-    before = width - 1 if causal else (width - 1) // 2
-    x = jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
-    return sum(x[:, i : i + frames] * kernel[i] for i in range(width))
+    after = width - 1 - before
+    to_x = _shifted_sum(cotangent, kernel[::-1], after)
+    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (before, after), (0, 0))))
+    to_kernel = [
+        jnp.sum(x[:, i : i + frames] * cotangent, axis=(0, 1), dtype=jnp.float32)
+        for i in range(width)
+    ]
+    return to_x, jnp.stack(to_kernel).astype(kernel.dtype)
+
+
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class ConvModule(nn.Module):
@@ -203,7 +233,8 @@ class ConvModule(nn.Module):
             nn.initializers.normal(c.conv_kernel**-0.5),
             (c.conv_kernel, c.hidden_size),
         )
-        x = depthwise(x, kernel.astype(x.dtype), c.causal)
+        before = c.conv_kernel - 1 if c.causal else (c.conv_kernel - 1) // 2
+        x = depthwise(x, kernel.astype(x.dtype), before)
         x = jax.nn.silu(RMSNorm(c.norm_eps, name="norm")(x))
         return linear(c, c.hidden_size, "pointwise_conv2")(x)
 
