@@ -59,6 +59,20 @@ def test_notebook_reads_averages_and_transcribes_a_run(root, tmp_path, monkeypat
         np.testing.assert_allclose(leaf, 0.3 * two[0][path] + 0.7 * two[1][path], atol=1e-6)
 
 
+def test_a_damaged_step_is_left_as_a_whole_when_a_model_is_loaded(tmp_path):
+    """Parameters of one step with the tokenizer or statistics of another would be worse."""
+    make_run(tmp_path / "run")
+    steps = checkpoint.find_steps(tmp_path / "run")
+    (steps[20] / "ema" / "manifest.ocdbt").write_bytes(b"cut")
+    with pytest.warns(RuntimeWarning, match="/20: ema/manifest.ocdbt has 3 bytes"):
+        _, variables, meta = tasks.load(tmp_path / "run")
+    assert meta["step"] == 10
+    for item, name in (("ema", "params"), ("batch_stats", "batch_stats")):
+        want = tree.flatten(checkpoint.load_params(tmp_path / "run", 10, item))
+        for path, leaf in tree.flatten(variables[name]).items():
+            np.testing.assert_array_equal(leaf, want[path])
+
+
 def test_notebook_is_committed_without_outputs(root):
     notebook = nbformat.read(root / "experiments" / "restore_checkpoint.ipynb", as_version=4)
     nbformat.validate(notebook)

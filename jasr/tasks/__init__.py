@@ -4,6 +4,7 @@ A task is a frozen dataclass without base class: `build(config, tokenizer)`, `in
 `predict`, `texts`, `check`, `sharding`, `seconds_per_frame`.
 """
 
+import functools
 import importlib
 
 TASKS = {"ctc": ("jasr.tasks.ctc", "CtcTask")}
@@ -47,17 +48,18 @@ def load(path, step=None, item="", model=None):
             "step": 0,
         }
     else:
-        meta = checkpoint.load_meta(path, step)
-        params = checkpoint.load_params(path, step, item)
+        # One step for all parts: each load by itself could fall back to another one.
+        kept = ("params", "ema", "batch_stats", "frozen")
+        path = checkpoint.find_step(path, step, items=kept)
+        load = functools.partial(checkpoint.load_params, path, verify=False)
+        meta = checkpoint.load_meta(path)
+        params = load(item=item)
         if meta.get("frozen_from"):
             whole = tree.flatten(checkpoint.load_params(meta["frozen_from"]))
             params = tree.unflatten(whole | tree.flatten(params))
-        elif "frozen" in checkpoint.items(checkpoint.find_step(path, step)):
-            params = tree.merge(params, checkpoint.load_params(path, step, "frozen"))
-        variables = {
-            "params": params,
-            "batch_stats": checkpoint.load_params(path, step, "batch_stats"),
-        }
+        elif "frozen" in checkpoint.items(path):
+            params = tree.merge(params, load(item="frozen"))
+        variables = {"params": params, "batch_stats": load(item="batch_stats")}
     config = dict(meta["config"])
     if model:
         config["model"] = {**config["model"], **model}
