@@ -152,9 +152,7 @@ class Writer:
                     "TensorBoard events need tensorboardX: pip install tensorboardX"
                 ) from e
             purge = None if resume_step is None else resume_step + 1
-            self._events = SummaryWriter(
-                str(self.path.parent / "tensorboard"), purge_step=purge
-            )
+            self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
 
     def write(self, step, values):
         """Records `{name: number or string}` for a step."""
