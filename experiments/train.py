@@ -178,6 +178,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
             "config": plain,
             "tokenizer": tokenizer.to_dict(),
             "task": plain["task"],
+            "longest_seconds": max(s for _, s, _ in train_data.shapes) / sources.sample_rate,
             "frozen_from": given.path if frozen and not save_frozen else "",
         }
         store.save(step, start.to_items(state, save_frozen), meta, values, wait=wait)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jasr import audio, audio_blocks, resample
+from jasr import audio, resample
 from jasr.decoding import longform
 from jasr.decoding.ctc import words
 
@@ -238,7 +238,7 @@ class Job:
             _, rate, channels = audio.info(file)
             if channels > 2:
                 self.notes.append(f"{channels} channels were averaged")
-            blocks = audio_blocks.read_blocks(file, sample_rate)
+            blocks = audio.read_blocks(file, sample_rate)
         else:
             rate = array_rate or sample_rate
             blocks = [samples_of(self.recording, rate, sample_rate, self.name)]

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jasr import audio_blocks
 from jasr.decoding.ctc import ctc_greedy
-from jasr.resample import resample
+from jasr.resample import resample, resample_stream
 from jasr.text import CharTokenizer
 from jasr.transcribe import WAITING_JOBS, Recognizer, find_recordings
 
@@ -268,7 +267,7 @@ def test_blocks_of_a_file_join_to_what_reading_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 5000)
     sound = 0.3 * np.random.default_rng(0).standard_normal(44100).astype(np.float32)
     path = write(tmp_path / "x.wav", sound, 44100)
-    blocks = list(audio_blocks.read_blocks(path))
+    blocks = list(audio.read_blocks(path))
     assert len(blocks) > 5
     np.testing.assert_allclose(np.concatenate(blocks), audio.read(path), atol=1e-6)
 
@@ -278,7 +277,7 @@ def test_resampling_in_blocks_equals_resampling_at_once(rate):
     rng = np.random.default_rng(rate)
     sound = rng.standard_normal(rate + 17).astype(np.float32)
     for cuts in ([], np.sort(rng.integers(0, len(sound), 6))):
-        blocks = audio_blocks.resample_stream(np.split(sound, cuts), rate, RATE)
+        blocks = resample_stream(np.split(sound, cuts), rate, RATE)
         np.testing.assert_allclose(
             np.concatenate(list(blocks)), resample(sound, rate, RATE), atol=1e-5
         )
