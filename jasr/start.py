@@ -105,9 +105,10 @@ def read_given(config, shapes):
         _, variables = lact.read_weights(config.path)
         params, stats = variables["params"], variables["batch_stats"]
     else:
-        params = checkpoint.load_params(config.path, item=config.item)
-        stats = checkpoint.load_params(config.path, item="batch_stats")
-        frozen = checkpoint.load_meta(config.path).get("frozen_from", "")
+        path = checkpoint.find_step(config.path, items=("params", "ema", "batch_stats"))
+        params = checkpoint.load_params(path, item=config.item, verify=False)
+        stats = checkpoint.load_params(path, item="batch_stats", verify=False)
+        frozen = checkpoint.load_meta(path).get("frozen_from", "")
         if frozen:
             theirs = tree.flatten(checkpoint.load_params(frozen))
             params = tree.unflatten(theirs | tree.flatten(params))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -411,3 +412,64 @@ def test_doctor_lists_steps_and_names_damaged_files(run, capsys):
     assert "/30: DAMAGED" in told and "31.orbax-checkpoint-tmp: a save" in told
     assert doctor.main(["checkpoint", str(run / "checkpoints" / "10"), "--fast"]) == 0
     assert doctor.main(["checkpoint", str(run / "nowhere")]) == 1
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+import pathlib, warnings
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jasr.checkpoint import CheckpointError, Checkpoints
+warnings.simplefilter("ignore")
+root, me = pathlib.Path(sys.argv[3]), int(sys.argv[2])
+mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+put = lambda x: jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("d")), lambda i: x[i])
+w = np.arange(32, dtype=np.float32).reshape(8, 4)
+with Checkpoints(root, keep_latest=2, keep_best=0) as c:
+    for step in (1, 2, 3):
+        c.save(step, {"params": {"w": put(w * step)}}, {"step": step}, {})
+    c.wait()
+    assert c.failures == 0, c.error
+    jax.experimental.multihost_utils.sync_global_devices("saved")
+    assert c.steps() == [2, 3], c.steps()
+    if me == 0:
+        victim = root / "3" / "params" / "manifest.ocdbt"
+        victim.write_bytes(victim.read_bytes()[:-1])
+with Checkpoints(root, keep_latest=2, keep_best=0) as c:
+    like = {"params": {"w": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=put(w).sharding)}}
+    step, state, meta = c.restore(None, like)
+    assert (step, meta) == (2, {"step": 2})
+    for shard in state["params"]["w"].addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), (w * 2)[shard.index])
+    assert c.save(3, {"params": {"w": put(w * 3)}}, {"step": 3}, {}, wait=True)
+    jax.experimental.multihost_utils.sync_global_devices("replaced")
+    assert c.restore(None, like)[0] == 3
+print("good", me)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_one_step_and_agree_on_what_to_restore(root, tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", "import jax.experimental.multihost_utils\n" + TWO_PROCESSES]
+            + [address, str(i), str(tmp_path / "c")],
+            cwd=root,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    told = [p.communicate(timeout=600)[0] for p in processes]
+    assert "good 0" in told[0] and "good 1" in told[1], "\n".join(told)[-6000:]
+    loaded = checkpoint.load_params(tmp_path / "c")["w"]
+    np.testing.assert_array_equal(loaded, 3 * np.arange(32, dtype=np.float32).reshape(8, 4))
