@@ -184,9 +184,9 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         store.save(step, start.to_items(state, save_frozen), meta, values, wait=wait)
 
     # --- The loop
-    window, waited, mark, results = [], 0.0, time.monotonic(), {}
+    window, waited, paused, mark, results = [], 0.0, 0.0, time.monotonic(), {}
     batches = train_data.iterate(position, jax.process_index(), jax.process_count())
-    while step < run.steps:
+    for _ in metrics.progress(range(first, run.steps), label="steps"):
         tick = time.monotonic()
         epoch, batch = next(batches)
         waited += time.monotonic() - tick
@@ -198,12 +198,14 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         ending = step == run.steps or stopping
         if logging_now or ending:
             sums = summed(window)
-            now = time.monotonic()
-            line = metrics_line(sums, rate(step - 1), epoch, now - mark, waited, compile_seconds)
+            elapsed = time.monotonic() - mark - paused
+            line = metrics_line(sums, rate(step - 1), epoch, elapsed, waited, compile_seconds)
             if chief:
                 writer.write(step, line)
             check_finite(sums, opt.max_bad_steps, step, workdir)
-            window, waited, mark, compile_seconds = [], 0.0, now, 0.0
+            window, waited, paused, compile_seconds = [], 0.0, 0.0, 0.0
+            mark = time.monotonic()
+        tick = time.monotonic()
         validating = valid_data is not None and (step % run.eval_every == 0 or step == run.steps)
         if validating:
             results = validate()
@@ -211,12 +213,14 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
             validate(batches=1)
         if validating or ending or (run.save_every and step % run.save_every == 0):
             save(results if validating else {}, wait=ending)
-            mark = time.monotonic()  # validation and saving are not training time
+        paused += time.monotonic() - tick  # validation and saving are not training time
         if stopping and step < run.steps:
             log.warning("asked to stop: step %d is saved; run again to go on", step)
             break
     store.close()
     batches.close()
+    if store.failures:
+        raise checkpoint.CheckpointError(f"the last checkpoint was not saved: {store.error}")
     log.info("step %d after %.0f s", step, time.monotonic() - started)
     if chief:
         writer.close()
