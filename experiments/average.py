@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import pathlib
 import sys
+import warnings
 
 
 def parse(argv=None):
@@ -82,7 +83,7 @@ def main(argv=None):
         shown = "  ".join(f"{k} {v:.4f}" for k, v in m["metrics"].items())
         print(f"  {m['weight']:.4f} x step {m['step']:<8} {shown}  {m['path']}")
     if args.evaluate:
-        compare(output, members, args.evaluate, args.item)
+        compare(output, members, args.evaluate, made["item"])
     return 0
 
 
@@ -101,4 +102,5 @@ def compare(output, members, manifest, item):
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     sys.exit(main())

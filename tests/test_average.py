@@ -270,6 +270,30 @@ def test_a_damaged_member_is_refused(run):
         averaging.average_checkpoints(steps, run / "out")
 
 
+def test_evaluation_prints_the_average_beside_its_members(run, capsys, monkeypatch):
+    from experiments import average as command
+    from jasr import score, tasks
+
+    monkeypatch.setattr(tasks, "load", lambda path, item: (str(path), item, {}))
+    rates = {"100": 0.4, "300": 0.1, "average-100_300": 0.05}
+
+    def evaluate(path, item, sources, meta):
+        print("progress")
+        name = path.rpartition("/")[2]
+        assert sources == ("valid.jsonl",) and item == ("" if "average" in name else "ema")
+        return {"wer": rates[name], "cer": rates[name] / 2}
+
+    monkeypatch.setattr(score, "evaluate", evaluate)
+    arguments = ["--checkpoint_dir", str(run), "--steps", "100", "300"]
+    assert command.main([*arguments, "--evaluate=valid.jsonl"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert rows == [
+        ["step", "100", "40.00", "20.00"],
+        ["step", "300", "10.00", "5.00"],
+        ["average", "5.00", "2.50"],
+    ]
+
+
 def test_command_averages_the_best_of_a_run_and_says_what_went_in(run, capsys):
     from experiments import average as command
 

@@ -332,6 +332,19 @@ def test_full_disk_is_loud_keeps_the_last_good_step_and_the_run_goes_on(root, tm
     assert "the last good step is 1" in done.stderr
 
 
+def test_disk_that_fills_up_while_the_manifest_is_written_fails_that_save_only(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(run / "checkpoints") as c:
+        with monkeypatch.context() as m, pytest.warns(RuntimeWarning, match="the disk is full"):
+            m.setattr(checkpoint, "seal", full)
+            assert not c.save(40, make_state(40), {}, {}, wait=True)
+        assert c.steps() == [10, 20, 30] and c.failures == 1
+        assert c.save(40, make_state(40), {}, {"val_wer": 0.1}, wait=True)
+        assert c.failures == 0 and 40 in c.steps()
+
+
 def test_orbax_alone_reads_a_run(run):
     """The layout is the one of Orbax's own manager: metrics, best step and trees."""
     import orbax.checkpoint as ocp

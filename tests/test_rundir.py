@@ -96,7 +96,7 @@ def test_exactly_one_of_twenty_starters_wins_without_flock(tmp_path, monkeypatch
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(root, tmp_path):
-    code = HOLD.replace('print("won"', 'os.fork() or time.sleep(5); print("won"')
+    code = HOLD.replace('print("won"', 'os.fork() or (time.sleep(5), os._exit(0)); print("won"')
     p = subprocess.Popen(
         [sys.executable, "-c", "import os" + code, str(tmp_path), "60"],
         cwd=root,
