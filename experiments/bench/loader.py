@@ -54,7 +54,7 @@ def make_corpus(folder, count):
 
     rng, entries = np.random.default_rng(0), []
     for i in range(count):
-        seconds = float(rng.gamma(4.0, 1.2).clip(1.0, 12.0))
+        seconds = float(np.clip(rng.gamma(4.0, 1.2), 1.0, 12.0))
         x = np.cumsum(rng.standard_normal(int(seconds * 16000))) % 7 - 3.5
         x *= np.repeat(rng.uniform(0, 1, len(x) // 1600 + 1), 1600)[: len(x)]
         soundfile.write(folder / f"{i}.flac", 0.05 * x, 16000)

@@ -96,13 +96,13 @@ def batch_sizes(cfg, lengths, evaluation=False):
     return sizes
 
 
-def fill(bucket, sizes):
-    """[(bucket, rows)] of batches, longest first: each bucket's rows in their order.
+def fill(bucket, sizes, order):
+    """[(bucket, rows)] of batches, longest first: each bucket's rows in the given order.
 
     What a bucket's last batch lacks is taken from the buckets below, whose rows fit too, so that at
     most one batch is not full.
     """
-    waiting = [np.flatnonzero(bucket == b) for b in range(len(sizes))]
+    waiting = [order[bucket[order] == b] for b in range(len(sizes))]
     batches = []
     for b in reversed(range(len(sizes))):
         rows = waiting[b]

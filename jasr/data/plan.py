@@ -3,8 +3,9 @@
 An epoch orders the utterances, draws a speed for each, joins some of them into rows, puts the rows
 into buckets of one fixed shape each, cuts the buckets into global batches and shuffles those. It
 reads no audio and keeps no state, so that batch 12345 is the same in every process, with any number
-of threads, before and after a restart. Random numbers are raw Philox words, whose stream NumPy
-guarantees; permutations are stable sorts of them.
+of threads, before and after a restart. Which utterances share a row, and at which speed, comes again
+after PERIOD epochs (in other batches), so that the epoch of any position is found at once. Random
+numbers are raw Philox words, whose stream NumPy guarantees; permutations are stable sorts of them.
 """
 
 import bisect
@@ -18,7 +19,8 @@ import numpy as np
 from jasr.data import buckets
 from jasr.data.config import DataError
 
-ORDER, SPEED, ALONE, GAP, BATCHES = range(5)  # the random streams of an epoch
+ORDER, SPEED, ALONE, GAP, ROWS, BATCHES = range(6)  # the random streams of an epoch
+PERIOD = 64  # epochs after which the same rows come again, in other batches
 SPEED_SLACK = 32  # samples by which a stretched utterance may be longer than computed
 JOIN_AMONG = 256  # partners are looked for among so many utterances of the shuffled order
 
@@ -75,6 +77,9 @@ class Plan:
         speeds = (1.0,) if evaluation else tuple(map(float, cfg.speeds))
         self.draws, self.speeds = len(speeds), (*speeds, 1.0)  # the last: when it fits no other way
         self.concat = 1 if evaluation else cfg.concat
+        self.period = PERIOD if len(set(speeds)) > 1 or self.concat > 1 else 1
+        if any(self.weights):
+            self.period = 0
         self._lock = threading.RLock()
         self._epochs, self._ends = {}, []
         self.shapes = self._shapes()
@@ -85,21 +90,22 @@ class Plan:
     # ---- positions ----
 
     def locate(self, position):
-        """(epoch, number in it) of a global batch.
+        """(epoch, number in it) of a global batch: at most PERIOD epochs are looked at, no audio.
 
-        Where speeds, joining or weights make the epochs differ, their numbers of batches are
-        computed from the first one on (without audio; about 0.1 s a million utterances).
+        With weights, whose epochs differ for ever, it is all epochs up to the position.
         """
         if position < 0:
             raise DataError(f"the data position must be 0 or more, got {position}")
-        if len(set(self.speeds)) == 1 and self.concat == 1 and not any(self.weights):
-            return divmod(position, len(self.epoch(0).bucket))
         with self._lock:
-            while not self._ends or self._ends[-1] <= position:
-                last = self._ends[-1] if self._ends else 0
-                self._ends.append(last + len(self.epoch(len(self._ends)).bucket))
-            epoch = bisect.bisect_right(self._ends, position)
-            return epoch, position - (self._ends[epoch - 1] if epoch else 0)
+            ends = self._ends
+            while (not ends or ends[-1] <= position) and len(ends) != self.period:
+                last = ends[-1] if ends else 0
+                ends.append(last + len(self.epoch(len(ends)).bucket))
+            turns = 0
+            if len(ends) == self.period:
+                turns, position = divmod(position, ends[-1])
+            epoch = bisect.bisect_right(ends, position)
+            return turns * self.period + epoch, position - (ends[epoch - 1] if epoch else 0)
 
     def batch(self, position):
         """(epoch, bucket number, [Row]) of a global batch; rows beyond the list are padding."""
@@ -129,8 +135,11 @@ class Plan:
         rows = self._rows(number, samples, tokens, self._joined_limit(samples))
         by_samples = np.searchsorted([s for _, s, _ in self.shapes], rows.samples)
         by_tokens = np.searchsorted([t for _, _, t in self.shapes], rows.tokens)
-        sizes = [b for b, _, _ in self.shapes]
-        batches = buckets.fill(np.maximum(by_samples, by_tokens), sizes)
+        sizes, count = [b for b, _, _ in self.shapes], len(rows.samples)
+        shuffled = np.arange(count)
+        if not self.evaluation:
+            shuffled = permutation(count, self.seed, number, ROWS)
+        batches = buckets.fill(np.maximum(by_samples, by_tokens), sizes, shuffled)
         if not self.evaluation:
             order = permutation(len(batches), self.seed, number, BATCHES)
             batches = [batches[j] for j in order]
@@ -144,7 +153,8 @@ class Plan:
         return min(limit or samples, samples)
 
     def _rows(self, number, max_samples, max_tokens, joined_samples):
-        """The Rows of an epoch, none above the given sizes."""
+        """The Rows of an epoch, none above the given sizes; they repeat with `period`."""
+        number = number % self.period if self.period else number
         order = self._order(number).astype(np.int32)
         count = len(order)
         choice = np.zeros(count, np.uint8)
@@ -181,14 +191,14 @@ class Plan:
         return exact.astype(np.int64) + np.where(speeds == 1.0, 1, SPEED_SLACK)
 
     def _order(self, number):
-        """i64[M] index numbers of the epoch's utterances, shuffled (evaluation: longest first).
+        """i64[M] index numbers of the epoch's utterances in the order in which they are joined.
 
         Without weights each utterance comes once. With weights an epoch has as many utterances as
         the index; each source gives its share of them and walks on through its own permutations,
         so that none of its utterances comes again before all have come.
         """
         total = len(self.seconds)
-        if self.evaluation:
+        if self.evaluation:  # longest first
             return np.argsort(-self.seconds, kind="stable")
         if not any(self.weights):
             return permutation(total, self.seed, number, ORDER)

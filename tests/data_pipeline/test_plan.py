@@ -64,6 +64,18 @@ def test_a_position_is_a_batch_of_an_epoch_from_wherever_it_is_asked(corpus, cfg
         p.locate(-1)
 
 
+def test_epochs_never_repeat_though_their_rows_do(corpus):
+    p = made(corpus[0], RICH)
+    near, far = p.epoch(3), p.epoch(3 + plan.PERIOD)
+    np.testing.assert_array_equal(near.rows.utterance, far.rows.utterance)
+    assert len(near.bucket) == len(far.bucket)
+    assert near.members.tolist() != far.members.tolist()
+    ends = np.cumsum([len(p.epoch(e).bucket) for e in range(2 * plan.PERIOD + 3)])
+    for e in (1, plan.PERIOD - 1, plan.PERIOD, 2 * plan.PERIOD + 2):
+        assert made(corpus[0], RICH).locate(int(ends[e - 1])) == (e, 0)
+        assert made(corpus[0], RICH).locate(int(ends[e]) - 1) == (e, len(p.epoch(e).bucket) - 1)
+
+
 def test_the_fingerprint_names_what_changes_batches_and_nothing_else(corpus, tmp_path):
     base = made(corpus[0]).fingerprint
     for change in ({"num_threads": 7}, {"cache_audio": False}, {"max_bad_share": 0.5}):
