@@ -20,16 +20,18 @@ from jasr import rundir
 try:
     with rundir.lock(sys.argv[1]):
         print("won", flush=True)
-        time.sleep(float(sys.argv[2]))
+        sys.stdin.read()
 except rundir.WorkdirBusy as e:
     print("refused:", e, flush=True)
 """
 
 
-def start(root, workdir, seconds):
+def start(root, workdir, code=HOLD):
+    """A process that takes the lock and holds it until its standard input is closed."""
     return subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(workdir), str(seconds)],
+        [sys.executable, "-c", code, str(workdir)],
         cwd=root,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -37,14 +39,14 @@ def start(root, workdir, seconds):
 
 def test_second_process_is_refused_and_told_who_holds_the_directory(root, tmp_path):
     with rundir.lock(tmp_path / "new" / "run"):
-        told = start(root, tmp_path / "new" / "run", 0).communicate()[0]
+        told = start(root, tmp_path / "new" / "run").communicate()[0]
     assert told.startswith("refused:")
     assert f"process {os.getpid()} on {socket.gethostname()}" in told
-    assert start(root, tmp_path / "new" / "run", 0).communicate()[0] == "won\n"
+    assert start(root, tmp_path / "new" / "run").communicate()[0] == "won\n"
 
 
 def test_lock_of_a_killed_process_is_taken_over(root, tmp_path):
-    holder = start(root, tmp_path, 60)
+    holder = start(root, tmp_path)
     assert holder.stdout.readline() == "won\n"
     with pytest.raises(rundir.WorkdirBusy, match=f"process {holder.pid} "):
         with rundir.lock(tmp_path):
@@ -56,7 +58,9 @@ def test_lock_of_a_killed_process_is_taken_over(root, tmp_path):
 
 
 def test_exactly_one_of_twenty_starters_wins(root, tmp_path):
-    starters = [start(root, tmp_path, 3) for _ in range(20)]
+    starters = [start(root, tmp_path) for _ in range(20)]
+    while sum(p.poll() is not None for p in starters) < 19:
+        time.sleep(0.02)
     told = [p.communicate()[0] for p in starters]
     assert sum(t == "won\n" for t in told) == 1
     assert sum(t.startswith("refused:") for t in told) == 19
@@ -80,7 +84,8 @@ def test_exactly_one_of_twenty_starters_wins_without_flock(tmp_path, monkeypatch
         try:
             with rundir.lock(tmp_path):
                 won.append(1)
-                time.sleep(1)
+                while len(won) + len(refused) < 20:
+                    time.sleep(0.01)
         except rundir.WorkdirBusy:
             refused.append(1)
 
@@ -96,14 +101,11 @@ def test_exactly_one_of_twenty_starters_wins_without_flock(tmp_path, monkeypatch
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(root, tmp_path):
-    code = HOLD.replace('print("won"', 'os.fork() or (time.sleep(5), os._exit(0)); print("won"')
-    p = subprocess.Popen(
-        [sys.executable, "-c", "import os" + code, str(tmp_path), "60"],
-        cwd=root,
-        stdout=subprocess.PIPE,
-        text=True,
+    code = HOLD.replace(
+        'print("won"', 'os.fork() or (print(1, flush=1), time.sleep(9), os._exit(0)); print("won"'
     )
-    p.stdout.readline()
+    p = start(root, tmp_path, "import os, time" + code)
+    assert {p.stdout.readline(), p.stdout.readline()} == {"1\n", "won\n"}
     p.kill()
     p.wait()
     with rundir.lock(tmp_path):
