@@ -20,27 +20,24 @@ that each row of the initial weight had. Fast weights, norms, rates and momentum
 the dtype of q, k and v.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-# Newton-Schulz coefficients, one triple per iteration. Five tuned triples: lact_llm, lact_asr,
-# minimal.
-MUON_TUNED = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
+from jasr.models.newton_schulz import (  # noqa: F401  (part of this module's face)
+    MUON_TUNED,
+    guarded_norm,
+    muon_constant,
+    newton_schulz,
 )
 
-
-def muon_constant(steps):
-    """The coefficients of lact_nvs and the paper's Appendix A: one triple `steps` times; 0 only
-    normalises (it is not "off")."""
-    return ((3.4445, -4.7750, 2.0315),) * steps
+# What a rematerialised chunk step keeps: the results of its products. The rest is elementwise and
+# recomputed.
+KEPT = ("hidden", "back", "delta", "iterate")
 
 
 class FastWeights(NamedTuple):
@@ -90,14 +87,6 @@ def transpose(w):
     return FastWeights(*(jnp.swapaxes(x, -1, -2) for x in w))
 
 
-def guarded_norm(x, axis=-1):
-    """Euclidean norm over `axis` (kept) whose gradient at exactly zero is 0, as in torch; JAX's
-    own is NaN there."""
-    square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
-    zero = square == 0
-    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
-
-
 def l2_normalise(x, eps=1e-5):
     """x / (|x| + eps) over the last axis, in f32 (the reference's l2_norm)."""
     x = x.astype(jnp.float32)
@@ -108,24 +97,6 @@ def softplus_inverse(rate):
     """c with softplus(c) = rate: the constant that is added to every learning-rate logit. A Python
     float, not a parameter."""
     return rate + math.log(-math.expm1(-rate))
-
-
-def newton_schulz(g, coefficients):
-    """g / (|g|_F + 1e-7) pushed towards the nearest orthogonal matrix, f32[..., m, n] (paper
-    Appendix A).
-
-    f32 throughout: the reference's bf16 iteration differs from f64 by up to a quarter of the
-    largest value.
-    """
-    g = g.astype(jnp.float32)
-    tall = g.shape[-2] > g.shape[-1]
-    x = jnp.swapaxes(g, -1, -2) if tall else g
-    x = x / (guarded_norm(x, axis=(-2, -1)) + 1e-7)
-    for a, b, c in coefficients:
-        gram = jnp.einsum("...ij,...kj->...ik", x, x)
-        poly = b * gram + c * (gram @ gram)
-        x = a * x + poly @ x
-    return jnp.swapaxes(x, -1, -2) if tall else x
 
 
 def orthogonalise(g, coefficients):
@@ -151,23 +122,26 @@ def start(w, rule=PLAIN, batch=None):
     return State(w, w, FastWeights(*(jnp.zeros_like(x) for x in w)), norm)
 
 
+def _product(equation, x, y):
+    """einsum of operands of x's dtype, accumulated in f32."""
+    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
 def _hidden(w, x):
-    """Gate and up pre-activations of x [B,H,L,K] in one GEMM: two [B,H,L,M]."""
-    w02 = jnp.concatenate([w.w0, w.w2], axis=2).astype(x.dtype)
-    both = jnp.einsum("bhlk,bhmk->bhlm", x, w02, preferred_element_type=jnp.float32)
-    return jnp.split(both, 2, axis=-1)
+    """Gate and up pre-activations of x [B,H,L,K] in one product: two f32[B,H,L,M]."""
+    both = _product("bhlk,bhmk->bhlm", x, jnp.concatenate([w.w0, w.w2], axis=2))
+    return jnp.split(checkpoint_name(both, "hidden"), 2, axis=-1)
 
 
-def _down(w, h, dtype):
-    return jnp.einsum(
-        "bhlm,bhvm->bhlv", h.astype(dtype), w.w1.astype(dtype), preferred_element_type=jnp.float32
-    )
+def _read(w, gate, up, dtype):
+    """f_w from its pre-activations: f32[B,H,L,V]."""
+    return _product("bhlm,bhvm->bhlv", (jax.nn.silu(gate) * up).astype(dtype), w.w1)
 
 
 def apply(w, q):
     """f_w(q): f32[B,H,L,V] for q [B,H,L,K]."""
     gate, up = _hidden(w, q)
-    return _down(w, jax.nn.silu(gate) * up, q.dtype)
+    return _read(w, gate, up, q.dtype)
 
 
 def _direction(w, gate, up, k, v, lr):
@@ -176,17 +150,13 @@ def _direction(w, gate, up, k, v, lr):
     lr0, lr1, lr2 = lr[..., 0:1], lr[..., 1:2], lr[..., 2:3]
     s = jax.nn.sigmoid(gate)
     silu = gate * s
-    back = jnp.einsum(
-        "bhlv,bhvm->bhlm", v, w.w1.astype(v.dtype), preferred_element_type=jnp.float32
-    )
+    back = checkpoint_name(_product("bhlv,bhvm->bhlm", v, w.w1), "back")
     d_gate = lr0 * back * up * s * (1 + gate * (1 - s))
     d_up = lr2 * back * silu
     both = jnp.concatenate([d_gate, d_up], axis=-1).astype(k.dtype)
-    d02 = jnp.einsum("bhlm,bhlk->bhmk", both, k, preferred_element_type=jnp.float32)
+    d02 = checkpoint_name(_product("bhlm,bhlk->bhmk", both, k), "delta")
+    d1 = checkpoint_name(_product("bhlv,bhlm->bhvm", v, lr1 * silu * up), "delta")
     d0, d2 = jnp.split(d02, 2, axis=2)
-    d1 = jnp.einsum(
-        "bhlv,bhlm->bhvm", v, (lr1 * silu * up).astype(v.dtype), preferred_element_type=jnp.float32
-    )
     return FastWeights(d0, d1, d2)
 
 
@@ -241,26 +211,25 @@ def _masked(lr, momentum, mask):
     return jnp.where(m > 0, lr, 0.0), beta, count > 0
 
 
+def _clean(x, mask):
+    """Tokens with pads set to zero: a pad may hold NaN, and a rate of 0 times NaN is NaN."""
+    return x if mask is None else jnp.where(mask[:, None, :, None], x, 0)
+
+
 def update(state, k, v, lr, rule, momentum=None, mask=None):
-    """The state after one update on all of k, v. Shapes as in `shifted`; mask bool[B,L], True =
-    valid."""
-    if mask is not None:
-        # a pad may hold anything, NaN included; 0 * NaN would still be NaN
-        k = jnp.where(mask[:, None, :, None], k, 0)
-        v = jnp.where(mask[:, None, :, None], v, 0)
+    """The state after one update on all of k, v; arguments as `shifted`'s."""
+    k, v = _clean(k, mask), _clean(v, mask)
     lr, beta, alive = _masked(lr, momentum, mask)
     return advance(state, direction(state.w, k, v, lr), rule, beta, alive)
 
 
 def _apply_then_update(state, q, k, v, lr, rule, momentum, mask):
-    """One shifted chunk: q and k go through the same weights, so their rows share one GEMM."""
-    if mask is not None:
-        k = jnp.where(mask[:, None, :, None], k, 0)
-        v = jnp.where(mask[:, None, :, None], v, 0)
+    """One shifted chunk: q and k go through the same weights, so their rows share one product."""
+    k, v = _clean(k, mask), _clean(v, mask)
     lr, beta, alive = _masked(lr, momentum, mask)
     gate, up = _hidden(state.w, jnp.concatenate([q, k], axis=2))
     n = q.shape[2]
-    out = _down(state.w, jax.nn.silu(gate[:, :, :n]) * up[:, :, :n], q.dtype)
+    out = _read(state.w, gate[:, :, :n], up[:, :, :n], q.dtype)
     delta = _direction(state.w, gate[:, :, n:], up[:, :, n:], k, v, lr)
     return advance(state, delta, rule, beta, alive), out
 
@@ -271,8 +240,12 @@ def _update_then_apply(state, q, k, v, lr, rule, momentum, mask):
 
 
 def _scan_chunks(step, state, arrays, count, chunk, rule):
-    """Scan `step` over `count` chunks of the [B,H,L,..] arrays (mask: [B,L]); returns the state
-    and out [B,H,count*chunk,V]."""
+    """Scan `step` over `count` chunks of the [B,H,L,..] arrays (mask: [B,L]).
+
+    Returns the state and out [B,H,count*chunk,V]. Only what changes is carried; each step is
+    rematerialised but for the results of its products (specification 4.2).
+    """
+    has_momentum = arrays[4] is not None
 
     def split(x):
         if x is None:
@@ -282,14 +255,22 @@ def _scan_chunks(step, state, arrays, count, chunk, rule):
         x = x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    @jax.checkpoint
-    def body(state, xs):
-        q, k, v, lr, momentum, mask = xs
-        return step(state, q, k, v, lr, rule, momentum, mask)
+    def pack(s):
+        return s.w, s.main if rule.prenorm else None, s.momentum if has_momentum else None
 
-    state, out = jax.lax.scan(body, state, tuple(split(x) for x in arrays))
+    def unpack(carry):
+        w, main, momentum = carry
+        return State(w, main or w, momentum or state.momentum, state.norm)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
+    def body(carry, xs):
+        q, k, v, lr, momentum, mask = xs
+        new, out = step(unpack(carry), q, k, v, lr, rule, momentum, mask)
+        return pack(new), out
+
+    carry, out = jax.lax.scan(body, pack(state), tuple(split(x) for x in arrays))
     out = jnp.moveaxis(out, 0, 2)
-    return state, out.reshape(*out.shape[:2], count * chunk, out.shape[-1])
+    return unpack(carry), out.reshape(*out.shape[:2], count * chunk, out.shape[-1])
 
 
 def _tail(arrays, begin):

@@ -1,0 +1,93 @@
+"""Newton-Schulz orthogonalisation ("Muon"), with norms that are safe at zero.
+
+Paper arXiv 2505.23884, Appendix A; reference zeropower_via_newtonschulz5 (lact_llm, lact_nvs).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# One (a, b, c) per iteration of X <- aX + (bA + cAA)X with A = XX'. Five tuned triples: lact_llm,
+# lact_asr, minimal.
+MUON_TUNED = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def muon_constant(steps):
+    """The coefficients of lact_nvs and of the paper: one triple `steps` times.
+
+    0 steps are not "off": they still divide by the Frobenius norm.
+    """
+    return ((3.4445, -4.7750, 2.0315),) * steps
+
+
+def guarded_norm(x, axis=-1):
+    """Euclidean norm over `axis` (kept) whose gradient at zero is 0, as torch's; JAX's is NaN."""
+    square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+    zero = square == 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
+
+
+def newton_schulz(g, coefficients):
+    """g / (|g|_F + 1e-7) pushed towards the nearest orthogonal matrix, f32[..., m, n].
+
+    f32 throughout: the reference's bf16 iteration is off by up to a quarter of the largest value.
+    """
+    g = g.astype(jnp.float32)
+    tall = g.shape[-2] > g.shape[-1]
+    x = jnp.swapaxes(g, -1, -2) if tall else g
+    x = x / (guarded_norm(x, axis=(-2, -1)) + 1e-7)
+    x = _iterate(x, coefficients)
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def _gram(x):
+    return jnp.einsum("...ij,...kj->...ik", x, x)
+
+
+def _step(x, abc):
+    a, b, c = abc
+    gram = _gram(x)
+    return a * x + (b * gram + c * (gram @ gram)) @ x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _iterate(x, coefficients):
+    return functools.reduce(_step, coefficients, x)
+
+
+def _iterate_forward(x, coefficients):
+    kept = []
+    for abc in coefficients:
+        # named, so that a surrounding jax.checkpoint can keep the iterates
+        x = checkpoint_name(x, "iterate")
+        kept.append(x)
+        x = _step(x, abc)
+    return x, kept
+
+
+def _iterate_backward(coefficients, kept, d_x):
+    """Six products an iteration, as the derived pass, but from the iterates alone.
+
+    A, AA and P = bA + cAA are symmetric, so with S = dP + dP' the Gram's gradient and its transpose
+    add up to bS + c(SA + (SA)'): the derived pass multiplies each of these on its own.
+    """
+    for (a, b, c), x in zip(reversed(coefficients), reversed(kept), strict=True):
+        gram = _gram(x)
+        poly = b * gram + c * (gram @ gram)
+        d_poly = jnp.einsum("...ij,...kj->...ik", d_x, x)
+        both = d_poly + jnp.swapaxes(d_poly, -1, -2)
+        product = both @ gram
+        d_gram = b * both + c * (product + jnp.swapaxes(product, -1, -2))
+        d_x = a * d_x + poly @ d_x + d_gram @ x
+    return (d_x,)
+
+
+_iterate.defvjp(_iterate_forward, _iterate_backward)

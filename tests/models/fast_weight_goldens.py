@@ -1,0 +1,43 @@
+"""Goldens of the reference fast-weight code: comparing, and torch's names as ours."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def error(got, want):
+    """Largest difference as a share of the largest value."""
+    want = np.asarray(want)
+    top = np.max(np.abs(want), initial=0.0)
+    return float(np.max(np.abs(np.asarray(got) - want), initial=0.0) / (top or 1.0))
+
+
+def close(got, want, limit):
+    """Asserts `error` <= limit for every leaf of a flat dict, naming those beyond it."""
+    assert set(got) == set(want)
+    off = {k: e for k in want if not (e := error(got[k], want[k])) <= limit}
+    assert not off, json.dumps(off, indent=1)
+
+
+def torch_tree(arrays, prefix):
+    """The nested parameter dict of the arrays "prefix + torch name", as jasr names them."""
+    out = {}
+    for key, x in arrays.items():
+        if not key.startswith(prefix):
+            continue
+        names = []
+        for part in key[len(prefix) :].split("."):
+            if part.isdigit():
+                names[-1] += f"_{part}"
+            else:
+                names.append(part)
+        if names[-1] == "weight":
+            names[-1] = "scale" if x.ndim == 1 else "kernel"
+            x = np.transpose(x)  # linear [in, out], convolution [k, in, out]
+        names[-1] = {"running_mean": "mean", "running_var": "var"}.get(names[-1], names[-1])
+        node = out
+        for name in names[:-1]:
+            node = node.setdefault(name, {})
+        node[names[-1]] = jnp.asarray(x)
+    return out
