@@ -84,7 +84,8 @@ def average_checkpoints(members, output, weights=None, item="", *, how="given", 
       verify: compare the checksums of the members first.
 
     Raises:
-      AverageError: see `average`; also one checkpoint given twice, or an item that is missing.
+      AverageError: see `average`; also one checkpoint given twice, an item that is missing, or
+        members of different models, front ends or tokenizers.
       CheckpointError: a member is damaged.
     """
     members = [m if isinstance(m, Member) else member(m) for m in members]
@@ -95,18 +96,18 @@ def average_checkpoints(members, output, weights=None, item="", *, how="given", 
         raise AverageError(f"{output} exists and is not an average: choose another --output")
     has = [set(checkpoint.items(m.path)) for m in members]
     item = item or ("ema" if all("ema" in h for h in has) else "params")
-    for m, h in zip(members, has, strict=True):
-        if item not in h:
-            raise AverageError(f"{m.path} has no item {item!r}, only {sorted(h)}")
     parts = {"params": item}
-    for name in ("batch_stats", "frozen"):
-        if any(name in h for h in has):
-            parts[name] = name
+    parts |= {name: name for name in ("batch_stats", "frozen") if any(name in h for h in has)}
+    for m, h in zip(members, has, strict=True):
+        for name in set(parts.values()) - h:
+            raise AverageError(f"{m.path} has no item {name!r}, only {sorted(h)}")
+    metas = [checkpoint.load_meta(m.path) for m in members]
+    _check_meaning(metas, members)
     if verify:
         for m in members:
             checkpoint.find_step(m.path, items=tuple(parts.values()))
     state = {name: _stream(members, weights, part) for name, part in parts.items()}
-    newest = max(members, key=lambda m: m.step)
+    newest = max(range(len(members)), key=lambda i: members[i].step)
     provenance = {
         "item": item,
         "weights_from": how,
@@ -115,15 +116,16 @@ def average_checkpoints(members, output, weights=None, item="", *, how="given", 
             {
                 "step": m.step,
                 "weight": w,
-                "metrics": m.metrics,
+                "metrics": {k: v if math.isfinite(v) else None for k, v in m.metrics.items()},
                 "path": str(m.path),
                 "manifest_sha256": read_manifest(m.path)["sha256"],
             }
             for m, w in zip(members, weights, strict=True)
         ],
     }
-    meta = checkpoint.load_meta(newest.path) | {"average": provenance}
-    checkpoint.save_step(output, state, meta, step=newest.step, beside={PROVENANCE: provenance})
+    meta = metas[newest] | {"average": provenance}
+    step = members[newest].step
+    checkpoint.save_step(output, state, meta, step=step, beside={PROVENANCE: provenance})
     return provenance
 
 
@@ -312,6 +314,18 @@ def _check_agreement(flat, names):
             tree.compare(flat[0], other, dtype=True, what=f"{name} beside {names[0]}")
         except tree.TreeError as e:
             raise AverageError(str(e)) from None
+
+
+def _check_meaning(metas, members):
+    """Parameters of equal shapes are not the same parameters with another vocabulary or model."""
+    for meta, m in zip(metas[1:], members[1:], strict=True):
+        for key in ("task", "tokenizer", "frozen_from"):
+            if meta.get(key) != metas[0].get(key):
+                raise AverageError(f"{m.path} and {members[0].path} differ in their {key}")
+        for key in ("model", "front_end"):
+            ours, theirs = (x.get("config", {}).get(key) for x in (metas[0], meta))
+            if ours != theirs:
+                raise AverageError(f"{m.path} and {members[0].path} differ in config.{key}")
 
 
 def _as_array(x):

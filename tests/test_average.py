@@ -262,6 +262,16 @@ def test_items_are_chosen_and_bad_ones_refused(run):
         averaging.average_checkpoints(steps, run / "checkpoints" / "300")
 
 
+def test_members_of_other_vocabularies_or_models_are_refused(tmp_path):
+    plain = {"tokenizer": {"vocabulary": "ab"}, "config": {"model": {"lact_every": 2}}}
+    metas = {1: plain, 2: plain | {"tokenizer": {"vocabulary": "ba"}}, 3: plain | {"config": {}}}
+    for step, meta in metas.items():
+        checkpoint.save_step(tmp_path / str(step), {"params": params_of(step)}, meta, step=step)
+    for other, told in ((2, "differ in their tokenizer"), (3, "differ in config.model")):
+        with pytest.raises(AverageError, match=told):
+            averaging.average_checkpoints([tmp_path / "1", tmp_path / str(other)], tmp_path / "o")
+
+
 def test_a_damaged_member_is_refused(run):
     victim = run / "checkpoints" / "100" / "ema" / "manifest.ocdbt"
     victim.write_bytes(victim.read_bytes()[:-1])
