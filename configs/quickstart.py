@@ -34,11 +34,11 @@ def get_config(arg=""):
     config.loss.ramp_steps = 300
 
     config.model.update(
-        hidden_size=128,
+        hidden_size=96,
         num_hidden_layers=4,
         num_attn_heads=4,
         num_lact_heads=2,
-        intermediate_size=256,
+        intermediate_size=192,
         audio_encoder_layers=2,
         audio_encoder_dropout=0.0,
         subsampling=4,
@@ -55,5 +55,5 @@ def get_config(arg=""):
     config.optim.update(
         lr=3e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01, clip_norm=1.0, ema=0.99
     )
-    config.train.update(steps=600, log_every=50, eval_every=600)
+    config.train.update(steps=700, log_every=50, eval_every=700)
     return config.lock()
