@@ -3,7 +3,7 @@
 An epoch orders the utterances, draws a speed for each, joins some of them into rows, puts the rows
 into buckets of one fixed shape each, cuts the buckets into global batches and shuffles those. It
 reads no audio and keeps no state, so that batch 12345 is the same in every process, with any number
-of threads, before and after a restart. Which utterances share a row, and at which speed, comes again
+of threads, before and after a restart. Which utterances share a row, and their speeds, come again
 after PERIOD epochs (in other batches), so that the epoch of any position is found at once. Random
 numbers are raw Philox words, whose stream NumPy guarantees; permutations are stable sorts of them.
 """
