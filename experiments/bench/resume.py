@@ -235,7 +235,8 @@ def arm(directory, instant):
             die("committed")
 
     def removing(path, *_):
-        if path.exists() and instant == "old step half deleted":
+        deleting = path.name.endswith(".jasr-deleting") and path.exists()
+        if deleting and instant == "old step half deleted":
             for f in [f for f in path.rglob("*") if f.is_file()][::2]:
                 f.unlink()
             die(instant)
