@@ -10,6 +10,14 @@ import pytest
 from jasr.models import fast_weights as fw
 from tests.models.fast_weight_goldens import close, error
 
+
+@pytest.fixture(autouse=True)
+def _uncompiled():
+    """Operations one by one: they are shared by all tests here, a compiled graph by none."""
+    with jax.disable_jit():
+        yield
+
+
 CAUSAL = [
     f"causal_{length}_{norm}_muon{muon}_mom{momentum}"
     for length in ("partial", "exact")
@@ -57,13 +65,9 @@ def gradients(names, grads):
 
 
 def check(z, op, limits):
-    """Output and every stored gradient of op(weights, q, k, v, lr, momentum).
-
-    Not compiled: the small operations are shared by all goldens, a compiled graph by none.
-    """
-    with jax.disable_jit():
-        out, vjp = jax.vjp(op, *one_head(z))
-        grads = vjp(jnp.asarray(z["cotangent"])[:, None])
+    """Output and every stored gradient of op(weights, q, k, v, lr, momentum)."""
+    out, vjp = jax.vjp(op, *one_head(z))
+    grads = vjp(jnp.asarray(z["cotangent"])[:, None])
     assert error(out[:, 0], z["out"]) <= limits[0]
     want = {k[5:]: v for k, v in z.items() if k.startswith("grad_")}
     close(gradients(want, grads), want, limits[1])
@@ -134,15 +138,23 @@ def test_gradients_at_zero_are_zero_and_not_nan():
         )
     )
     for rule in (fw.Rule(), fw.Rule(muon=fw.MUON_TUNED), fw.Rule(muon=fw.MUON_TUNED, prenorm=True)):
-        w = fw.FastWeights(*(jnp.eye(4)[None, None],) * 3)
-        x = jnp.zeros((1, 1, 8, 4))
+        w = tokens()[0]
+        x = jnp.zeros((3, 1, 22, 8))
 
         def op(w, x, rule=rule):
-            lr = jnp.full((1, 1, 8, 3), 0.1)
-            momentum = jnp.full((1, 1, 8, 1), 0.5)
-            return jnp.sum(
-                fw.shifted(fw.start(w, rule), x, x, x, lr, chunk=4, rule=rule, momentum=momentum)[1]
+            lr = jnp.full((3, 1, 22, 3), 0.1)
+            momentum = jnp.full((3, 1, 22, 1), 0.5)
+            out = fw.shifted(
+                fw.start(w, rule),
+                x,
+                x,
+                jnp.zeros((3, 1, 22, 10)),
+                lr,
+                chunk=8,
+                rule=rule,
+                momentum=momentum,
             )
+            return jnp.sum(out[1])
 
         for g in jax.tree.leaves(jax.grad(op, (0, 1))(w, x)):
             assert np.all(np.isfinite(g))
@@ -180,31 +192,18 @@ def test_right_padding_does_not_reach_valid_tokens_of_the_shifted_order(golden, 
 
 
 @functools.lru_cache
-def tokens(length=22, batch=2, heads=3, dim=8, hidden=12):
-    """Random weights and tokens that make updates matter: w, q, k, v, lr, momentum."""
+def tokens():
+    """Random weights and tokens that make updates matter, shaped like the causal goldens."""
     r = np.random.default_rng(0)
 
     def normal(*shape):
         return r.normal(size=shape).astype(np.float32)
 
-    w = fw.FastWeights(
-        normal(batch, heads, hidden, dim) / 3,
-        normal(batch, heads, dim, hidden) / 3,
-        normal(batch, heads, hidden, dim) / 3,
-    )
-    q, k = (
-        fw.l2_normalise(normal(batch, heads, length, dim)),
-        fw.l2_normalise(normal(batch, heads, length, dim)),
-    )
-    lr = np.abs(normal(batch, heads, length, 3)) * 0.3
-    return (
-        w,
-        q,
-        k,
-        normal(batch, heads, length, dim),
-        lr,
-        r.uniform(size=(batch, heads, length, 1)).astype(np.float32),
-    )
+    w = fw.FastWeights(normal(3, 1, 12, 8) / 3, normal(3, 1, 10, 12) / 3, normal(3, 1, 12, 8) / 3)
+    q, k = fw.l2_normalise(normal(3, 1, 22, 8)), fw.l2_normalise(normal(3, 1, 22, 8))
+    lr = np.abs(normal(3, 1, 22, 3)) * 0.3
+    momentum = r.uniform(size=(3, 1, 22, 1)).astype(np.float32)
+    return w, q, k, normal(3, 1, 22, 10), lr, momentum
 
 
 RULES = [fw.Rule(muon=fw.MUON_TUNED), fw.Rule(prenorm=True)]
@@ -231,7 +230,8 @@ def test_scanned_orders_equal_the_entry_by_entry_order(rule):
         (functools.partial(fw.shifted, chunk=chunk, update_last=True), shift),
     ):
         want_state, want = fw.run_order(state, q, k, v, lr, order, **kw)
-        got_state, got = jax.jit(functools.partial(op, **kw))(state, q, k, v, lr)
+        with jax.disable_jit(False):
+            got_state, got = jax.jit(functools.partial(op, **kw))(state, q, k, v, lr)
         assert error(got, want) < 1e-5
         for a, b in zip(jax.tree.leaves(got_state), jax.tree.leaves(want_state), strict=True):
             assert error(a, b) < 1e-5
@@ -241,17 +241,17 @@ def test_scanned_orders_equal_the_entry_by_entry_order(rule):
 @pytest.mark.parametrize("op", ["shifted", "block_causal"])
 def test_carried_state_makes_two_calls_equal_one(op, rule):
     w, q, k, v, lr, momentum = tokens()
-    run = functools.partial(getattr(fw, op), chunk=4, rule=rule)
+    run = functools.partial(getattr(fw, op), chunk=8, rule=rule)
     keep = dict(update_last=True) if op == "shifted" else {}
     whole_state, whole = run(fw.start(w, rule), q, k, v, lr, momentum=momentum, **keep)
     state, first = run(
         fw.start(w, rule),
-        *(x[:, :, :12] for x in (q, k, v, lr)),
-        momentum=momentum[:, :, :12],
+        *(x[:, :, :16] for x in (q, k, v, lr)),
+        momentum=momentum[:, :, :16],
         **keep,
     )
     state, second = run(
-        state, *(x[:, :, 12:] for x in (q, k, v, lr)), momentum=momentum[:, :, 12:], **keep
+        state, *(x[:, :, 16:] for x in (q, k, v, lr)), momentum=momentum[:, :, 16:], **keep
     )
     assert error(jnp.concatenate([first, second], axis=2), whole) < 1e-5
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole_state), strict=True):
@@ -261,15 +261,15 @@ def test_carried_state_makes_two_calls_equal_one(op, rule):
 def test_chunks_without_a_valid_token_leave_the_state_untouched():
     w, q, k, v, lr, momentum = tokens()
     rule = fw.Rule(muon=fw.MUON_TUNED)
-    mask = np.arange(22) < np.array([[13], [0]])
+    mask = np.arange(22) < np.array([[13], [0], [22]])
     bad = np.where(mask[:, None, :, None], k, np.nan)  # whatever lies in the padding
     state, _ = fw.block_causal(
-        fw.start(w, rule), q, bad, v, lr, chunk=4, rule=rule, momentum=momentum, mask=mask
+        fw.start(w, rule), q, bad, v, lr, chunk=8, rule=rule, momentum=momentum, mask=mask
     )
     short, _ = fw.block_causal(
         fw.start(w, rule),
         *(x[:, :, :13] for x in (q, k, v, lr)),
-        chunk=4,
+        chunk=8,
         rule=rule,
         momentum=momentum[:, :, :13],
     )
@@ -301,7 +301,7 @@ def test_strided_order_learns_from_the_first_tokens_of_each_stride():
 
 
 def test_orthogonalising_together_equals_one_by_one():
-    w = tokens(dim=8, hidden=8)[0]
+    w = fw.FastWeights(*(x[:, :, :8, :8] for x in tokens()[0]))
     for got, g in zip(fw.orthogonalise(w, fw.MUON_TUNED), w, strict=True):
         assert error(got, fw.newton_schulz(g, fw.MUON_TUNED)) < 1e-5
 
