@@ -6,8 +6,10 @@ bit for bit, since the difference is then an exact zero; a plain sum of w_i x_i 
 go back to their own dtype at the end.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -22,6 +24,7 @@ from jasr.checkpoint_files import MANIFEST, read_manifest, version
 
 PROVENANCE = "jasr_average.json"
 _BLOCK = 1 << 16  # elements of one pass: accumulator, member and difference stay in cache
+_AHEAD = 2  # leaves that are being read while one is added
 _SMALLEST = 1e-4  # metrics below it weigh the same: 1 / 0 would take all
 
 
@@ -250,20 +253,25 @@ def _stream(members, weights, item):
     used = [(r, w) for r, w in zip(readers, weights, strict=True) if w > 0]
     plan = [(path, reader, w) for path in readers[0].kinds for reader, w in used]
     flat, acc, cpu = {}, None, jax.devices("cpu")[0]
-    ahead = plan[0][1].read(plan[0][0])
-    for i, (path, reader, w) in enumerate(plan):
-        value = ahead.result()
-        if i + 1 < len(plan):
-            ahead = plan[i + 1][1].read(plan[i + 1][0])
-        if reader is used[0][0]:
-            acc = _Running(value)
-        acc.add(value, w)
-        if reader is used[-1][0]:
-            again = lambda: [r.read(path).result() for r in readers]  # noqa: B023, E731
-            flat[path] = acc.result(path, again, names)
-            if flat[path].dtype != np.float64:  # Orbax copies numpy arrays, but not JAX's
-                flat[path] = jax.block_until_ready(jax.device_put(flat[path], cpu))
+    with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
+        queue = collections.deque(pool.submit(r.read, p) for p, r, _ in plan[:_AHEAD])
+        for i, (path, reader, w) in enumerate(plan):
+            value = queue.popleft().result()
+            if i + _AHEAD < len(plan):
+                queue.append(pool.submit(plan[i + _AHEAD][1].read, plan[i + _AHEAD][0]))
+            if reader is used[0][0]:
+                acc = _Running(value)
+            acc.add(value, w)
+            if reader is used[-1][0]:
+                again = functools.partial(_read_all, readers, path)
+                flat[path] = acc.result(path, again, names)
+                if flat[path].dtype != np.float64:  # Orbax copies numpy arrays, but not JAX's
+                    flat[path] = jax.block_until_ready(jax.device_put(flat[path], cpu))
     return tree.unflatten(flat)
+
+
+def _read_all(readers, path):
+    return [r.read(path) for r in readers]
 
 
 class _Running:
@@ -272,7 +280,7 @@ class _Running:
     def __init__(self, first):
         self.dtype = first.dtype
         wide = np.promote_types(self.dtype, np.float32) if _is_numpy(self.dtype) else np.float32
-        self.sum = np.empty(first.shape, wide)
+        self.sum = _aligned(first.shape, wide)
         self.weight = 0.0
 
     def add(self, value, weight):
@@ -330,6 +338,14 @@ def _check_meaning(metas, members):
 
 def _as_array(x):
     return x if hasattr(x, "dtype") and hasattr(x, "shape") else np.asarray(x)
+
+
+def _aligned(shape, dtype):
+    """An empty array at a multiple of 64 bytes, which JAX takes over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _is_numpy(dtype):

@@ -3,6 +3,7 @@
 Needs neither JAX nor Orbax. See `jasr.checkpoint` for the layout.
 """
 
+import concurrent.futures
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import warnings
 
 MANIFEST = "jasr_manifest.json"
 LATE_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them at the rename
+_READERS = min(4, os.cpu_count() or 1)  # threads that compute checksums
 _log = logging.getLogger("jasr.checkpoint")
 
 
@@ -25,14 +27,12 @@ class CheckpointError(RuntimeError):
 def seal(directory, *, step, items, metric="", mode="min"):
     """Writes the manifest of a finished step directory, with every file flushed to the disk."""
     directory = pathlib.Path(directory)
-    files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name == MANIFEST or name in LATE_FILES:
-            continue
-        with open(path, "rb") as f:
-            files[name] = [path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
-            os.fsync(f.fileno())
+    late = (MANIFEST, *LATE_FILES)
+    found = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
+    names = sorted(set(found) - set(late))
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        digests = pool.map(_digest_and_flush, (found[n] for n in names))
+        files = {n: [found[n].stat().st_size, d] for n, d in zip(names, digests, strict=True)}
     for path in [p for p in directory.rglob("*") if p.is_dir()]:
         sync_directory(path)
     body = {
@@ -55,23 +55,37 @@ def verify(path, items=None, checksums=True):
         manifest = read_manifest(path)
     except CheckpointError as e:
         return [str(e)]
-    damage = []
-    for name, (size, digest) in manifest["files"].items():
-        if items is not None and name.split("/")[0] not in (*items, "meta", "metrics"):
-            continue
-        file = path / name
-        try:
-            if file.stat().st_size != size:
-                damage.append(f"{name} has {file.stat().st_size} bytes, was written with {size}")
-            elif checksums:
-                with open(file, "rb") as f:
-                    if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                        damage.append(f"{name} has changed since it was written (checksum)")
-        except FileNotFoundError:
-            damage.append(f"{name} is missing")
-        except OSError as e:
-            damage.append(f"{name} cannot be read: {e.strerror}")
-    return damage
+    files = [
+        (path / name, name, *was)
+        for name, was in manifest["files"].items()
+        if items is None or name.split("/")[0] in (*items, "meta", "metrics")
+    ]
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        faults = pool.map(lambda file: _fault(*file, checksums), files)
+        return [f for f in faults if f]
+
+
+def _fault(file, name, size, digest, checksums):
+    """What is wrong with one file, "" if nothing."""
+    try:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, was written with {size}"
+        if checksums:
+            with open(file, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                    return f"{name} has changed since it was written (checksum)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as e:
+        return f"{name} cannot be read: {e.strerror}"
+    return ""
+
+
+def _digest_and_flush(path):
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        os.fsync(f.fileno())
+    return digest
 
 
 def find_steps(path):

@@ -1,6 +1,5 @@
 """Reading checkpoints: whole trees as numpy anywhere, onto a mesh, or one leaf at a time."""
 
-import concurrent.futures
 import json
 
 import jax
@@ -89,16 +88,12 @@ class Leaves:
         settings = json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
         self._driver = "zarr3" if settings.get("use_zarr3") else "zarr"
         self._store = "ocdbt" if settings.get("use_ocdbt", True) else ""
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
     def read(self, path):
-        """A future of one leaf as a numpy array; it is being read when this returns."""
-        return self._thread.submit(self._read, self.kinds[path].name)
-
-    def _read(self, name):
+        """One leaf as a numpy array; may be called from several threads."""
         import tensorstore as ts
 
-        base = f"file://{self.directory}/"
+        name, base = self.kinds[path].name, f"file://{self.directory}/"
         store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         spec = {"driver": self._driver, "kvstore": store if self._store else f"{base}{name}/"}
         with told_where(self.directory):
