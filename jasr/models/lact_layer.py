@@ -85,7 +85,11 @@ def heads(x, num):
 
 
 class LactLayer(nn.Module):
-    """Attention + fast weights over one sequence, [B,T,D] -> [B,T,D]."""
+    """Attention + fast weights over one sequence, [B,T,D] -> [B,T,D].
+
+    A recording that comes in segments can carry its fast weights along: apply with
+    mutable=["fast_weights"], and give what comes back with the next segment's variables.
+    """
 
     config: LactConfig
     fast: bool = True
@@ -193,27 +197,40 @@ class LactLayer(nn.Module):
         return out.reshape(x.shape).astype(c.dtype)
 
     def run(self, q, k, v, lr, momentum, valid):
-        """The operator that the mode asks for: out f32[B,H,T,V]."""
+        """The operator that the mode asks for: out f32[B,H,T,V].
+
+        The state comes from the collection "fast_weights" if that is given and goes back to it if
+        that is mutable; the last chunk is then learnt from as well.
+        """
         c = self.config
         rule = fw.Rule(muon=fw.MUON_TUNED if c.use_muon else None, prenorm=c.ttt_prenorm)
-        state = fw.start(self.initial_weights(), rule, batch=q.shape[0])
+        initial = state = fw.start(self.initial_weights(), rule, batch=q.shape[0])
+        if self.has_variable("fast_weights", "state"):
+            state = self.get_variable("fast_weights", "state")
+        keep = self.is_mutable_collection("fast_weights") and not self.is_initializing()
+        options = dict(rule=rule, momentum=momentum)
         if c.lact_updates == "off":
-            return fw.apply_only(state, q)[1]
-        if c.lact_mode == "bidirectional":
-            return fw.full(state, q, k, v, lr, rule=rule, momentum=momentum, mask=valid)[1]
-        if c.lact_mode == "block":
-            return fw.block_causal(
-                state,
-                q,
-                k,
-                v,
-                lr,
-                chunk=c.lact_chunk_size,
-                rule=rule,
-                momentum=momentum,
-                mask=valid,
-            )[1]
-        # right padding cannot reach a valid frame in this order, so no mask
-        return fw.shifted(
-            state, q, k, v, lr, chunk=c.lact_chunk_size, rule=rule, momentum=momentum
-        )[1]
+            state, out = fw.apply_only(state, q)
+        elif c.lact_mode == "bidirectional":
+            state, out = fw.full(state, q, k, v, lr, mask=valid, **options)
+        elif c.lact_mode == "block":
+            options["chunk"] = c.lact_chunk_size
+            state, out = fw.block_causal(state, q, k, v, lr, mask=valid, **options)
+        else:  # right padding cannot reach a valid frame in this order: a mask is for the state
+            options |= dict(chunk=c.lact_chunk_size, update_last=keep)
+            mask = valid if keep else None
+            state, out = fw.shifted(state, q, k, v, lr, mask=mask, **options)
+        if keep:
+            self.put_variable("fast_weights", "state", state)
+        if self.is_mutable_collection("stages"):
+            self.sow("stages", "delta_norm", self.first_direction(initial, k, v, lr, valid))
+            self.sow("stages", "w_norm", jnp.stack([fw.size(w) for w in state.w]))
+        return out
+
+    def first_direction(self, state, k, v, lr, valid):
+        """f32[3,B,H]: sizes of the first chunk's ascent directions of w0, w1, w2."""
+        c = self.config
+        first = slice(0, k.shape[2] if c.lact_mode == "bidirectional" else c.lact_chunk_size)
+        lr = jnp.where(valid[:, None, :, None], lr, 0)[:, :, first]
+        delta = fw.direction(state.w, k[:, :, first], v[:, :, first], lr)
+        return jnp.stack([fw.size(d) for d in delta])
