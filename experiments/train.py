@@ -62,7 +62,18 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     """
     import jax
 
-    from jasr import checkpoint, data, metrics, optim, settings, sharding, start, tasks, tree
+    from jasr import (
+        checkpoint,
+        data,
+        metrics,
+        optim,
+        settings,
+        sharding,
+        source,
+        start,
+        tasks,
+        tree,
+    )
     from jasr import step as steps
     from jasr.evaluation import evaluate
 
@@ -91,8 +102,10 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     )
     valid_data = None
     if sources.valid:
-        valid_data = data.open_eval(sources, sources.valid, tokenizer.encode)
-    log.info("%s", train_data.describe())
+        path = str(workdir / "quarantine-valid.jsonl") if chief else ""
+        valid_data = data.open_eval(sources, sources.valid, tokenizer.encode, path)
+        log.info("validation: %s", valid_data.describe())
+    log.info("training: %s", train_data.describe())
     sharding.check_batch_sizes([b for b, _, _ in train_data.shapes], mesh, opt.accumulate)
     task.check(train_data.shapes)
 
@@ -122,20 +135,22 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     store = checkpoint.Checkpoints(workdir / "checkpoints", **settings.to_dict(kept))
     wanted = start.to_items(start.with_shardings(state_shapes, shardings), save_frozen)
     restored = store.restore(like=wanted)
-    position = 0
+    position, origin = 0, {}
     if restored is not None:
         _, saved, meta = restored
         start.check_resume(meta, train_data.fingerprint, plain, allow_data_change)
-        rest = {}
+        rest, origin = {}, meta["frozen_from"]
         if frozen and not save_frozen:
-            rest = start.read_frozen(given, shapes, shardings, frozen)
+            rest = start.read_frozen(origin, given, shapes, shardings, frozen)
         state, position = start.from_items(state_shapes, saved, rest), meta["position"]
         log.info("resumed from step %d, batch %d of the data", int(state.step), position)
     else:
         state = jax.jit(init, out_shardings=shardings)()
         if given.path:
-            state = start.with_given(state, given, shapes, shardings)
-            log.info("parameters from %s", given.path)
+            origin = source.resolve(given.path, given.item)
+            start.check_source(origin, given, tokenizer, plain["front_end"])
+            state = start.with_given(state, origin, given, shapes, shardings)
+            log.info("%s from %s", origin["item"], origin["path"])
     first = step = int(state.step)
 
     # --- Programs: one a bucket, compiled before the first step: memory runs out now or never
@@ -163,7 +178,10 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         result = evaluate(task, predict, valid_data, mesh, variables, batches)
         true, pred = result.pop("sample")
         if chief:
-            text = f"=== Sample Prediction at Step {step} ===\nTrue: {true}\nPred: {pred}"
+            text = (
+                f"=== Sample Prediction at Step {step} ===\nTrue: {true}\nPred: {pred}\n"
+                f"WER: {metrics.wer([true], [pred])['wer']:.2%}"
+            )
             print(text, file=sys.stderr, flush=True)
             if not batches:
                 writer.write(step, result)
@@ -179,7 +197,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
             "tokenizer": tokenizer.to_dict(),
             "task": plain["task"],
             "longest_seconds": max(s for _, s, _ in train_data.shapes) / sources.sample_rate,
-            "frozen_from": given.path if frozen and not save_frozen else "",
+            "frozen_from": origin if frozen and not save_frozen else {},
         }
         store.save(step, start.to_items(state, save_frozen), meta, values, wait=wait)
 
@@ -306,7 +324,7 @@ def summed(window):
         sums[k] = float(np.mean([m[k] for m in finite])) if finite else float("nan")
     sums["steps"] = len(host)
     sums["skipped"] = len(host) - len(finite)
-    sums["bad_in_row"] = int(host[-1]["bad_in_row"])
+    sums["bad_in_row"] = max(int(m["bad_in_row"]) for m in host)
     return sums
 
 

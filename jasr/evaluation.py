@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jasr import metrics, sharding
+from jasr import metrics, sharding, text
 
 
 def hypotheses(task, predict, data, mesh, variables, batches=0):
@@ -34,16 +34,21 @@ def hypotheses(task, predict, data, mesh, variables, batches=0):
             rows["tokens"], rows["token_len"], rows["updates"], rows["index"], strict=True
         ):
             if index >= 0:
-                text = task.tokenizer.decode([int(t) for t in tokens[:length]])
-                found[int(index)] = (text, int(updates))
+                words = task.tokenizer.decode([int(t) for t in tokens[:length]])
+                found[int(index)] = (words, int(updates))
     return found
 
 
 def evaluate(task, predict, data, mesh, variables, batches=0):
-    """Validation metrics: val_wer, val_cer, val_updates (mean), and `sample` (True, Pred) texts."""
+    """Validation metrics: val_wer, val_cer, val_updates (mean), and `sample` (True, Pred) texts.
+
+    Both sides go through the tokenizer's normalisation, as in `experiments.evaluate`.
+    """
     found = hypotheses(task, predict, data, mesh, variables, batches)
     order = sorted(found)
-    refs, hyps = [data.texts[i] for i in order], [found[i][0] for i in order]
+    kind = task.tokenizer.normalisation
+    refs = [text.normalise(data.texts[i], kind) for i in order]
+    hyps = [text.normalise(found[i][0], kind) for i in order]
     result = metrics.wer(refs, hyps)
     return {
         "val_wer": result["wer"],

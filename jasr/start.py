@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 
-from jasr import checkpoint, text, tree
+from jasr import checkpoint, source, text, tree
 
 ITEMS = ("params", "batch_stats", "opt_state", "ema")
 COUNTERS = ("step", "bad_steps", "bad_in_row", "rng")
@@ -92,45 +92,60 @@ def from_items(shapes, items, frozen):
     return shapes.replace(**given, **items["counters"], frozen=items.get("frozen", frozen))
 
 
-def read_given(config, shapes):
-    """Flat {path: numpy} parameters and batch statistics of config.init.path, checked.
+def read_given(origin, config, shapes):
+    """Flat {path: numpy} parameters and batch statistics of `origin`, checked.
+
+    Args:
+      origin: what `source.resolve` made of config.path.
 
     Raises:
       tree.TreeError: names or shapes differ from the model's (lists every one); a drop rule that
         matches nothing.
     """
-    from jasr.interop import lact
-
-    if lact.is_lact(config.path):
-        _, variables = lact.read_weights(config.path)
-        params, stats = variables["params"], variables["batch_stats"]
-    else:
-        path = checkpoint.find_step(config.path, items=("params", "ema", "batch_stats"))
-        params = checkpoint.load_params(path, item=config.item, verify=False)
-        stats = checkpoint.load_params(path, item="batch_stats", verify=False)
-        frozen = checkpoint.load_meta(path).get("frozen_from", "")
-        if frozen:
-            theirs = tree.flatten(checkpoint.load_params(frozen))
-            params = tree.unflatten(theirs | tree.flatten(params))
+    params, stats = source.read(origin)
     wanted = tree.flatten(shapes["params"])
     dropped = tree.match(
         [(p, True) for p in config.drop], wanted, what="config.init.drop rule", optional=True
     )
     keep = {p: v for p, v in tree.flatten(params).items() if not _dropped(p, config.drop)}
     want = {p: v for p, v in wanted.items() if p not in dropped}
-    tree.compare(want, keep, what=f"config.init.path {config.path}")
+    tree.compare(want, keep, what=f"config.init.path {origin['path']}")
     if jax.tree.leaves(shapes["batch_stats"]):
-        tree.compare(shapes["batch_stats"], stats, what=f"batch statistics of {config.path}")
+        tree.compare(shapes["batch_stats"], stats, what=f"batch statistics of {origin['path']}")
     return keep, stats
+
+
+def check_source(origin, config, tokenizer, front_end):
+    """Raises StartError if given weights were trained for other tokens or other features.
+
+    A vocabulary of equal size in another order fits every shape and is still wrong.
+    """
+    try:
+        meta = checkpoint.load_meta(origin["path"])
+    except checkpoint.CheckpointError:
+        return  # an original's file: its reader has checked what it says of itself
+    if meta["tokenizer"] != tokenizer.to_dict() and not config.drop:
+        raise StartError(
+            f"{origin['path']} was trained with another tokenizer: take its config.text, or drop "
+            "the head with config.init.drop"
+        )
+    theirs = meta["config"].get("front_end", front_end)
+    changed = [k for k in theirs if theirs[k] != front_end.get(k)]
+    if changed:
+        raise StartError(
+            f"{origin['path']} was trained with another front end; config.front_end differs in "
+            + ", ".join(changed)
+        )
 
 
 def _dropped(path, patterns):
     return any(re.fullmatch(p, path) for p in patterns)
 
 
-def with_given(state, config, shapes, shardings):
+def with_given(state, origin, config, shapes, shardings):
     """A fresh state with the weights of config.init.path in it."""
-    given, stats = read_given(config, shapes)
+    given, stats = read_given(origin, config, shapes)
+    _check_frozen(origin, tree.flatten(state.frozen), given)
 
     def fill(current, where):
         flat, places = tree.flatten(current), tree.flatten(where)
@@ -152,14 +167,21 @@ def put(value, like, sharding):
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def read_frozen(config, shapes, shardings, frozen):
+def read_frozen(origin, config, shapes, shardings, frozen):
     """The frozen parameters of a resumed run that does not save them (they were imported)."""
-    given, _ = read_given(config, shapes)
-    missing = sorted(frozen - given.keys())
-    if missing:
-        raise StartError(f"frozen parameters are not in {config.path}: {', '.join(missing)}")
+    given, _ = read_given(origin, config, shapes)
+    _check_frozen(origin, frozen, given)
     flat, places = tree.flatten(shapes["params"]), tree.flatten(shardings.frozen)
     return tree.unflatten({p: put(given[p], flat[p], places[p]) for p in flat if p in frozen})
+
+
+def _check_frozen(origin, frozen, given):
+    missing = sorted(set(frozen) - given.keys())
+    if missing:
+        raise StartError(
+            f"frozen parameters are not taken from {origin['path']}: {', '.join(missing)}; they "
+            "would stay as drawn and would not be saved"
+        )
 
 
 def check_resume(meta, fingerprint, config, allow_data_change):

@@ -14,14 +14,15 @@ def lr(step, **kw):
 
 def test_warmup_reaches_the_peak_and_cosine_ends_at_min_lr():
     kw = dict(lr=2.0, warmup_steps=10, min_lr=0.5)
-    np.testing.assert_allclose([lr(s, **kw) for s in (0, 4, 9, 10)], [0.2, 1.0, 2.0, 2.0], rtol=1e-6)
+    rates = [lr(s, **kw) for s in (0, 4, 9, 10)]
+    np.testing.assert_allclose(rates, [0.2, 1.0, 2.0, 2.0], rtol=1e-6)
     np.testing.assert_allclose(lr(55, **kw), 1.25, rtol=1e-6)
     np.testing.assert_allclose([lr(100, **kw), lr(500, **kw)], [0.5, 0.5], rtol=1e-6)
 
 
 def test_linear_falls_in_a_line_and_decay_steps_replace_the_total():
     kw = dict(schedule="linear", lr=1.0, decay_steps=50)
-    np.testing.assert_allclose([lr(0, **kw), lr(25, **kw), lr(50, **kw)], [1.0, 0.5, 0.0], atol=1e-6)
+    np.testing.assert_allclose([lr(s, **kw) for s in (0, 25, 50)], [1.0, 0.5, 0.0], atol=1e-6)
 
 
 def test_noam_falls_with_the_square_root_after_its_peak():

@@ -1,10 +1,9 @@
 """Tasks by name, and a task with its weights from a checkpoint.
 
 A task is a frozen dataclass without base class: `build(config, tokenizer)`, `init`, `loss`,
-`predict`, `texts`, `check`, `sharding`, `seconds_per_frame`.
+`predict`, `check`, `sharding`, `seconds_per_frame`.
 """
 
-import functools
 import importlib
 
 TASKS = {"ctc": ("jasr.tasks.ctc", "CtcTask")}
@@ -35,7 +34,7 @@ def load(path, step=None, item="", model=None):
     Returns:
       (task, {"params", "batch_stats"} of numpy arrays, meta dict).
     """
-    from jasr import checkpoint, text, tree
+    from jasr import checkpoint, source, text
     from jasr.interop import lact
 
     if lact.is_lact(path):
@@ -49,17 +48,10 @@ def load(path, step=None, item="", model=None):
         }
     else:
         # One step for all parts: each load by itself could fall back to another one.
-        kept = ("params", "ema", "batch_stats", "frozen")
-        path = checkpoint.find_step(path, step, items=kept)
-        load = functools.partial(checkpoint.load_params, path, verify=False)
+        path = checkpoint.find_step(path, step)
         meta = checkpoint.load_meta(path)
-        params = load(item=item)
-        if meta.get("frozen_from"):
-            whole = tree.flatten(checkpoint.load_params(meta["frozen_from"]))
-            params = tree.unflatten(whole | tree.flatten(params))
-        elif "frozen" in checkpoint.items(path):
-            params = tree.merge(params, load(item="frozen"))
-        variables = {"params": params, "batch_stats": load(item="batch_stats")}
+        params, stats = source.read(source.resolve(path, item))
+        variables = {"params": params, "batch_stats": stats}
     config = dict(meta["config"])
     if model:
         config["model"] = {**config["model"], **model}

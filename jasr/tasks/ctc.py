@@ -88,15 +88,10 @@ class CtcTask:
         """Seconds between two output frames."""
         return self.front_end.hop * self.config.subsampling / self.front_end.sample_rate
 
-    def output_frames(self, samples):
-        """Output frames of an utterance of so many samples (int or array)."""
-        frames = samples // self.front_end.hop + (self.front_end.kind != "nemo")
-        return -(-frames // self.config.subsampling)
-
     def check(self, shapes):
-        """Raises ValueError if a bucket (B, S, L) would silently get no fast-weight update."""
-        for _, samples, _ in shapes:
-            check_updates(self.config, samples // self.front_end.hop)
+        """Raises ValueError if no bucket (B, S, L) would ever get a fast-weight update."""
+        longest = max(samples for _, samples, _ in shapes)
+        check_updates(self.config, longest // self.front_end.hop)
 
     def features(self, batch):
         """Log-mel frames f32[B,T,F] and their lengths i32[B] of a batch's audio."""
@@ -113,11 +108,12 @@ class CtcTask:
         ramp = self.loss_config.ramp_steps
         scale = jnp.minimum(1.0, (step + 1) / ramp) if ramp else jnp.float32(1.0)
         keys = augment.row_keys(rng, batch["index"])
-        wave_keys, mel_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        split = jax.vmap(lambda k: jax.random.split(k, 3))(keys)
+        wave_keys, mel_keys, dither_keys = jnp.unstack(split, axis=1)
         wave = augment.augment_waveform(
             batch["audio"], batch["audio_len"], wave_keys, self.wave_augment, scale
         )
-        mel, mel_len = audio.log_mel(wave, batch["audio_len"], self.front_end)
+        mel, mel_len = audio.log_mel(wave, batch["audio_len"], self.front_end, keys=dither_keys)
         return augment.spec_augment(mel, mel_len, mel_keys, self.spec_augment, scale), mel_len
 
     def loss(self, variables, batch, rng, step):
@@ -192,11 +188,3 @@ class CtcTask:
             "logit_len": out["logit_len"],
             "updates": out["updates"],
         }
-
-    def texts(self, outputs, batch):
-        """Reference and hypothesis texts (host lists) of the rows that are not padding."""
-        rows = [r for r, i in enumerate(batch["index"]) if i >= 0]
-        decode = self.tokenizer.decode
-        refs = [decode(list(batch["tokens"][r][: batch["token_len"][r]])) for r in rows]
-        hyps = [decode(list(outputs["tokens"][r][: outputs["token_len"][r]])) for r in rows]
-        return refs, hyps
