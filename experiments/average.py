@@ -53,29 +53,29 @@ def parse(argv=None):
 
 def choose(args):
     """(members, default name of the result) of the command line."""
-    from jasr import average
+    from jasr import averaging
 
     if args.checkpoints:
-        return [average.member(p) for p in args.checkpoints], args.name
-    members = average.find_members(args.checkpoint_dir)
-    chosen = average.select(members, args.top_n, args.steps, args.metric, args.mode)
+        return [averaging.member(p) for p in args.checkpoints], args.name
+    members = averaging.find_members(args.checkpoint_dir)
+    chosen = averaging.select(members, args.top_n, args.steps, args.metric, args.mode)
     name = f"top{args.top_n}" if args.top_n else "_".join(str(s) for s in args.steps)
     return chosen, args.name or name
 
 
 def main(argv=None):
     args = parse(argv)
-    from jasr import average, checkpoint
+    from jasr import averaging, checkpoint
 
     try:
         members, name = choose(args)
-        weights, how = average.weigh(members, args.weights, args.metric, args.mode)
+        weights, how = averaging.weigh(members, args.weights, args.metric, args.mode)
         if args.equal:
             weights, how = None, "equal"
         where = pathlib.Path(args.checkpoint_dir or ".") / f"average-{name}"
         output = pathlib.Path(args.output) if args.output else where
-        made = average.average_checkpoints(members, output, weights, args.item, how=how)
-    except (average.AverageError, checkpoint.CheckpointError) as e:
+        made = averaging.average_checkpoints(members, output, weights, args.item, how=how)
+    except (averaging.AverageError, checkpoint.CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     print(f"{output}: {made['item']} of {len(members)} steps, weights: {made['weights_from']}")

@@ -3,8 +3,9 @@
     python -m experiments.transcribe --checkpoint=runs/an4 a.wav b.flac dir/ --format=srt
 
 Transcripts go to standard output in the order of the inputs (or, with --output_dir, to one file
-each), everything else to standard error. A recording that cannot be used is reported there (and,
-in JSON, as an object with "error"); the others go on and the exit status is 1.
+each), everything else to standard error; several recordings as srt or vtt give one file each, in
+the current directory unless --output_dir names another. A recording that cannot be used is reported
+there (and, in JSON, as an object with "error"); the others go on and the exit status is 1.
 """
 
 import argparse
@@ -55,14 +56,14 @@ def parse(argv):
 def transcribe(args, out):
     """Runs the command; the exit status."""
     from jasr.metrics import progress
-    from jasr.transcribe import find_recordings, from_pretrained
+    from jasr.recognizer import find_recordings, from_pretrained
 
     found, problems = find_recordings(args.inputs)
     for problem in problems:
         say(f"error: {problem}")
     if args.format in ("srt", "vtt") and len(found) > 1 and not args.output_dir:
-        say(f"error: {len(found)} recordings in one {args.format} stream: give --output_dir")
-        return 2
+        args.output_dir = "."
+        say(f"{len(found)} recordings: one .{args.format} file each in the current directory")
     if not found:
         return 1
     try:

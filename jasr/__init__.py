@@ -10,40 +10,21 @@ The public face, loaded at first use so that `import jasr` costs nothing:
 """
 
 import importlib
-import sys
-import types
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "average": "jasr.averaging",
+    "from_pretrained": "jasr.recognizer",
+    "load_params": "jasr.checkpoint",
+    "transcribe": "jasr.recognizer",
+}
 __all__ = ["average", "from_pretrained", "load_params", "transcribe"]
-
-_HOMES = {"from_pretrained": "jasr.transcribe", "load_params": "jasr.checkpoint"}
-_CALLED_BY_MODULE_NAME = ("average", "transcribe")
-
-
-class _CallableModule(types.ModuleType):
-    """A module that is also its main function: jasr.average(...) is jasr.average.average(...)."""
-
-    def __call__(self, *args, **kwargs):
-        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
-
-
-class _Package(types.ModuleType):
-    """Makes the modules that share a public function's name callable, whoever imports them."""
-
-    def __setattr__(self, name, value):
-        if name in _CALLED_BY_MODULE_NAME and isinstance(value, types.ModuleType):
-            value.__class__ = _CallableModule
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name):
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in _CALLED_BY_MODULE_NAME:
-        return importlib.import_module(f"jasr.{name}")
     raise AttributeError(f"module 'jasr' has no attribute {name!r}")
 
 

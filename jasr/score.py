@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from jasr import metrics, text
-from jasr.transcribe import Recognizer
+from jasr.recognizer import Recognizer
 
 DURATION_EDGES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)  # s
 WHOLE_SECONDS = 40.0  # utterances up to this length are not cut into windows
@@ -25,7 +25,7 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
       normalisation: "none", "lower", "whisper_english"; "" = the tokenizer's.
       meta: the checkpoint's.
       limit: score only so many utterances, the first ones; 0 = all.
-      settings: window, overlap, batch_seconds of `transcribe.Recognizer`.
+      settings: window, overlap, batch_seconds of `recognizer.Recognizer`.
 
     Returns:
       dict, JSON-able but for NaN: wer, cer, their 95 % intervals, counts, by_duration, speed,

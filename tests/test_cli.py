@@ -13,7 +13,7 @@ from experiments import evaluate, transcribe
 from jasr import checkpoint, score, tasks, text, tree
 from jasr.interop import lact
 from jasr.models.lact import LactConfig
-from jasr.transcribe import Recognizer, from_pretrained
+from jasr.recognizer import Recognizer, from_pretrained
 
 soundfile = pytest.importorskip("soundfile")
 RATE = 16000
@@ -120,10 +120,14 @@ def test_one_recording_is_one_line_of_text(run, recordings, capsys):
     assert status == 0 and out.endswith("\n") and out.count("\n") == 1 and "\t" not in out
 
 
-def test_subtitles_of_several_recordings_need_a_folder(run, recordings, capsys, tmp_path):
+def test_subtitles_of_several_recordings_are_a_file_each(
+    run, recordings, capsys, tmp_path, monkeypatch
+):
     two = recordings / "a.wav", recordings / "b.flac"
+    monkeypatch.chdir(tmp_path)
     status, out, err = call(run, capsys, *two, "--format=srt")
-    assert (status, out) == (2, "") and "--output_dir" in err
+    assert (status, out) == (0, "") and "current directory" in err
+    assert sorted(p.name for p in tmp_path.glob("*.srt")) == ["a.srt", "b.srt"]
     status, out, _ = call(run, capsys, *two, "--format=vtt", "--output_dir", tmp_path / "out")
     assert (status, out) == (0, "")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.vtt", "b.vtt"]

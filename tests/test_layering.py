@@ -26,12 +26,14 @@ BELOW = {
     "jasr.optim": "jasr.tree jasr.settings",
     "jasr.state": "jasr.tree",
     "jasr.checkpoint": "jasr.tree jasr.settings",
-    "jasr.average": "jasr.checkpoint jasr.tree jasr.settings",
+    "jasr.averaging": "jasr.checkpoint jasr.tree jasr.settings",
+    "jasr.source": "jasr.checkpoint jasr.tree jasr.interop",
     "jasr.decoding": "jasr.losses jasr.text",
     "jasr.interop": "jasr.tree jasr.settings jasr.models jasr.text",
     "jasr.data": "jasr.audio jasr.resample jasr.augment jasr.text jasr.settings",
     "jasr.tasks": "jasr.models jasr.losses jasr.decoding jasr.audio jasr.augment jasr.text"
-    " jasr.metrics jasr.tree jasr.settings jasr.sharding jasr.checkpoint jasr.interop",
+    " jasr.metrics jasr.tree jasr.settings jasr.sharding jasr.checkpoint jasr.interop"
+    " jasr.source",
 }
 
 # At the top of a core module. ml_dtypes and absl come with JAX and Orbax.

@@ -3,7 +3,7 @@
     python -m experiments.benchmark checkpoint [--millions=100 --members=5 --rounds=5 --dir=DIR]
 
 Averaging: the loop of icefall and ESPnet (torch.load one file after another, add, divide,
-torch.save) beside `jasr.average.average_checkpoints` on steps written by `jasr.checkpoint`, each
+torch.save) beside `jasr.averaging.average_checkpoints` on steps written by `jasr.checkpoint`, each
 side in a process of its own, so that its peak memory is its own; imports are not timed. Then the
 average of trees that are in memory, the time for which a save holds up the training step, and
 loading. The files are in the page cache for both sides.
@@ -116,12 +116,12 @@ def torch_side(folder, members):
 
 
 def jasr_side(folder, members, verify=False):
-    from jasr import average
+    from jasr import averaging
 
-    found = average.find_members(folder / "run")
+    found = averaging.find_members(folder / "run")
     base, _ = rss()
     start = time.perf_counter()
-    average.average_checkpoints(found, folder / "average", verify=verify)
+    averaging.average_checkpoints(found, folder / "average", verify=verify)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "memory": rss()[1] - base}
 

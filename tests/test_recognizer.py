@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jasr.decoding.ctc import ctc_greedy
+from jasr.recognizer import WAITING_JOBS, Recognizer, find_recordings
 from jasr.resample import resample, resample_stream
 from jasr.text import CharTokenizer
-from jasr.transcribe import WAITING_JOBS, Recognizer, find_recordings
 
 RATE, FRAME = 16000, 640  # 25 frames a second
 TOKENIZER = CharTokenizer(("<blank>", " ", "a", "b", "c", "d"))
@@ -159,9 +159,9 @@ class Blocks:
 
 @pytest.fixture(autouse=True)
 def blocks_as_files(monkeypatch):
-    from jasr import transcribe
+    from jasr import recognizer
 
-    plain_blocks = transcribe.Job._blocks
+    plain_blocks = recognizer.Job._blocks
 
     def of(self, sample_rate, array_rate):
         if isinstance(self.recording, Blocks):
@@ -172,7 +172,7 @@ def blocks_as_files(monkeypatch):
         else:
             yield from plain_blocks(self, sample_rate, array_rate)
 
-    monkeypatch.setattr(transcribe.Job, "_blocks", of)
+    monkeypatch.setattr(recognizer.Job, "_blocks", of)
 
 
 def test_integer_arrays_and_other_rates_are_taken():
@@ -281,6 +281,12 @@ def test_resampling_in_blocks_equals_resampling_at_once(rate):
         np.testing.assert_allclose(
             np.concatenate(list(blocks)), resample(sound, rate, RATE), atol=1e-5
         )
+
+
+def test_an_array_of_channels_is_refused():
+    for shape in ((100, 2), (2, 100)):
+        with pytest.raises(ValueError, match="one channel"):
+            recognizer().transcribe(np.zeros(shape, np.float32))
 
 
 def test_directories_give_their_recordings_sorted_with_names(tmp_path):

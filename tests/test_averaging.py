@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import jasr
-from jasr import average as averaging
-from jasr import checkpoint
-from jasr.average import AverageError, find_members, parse_name, select, weigh
+from jasr import averaging, checkpoint
+from jasr.averaging import AverageError, find_members, parse_name, select, weigh
 
 
 def tree_of(seed, dtype=np.float32):

@@ -98,6 +98,11 @@ class Recognizer:
           "warnings": [str], "updates": fast-weight updates}]; a recording that could not be used
           has "error" too and is also announced by a Python warning.
         """
+        if getattr(inputs, "ndim", 1) != 1:
+            raise ValueError(
+                f"an array of shape {inputs.shape}: give one channel, f32[S], or a list of such "
+                "arrays; `samples.mean(axis=...)` mixes channels"
+            )
         single = is_file(inputs) or getattr(inputs, "ndim", 0) == 1
         results = list(self.stream([inputs] if single else inputs, sample_rate))
         for result in results:
