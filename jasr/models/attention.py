@@ -121,7 +121,8 @@ def attend(q, k, v, *, causal, window=0, chunk=0, key_len=None):
     """
     frames, dim = q.shape[1], q.shape[3]
     window = 0 if window >= frames else window
-    if jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and dim % 8 == 0 and not chunk:
+    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and dim % 8 == 0 and not chunk
+    if flash and (causal or not window):  # cuDNN has windows to the left only
         return jax.nn.dot_product_attention(
             q,
             k,
@@ -130,7 +131,7 @@ def attend(q, k, v, *, causal, window=0, chunk=0, key_len=None):
             implementation="cudnn",
             key_value_seq_lengths=key_len,
             query_seq_lengths=None if key_len is None else jnp.full_like(key_len, frames),
-            local_window_size=(window - 1, 0 if causal else window - 1) if window else None,
+            local_window_size=(window - 1, 0) if window else None,
         )
     dtype = v.dtype
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * (1 / np.sqrt(dim)), k, v))

@@ -210,9 +210,8 @@ def _masked(lr, momentum, mask):
     count = jnp.sum(m, axis=2, keepdims=True)
     beta = None
     if momentum is not None:
-        beta = jnp.sum(momentum.astype(jnp.float32) * m, axis=2, keepdims=True) / jnp.maximum(
-            count, 1
-        )
+        kept = jnp.where(m > 0, momentum.astype(jnp.float32), 0.0)
+        beta = jnp.sum(kept, axis=2, keepdims=True) / jnp.maximum(count, 1)
     return jnp.where(m > 0, lr, 0.0), beta, count > 0
 
 

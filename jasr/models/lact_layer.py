@@ -27,6 +27,12 @@ def linear(config, features, name, use_bias=False):
     )
 
 
+def record(module, name, x):
+    """Keeps x in the collection "stages" if that is mutable, in the order of the computation."""
+    if not module.is_initializing():
+        module.sow("stages", name, x)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean x^2 + eps) * scale over the last axis, computed in f32, returned in x's
     dtype."""
@@ -104,9 +110,9 @@ class LactLayer(nn.Module):
         q, k, v = jnp.split(linear(c, 3 * c.hidden_size, "qkv", c.qkv_bias)(x), 3, axis=-1)
         if c.attn_qk_norm:
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
-        self.sow("stages", "q", q)
-        self.sow("stages", "k", k)
-        self.sow("stages", "v", v)
+        record(self, "q", q)
+        record(self, "k", k)
+        record(self, "v", v)
         block = c.lact_chunk_size if c.lact_mode == "block" else 0
         out = attend(
             rope(heads(q, c.num_attn_heads), table),
@@ -117,15 +123,15 @@ class LactLayer(nn.Module):
             chunk=block,
             key_len=length if block or not c.causal else None,
         ).reshape(x.shape)
-        self.sow("stages", "attn_out", out)
+        record(self, "attn_out", out)
         if fast:
             valid = jnp.arange(frames) < length[:, None]
             branch = self.fast_branch(x, q, k, v, valid, table)
-            self.sow("stages", "fast_branch_out", branch)
+            record(self, "fast_branch_out", branch)
             if c.lact_updates != "no_branch":
                 out = out + branch
         out = linear(c, c.hidden_size, "o_proj")(out)
-        self.sow("stages", "o_proj_out", out)
+        record(self, "o_proj_out", out)
         return out
 
     def initial_weights(self):
@@ -156,7 +162,7 @@ class LactLayer(nn.Module):
         if c.learnable_ttt_scale:
             parts.append(Projection(nh, kernel_init(c), name="ttt_scale_proj")(c.hidden_size))
         kernel, bias = (jnp.concatenate(p, axis=-1) for p in zip(*parts, strict=True))
-        y = x.astype(jnp.float32) @ kernel + bias
+        y = jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST) + bias
         # head-major: (w0, w1, w2) rates of head 0, then of head 1, ...
         lr = jax.nn.softplus(y[..., : 3 * nh] + fw.softplus_inverse(c.fw_base_lr))
         lr = lr.reshape(*lr.shape[:2], nh, 3).transpose(0, 2, 1, 3)
@@ -186,11 +192,11 @@ class LactLayer(nn.Module):
             )
         q, k, v = (y.astype(c.dtype).transpose(0, 2, 1, 3) for y in (q, k, heads(v, nh)))
         lr, momentum, gate = self.token_rates(x)
-        self.sow("stages", "eta", lr)
+        record(self, "eta", lr)
         if momentum is not None:
-            self.sow("stages", "beta", momentum)
+            record(self, "beta", momentum)
         out = self.run(q, k, v, lr, momentum, valid).transpose(0, 2, 1, 3)
-        self.sow("stages", "fast_out", out)
+        record(self, "fast_out", out)
         out = RMSNorm(name="ttt_norm")(out)
         if gate is not None:
             out = out * gate
@@ -222,9 +228,9 @@ class LactLayer(nn.Module):
             state, out = fw.shifted(state, q, k, v, lr, mask=mask, **options)
         if keep:
             self.put_variable("fast_weights", "state", state)
-        if self.is_mutable_collection("stages"):
-            self.sow("stages", "delta_norm", self.first_direction(initial, k, v, lr, valid))
-            self.sow("stages", "w_norm", jnp.stack([fw.size(w) for w in state.w]))
+        if self.is_mutable_collection("stages") and not self.is_initializing():
+            record(self, "delta_norm", self.first_direction(initial, k, v, lr, valid))
+            record(self, "w_norm", jnp.stack([fw.size(w) for w in state.w]))
         return out
 
     def first_direction(self, state, k, v, lr, valid):

@@ -48,14 +48,26 @@ def newton_schulz(g, coefficients):
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
+# Accelerators multiply f32 in bf16 or TF32 unless told otherwise.
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def _transposed(x):
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _outer(x, y):
+    return jnp.einsum("...ij,...kj->...ik", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
 def _gram(x):
-    return jnp.einsum("...ij,...kj->...ik", x, x)
+    return _outer(x, x)
 
 
 def _step(x, abc):
     a, b, c = abc
     gram = _gram(x)
-    return a * x + (b * gram + c * (gram @ gram)) @ x
+    return a * x + _product(b * gram + c * _product(gram, gram), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -81,12 +93,12 @@ def _iterate_backward(coefficients, kept, d_x):
     """
     for (a, b, c), x in zip(reversed(coefficients), reversed(kept), strict=True):
         gram = _gram(x)
-        poly = b * gram + c * (gram @ gram)
-        d_poly = jnp.einsum("...ij,...kj->...ik", d_x, x)
-        both = d_poly + jnp.swapaxes(d_poly, -1, -2)
-        product = both @ gram
-        d_gram = b * both + c * (product + jnp.swapaxes(product, -1, -2))
-        d_x = a * d_x + poly @ d_x + d_gram @ x
+        poly = b * gram + c * _product(gram, gram)
+        d_poly = _outer(d_x, x)
+        both = d_poly + _transposed(d_poly)
+        product = _product(both, gram)
+        d_gram = b * both + c * (product + _transposed(product))
+        d_x = a * d_x + _product(poly, d_x) + _product(d_gram, x)
     return (d_x,)
 
 
