@@ -80,7 +80,8 @@ def measure(config, args):
         timing.machine(),
         f"{tree.count(shapes) / 1e6:.2f} M parameters, {config['model']['dtype']}",
         f"{audio / median:.0f} audio-seconds a second",
-        f"{flops / median / 1e12:.3f} TFLOP/s by the compiler's count ({flops / 1e9:.1f} GFLOP)",
+        f"{flops / median / 1e12:.3f} TFLOP/s; {flops / 1e9:.1f} GFLOP a step as the compiler"
+        " counts (too low where it scans: a loop's body counts once)",
     ]
     if args.peak:
         extra.append(f"{100 * flops / median / 1e12 / args.peak:.1f} % of {args.peak} TFLOP/s")
