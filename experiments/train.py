@@ -11,10 +11,12 @@ Several processes: started under Slurm, Open MPI or with torchrun-style variable
 other; otherwise give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
+import dataclasses
 import difflib
 import functools
 import json
 import logging
+import math
 import pathlib
 import sys
 import time
@@ -103,11 +105,16 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     valid_data = None
     if sources.valid:
         path = str(workdir / "quarantine-valid.jsonl") if chief else ""
-        valid_data = data.open_eval(sources, sources.valid, tokenizer.encode, path)
+        ways = math.lcm(
+            sources.batch_multiple, mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+        )
+        even = dataclasses.replace(sources, batch_multiple=ways)
+        valid_data = data.open_eval(even, sources.valid, tokenizer.encode, path)
         log.info("validation: %s", valid_data.describe())
     log.info("training: %s", train_data.describe())
     sharding.check_batch_sizes([b for b, _, _ in train_data.shapes], mesh, opt.accumulate)
     task.check(train_data.shapes)
+    start.check_rates(sources.sample_rate, task.front_end.sample_rate)
 
     # --- Shapes, optimizer, shardings
     key = jax.random.key(plain["seed"])
@@ -138,7 +145,9 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     position, origin = 0, {}
     if restored is not None:
         _, saved, meta = restored
-        start.check_resume(meta, train_data.fingerprint, plain, allow_data_change)
+        start.check_resume(
+            meta, train_data.fingerprint, tokenizer, plain, allow_data_change
+        )
         rest, origin = {}, meta["frozen_from"]
         if frozen and not save_frozen:
             rest = start.read_frozen(origin, given, shapes, shardings, frozen)
@@ -212,7 +221,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         window.append(values)
         step, position = step + 1, position + 1
         logging_now = step % run.log_every == 0
-        stopping = asked_to_stop(stop, logging_now)
+        stopping = asked_to_stop(stop, logging_now or step % 10 == 0)
         ending = step == run.steps or stopping
         if logging_now or ending:
             sums = summed(window)
@@ -224,12 +233,13 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
             window, waited, paused, compile_seconds = [], 0.0, 0.0, 0.0
             mark = time.monotonic()
         tick = time.monotonic()
-        validating = valid_data is not None and (step % run.eval_every == 0 or step == run.steps)
+        due = step % run.eval_every == 0 or step == run.steps
+        validating = due and valid_data is not None
         if validating:
             results = validate()
         elif valid_data is not None and run.sample_every and step % run.sample_every == 0:
             validate(batches=1)
-        if validating or ending or (run.save_every and step % run.save_every == 0):
+        if due or ending or (run.save_every and step % run.save_every == 0):
             save(results if validating else {}, wait=ending)
         paused += time.monotonic() - tick  # validation and saving are not training time
         if stopping and step < run.steps:
@@ -319,11 +329,10 @@ def summed(window):
 
     host = jax.device_get(window)
     sums = {k: float(sum(float(m[k]) for m in host)) for k in host[0]}
-    finite = [m for m in host if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])]
+    good = [m for m in host if not m["bad"] and m["weight"] > 0]
     for k in ("loss", "grad_norm"):
-        sums[k] = float(np.mean([m[k] for m in finite])) if finite else float("nan")
-    sums["steps"] = len(host)
-    sums["skipped"] = len(host) - len(finite)
+        sums[k] = float(np.mean([m[k] for m in good])) if good else float("nan")
+    sums["skipped"] = int(sums["bad"])
     sums["bad_in_row"] = max(int(m["bad_in_row"]) for m in host)
     return sums
 
@@ -351,14 +360,14 @@ def check_finite(sums, limit, step, workdir):
     """Raises after too many non-finite steps in a row."""
     if limit and sums["bad_in_row"] >= limit:
         raise FloatingPointError(
-            f"{sums['bad_in_row']} steps in a row up to step {step} had a loss or gradient that is "
-            "not finite (config.optim.max_bad_steps). The parameters are those before them. Run "
-            f"`python -m experiments.doctor numerics --checkpoint={workdir}` to find the stage"
+            f"{sums['bad_in_row']} steps in a row up to step {step} had a loss, gradient or update "
+            "that is not finite (config.optim.max_bad_steps). The parameters are those before "
+            f"them. Run `python -m experiments.doctor numerics --checkpoint={workdir}` to find the stage"
         )
 
 
 def asked_to_stop(stop, meeting):
-    """Whether to save and leave; several processes decide together, at log steps only."""
+    """Whether to save and leave; several processes decide together, every few steps."""
     import jax
 
     if jax.process_count() == 1:

@@ -162,8 +162,11 @@ class Writer:
         if self.path is not None:
             row = {"step": int(step), "seconds": round(time.monotonic() - self._start, 3)}
             line = json.dumps({**row, **{k: _finite(v) for k, v in values.items()}})
-            with open(self.path, "ab", buffering=0) as f:
-                f.write(line.encode() + b"\n")
+            try:
+                with open(self.path, "ab", buffering=0) as f:
+                    f.write(line.encode() + b"\n")
+            except OSError as e:  # a full disk must not end the run
+                print(f"{self.path}: step {int(step)} not written: {e}", file=sys.stderr)
         if self._events is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):

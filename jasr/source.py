@@ -15,7 +15,7 @@ def resolve(path, item=""):
 
     if lact.is_lact(path):
         return {"path": os.path.abspath(path), "item": "params"}
-    step = checkpoint.find_step(path)
+    step = checkpoint.find_step(path, items=())
     if not item:
         item = "ema" if "ema" in checkpoint.items(step) else "params"
     return {"path": str(step), "item": item}
@@ -33,8 +33,9 @@ def read(source):
     if lact.is_lact(path):
         _, variables = lact.read_weights(path)
         return variables["params"], variables["batch_stats"]
-    params = checkpoint.load_params(path, item=item)
-    stats = checkpoint.load_params(path, item="batch_stats")
+    path = checkpoint.find_step(path, items=("params", "ema", "batch_stats", "frozen"))
+    params = checkpoint.load_params(path, item=item, verify=False)
+    stats = checkpoint.load_params(path, item="batch_stats", verify=False)
     origin = checkpoint.load_meta(path).get("frozen_from")
     if origin:
         try:
@@ -45,6 +46,6 @@ def read(source):
                 f"{origin['path']}, which cannot be read: {e}"
             ) from e
         params = tree.unflatten(whole | tree.flatten(params))
-    elif "frozen" in checkpoint.items(checkpoint.find_step(path)):
-        params = tree.merge(params, checkpoint.load_params(path, item="frozen"))
+    elif "frozen" in checkpoint.items(path):
+        params = tree.merge(params, checkpoint.load_params(path, item="frozen", verify=False))
     return params, stats

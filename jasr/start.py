@@ -184,7 +184,16 @@ def _check_frozen(origin, frozen, given):
         )
 
 
-def check_resume(meta, fingerprint, config, allow_data_change):
+def check_rates(data_rate, front_end_rate):
+    """Raises StartError if recordings are read at another rate than the front end expects."""
+    if data_rate != front_end_rate:
+        raise StartError(
+            f"config.data.sample_rate {data_rate} differs from config.front_end.sample_rate "
+            f"{front_end_rate}"
+        )
+
+
+def check_resume(meta, fingerprint, tokenizer, config, allow_data_change):
     """Raises StartError if a checkpoint's data or model are not this config's.
 
     A position in the data means something only for the same index, batch plan and seed.
@@ -194,6 +203,12 @@ def check_resume(meta, fingerprint, config, allow_data_change):
             "the training data or its batching changed since the checkpoint was made: its "
             f"position {meta['position']} means another batch now. Undo the change of "
             "config.data/config.seed, or pass --allow_data_change to go on from there anyway"
+        )
+    if meta["tokenizer"] != tokenizer.to_dict():
+        raise StartError(
+            "the tokenizer differs from the checkpoint's, whose head would mean other tokens; "
+            "give its vocabulary in config.text.vocabulary, or start anew with config.init.path "
+            "and config.init.drop"
         )
     for key in ("model", "front_end", "task"):
         if meta["config"].get(key) != config.get(key):

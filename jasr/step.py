@@ -22,6 +22,11 @@ class RunConfig:
     sample_every: int = 0  # show one prediction more often than that; 0 = no
     tensorboard: bool = False
 
+    def __post_init__(self):
+        for name in ("steps", "log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config.train.{name} must be at least 1")
+
 
 def init_state(task, tx, rng, batch, is_frozen, ema):
     """A fresh TrainState; to be jitted with `out_shardings`, or shaped with jax.eval_shape.
@@ -127,5 +132,5 @@ def train_step(task, tx, optim, state, batch):
         opt_state=keep(opt_state, state.opt_state),
         ema=ema,
     )
-    metrics = dict(metrics, loss=loss, grad_norm=norm, bad_in_row=state.bad_in_row)
+    metrics = dict(metrics, loss=loss, grad_norm=norm, bad=bad, bad_in_row=state.bad_in_row)
     return state, metrics

@@ -74,7 +74,7 @@ def test_run_leaves_metrics_config_and_checkpoints(one_device):
     "mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str
 )
 def test_any_mesh_gives_the_losses_of_one_device(tmp_path, one_device, mesh):
-    c = config(data__valid=(), **{f"mesh__{k}": v for k, v in mesh.items()})
+    c = config(**{f"mesh__{k}": v for k, v in mesh.items()})
     run(tmp_path, c)
     ours, theirs = losses(tmp_path), losses(one_device)
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
@@ -122,8 +122,12 @@ def test_stopped_and_resumed_run_equals_the_whole_one_bit_for_bit(tmp_path):
     assert losses(whole) == losses(parts)
 
 
-def test_changed_data_or_model_is_refused_at_resume(tmp_path):
+def test_changed_data_or_model_or_tokenizer_is_refused_at_resume(tmp_path):
     run(tmp_path, config(train__steps=1, data__valid=()))
+    characters = checkpoint.load_meta(tmp_path)["tokenizer"]["vocabulary"]
+    with pytest.raises(start.StartError, match="tokenizer"):
+        c = config(train__steps=2, text__vocabulary=tuple(characters[:0:-1]))
+        train(c, tmp_path, allow_data_change=True)
     with pytest.raises(start.StartError, match="allow_data_change"):
         run(tmp_path, config(train__steps=2, data__bucket_batch_size=(16,)))
     with pytest.raises(start.StartError, match="config.model differs .* rope_theta"):

@@ -79,6 +79,8 @@ def batch_sizes(cfg, lengths, evaluation=False):
     most = int(cfg.batch_duration * cfg.sample_rate)
     if len(sizes) == 1:
         sizes = sizes * len(lengths)
+        if evaluation:
+            sizes = [round_up(rows, multiple) for rows in sizes]
     elif evaluation:
         edges, _ = explicit(cfg, 0.0)
         most = max((b * s for b, s in zip(sizes, edges, strict=False)), default=most)

@@ -48,7 +48,7 @@ def load(path, step=None, item="", model=None):
         }
     else:
         # One step for all parts: each load by itself could fall back to another one.
-        path = checkpoint.find_step(path, step)
+        path = checkpoint.find_step(path, step, items=("params", "ema", "batch_stats", "frozen"))
         meta = checkpoint.load_meta(path)
         params, stats = source.read(source.resolve(path, item))
         variables = {"params": params, "batch_stats": stats}

@@ -139,7 +139,7 @@ class CtcTask:
         present = batch["audio_len"] > 0
         score = functools.partial(ctc_loss, blank=self.tokenizer.blank_id)
         losses, feasible = score(out["logits"], out["logit_len"], tokens, token_len)
-        good = present & feasible & (token_len > 0)
+        good = present & feasible
         total = losses
         if out["intermediate"]:
             share = self.loss_config.intermediate_weight
