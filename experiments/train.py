@@ -362,7 +362,8 @@ def check_finite(sums, limit, step, workdir):
         raise FloatingPointError(
             f"{sums['bad_in_row']} steps in a row up to step {step} had a loss, gradient or update "
             "that is not finite (config.optim.max_bad_steps). The parameters are those before "
-            f"them. Run `python -m experiments.doctor numerics --checkpoint={workdir}` to find the stage"
+            "them. To find the stage: "
+            f"python -m experiments.doctor numerics --checkpoint={workdir}"
         )
 
 

@@ -32,7 +32,7 @@ from jasr.models.lact_config import (  # noqa: F401  (the model's public names)
     encoder_frames,
     num_updates,
 )
-from jasr.models.lact_layer import LactLayer, RMSNorm, kernel_init, linear
+from jasr.models.lact_layer import LactLayer, RMSNorm, kernel_init, linear, record
 
 
 def frame_mask(length, frames):
@@ -104,8 +104,9 @@ class BatchNorm(nn.Module):
             m = jnp.sum(x * weight, axis=(0, 1)) / count
             v = jnp.sum(jnp.square(x - m) * weight, axis=(0, 1)) / count
             if not self.is_initializing():
-                mean.value = 0.9 * mean.value + 0.1 * m
-                var.value = 0.9 * var.value + 0.1 * v * count / jnp.maximum(count - 1, 1.0)
+                share = jnp.where(jnp.sum(weight) > 0, 0.1, 0.0)  # rows of padding teach nothing
+                mean.value += share * (m - mean.value)
+                var.value += share * (v * count / jnp.maximum(count - 1, 1.0) - var.value)
         gain = scale * jax.lax.rsqrt(v + self.eps)
         return x * gain + (bias - m * gain)
 
@@ -144,7 +145,7 @@ class AudioFeatureExtractor(nn.Module):
     @nn.compact
     def __call__(self, mel, mel_len, train):
         c = self.config
-        self.sow("stages", "mel", mel)
+        record(self, "mel", mel)
         masked = c.batch_norm == "masked"
         x, length, dim, left = mel, mel_len, mel.shape[-1], c.subsampling
         for i in range(c.audio_encoder_layers):
@@ -159,10 +160,10 @@ class AudioFeatureExtractor(nn.Module):
             x = BatchNorm(name=f"conv_layers_{4 * i + 1}")(x, mask, train)
             x = jax.nn.relu(x)
             x = Dropout(c.audio_encoder_dropout)(x, train)
-            self.sow("stages", f"conv_{i}", x)
+            record(self, f"conv_{i}", x)
         if c.positions == "sinusoidal":
             x = x + sinusoids(x.shape[1], dim)
-        self.sow("stages", "pe", x)
+        record(self, "pe", x)
         return x.astype(c.dtype), length
 
 
@@ -181,9 +182,7 @@ def _shifted_sum(x, kernel, before):
     """sum over i of x[:, t + i - before] * kernel[i], zero beyond the ends."""
     width, frames = kernel.shape[0], x.shape[1]
     # The barrier keeps XLA from padding once for every shift.
-    x = jax.lax.optimization_barrier(
-        jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
-    )
+    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0))))
     return sum(x[:, i : i + frames] * kernel[i] for i in range(width))
 
 
@@ -257,14 +256,14 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, c.elementwise_affine, name=name)(x)
 
         y = norm("attn_norm", x)
-        self.sow("stages", "attn_norm_out", y)
+        record(self, "attn_norm_out", y)
         x = x + drop(LactLayer(c, self.fast, name="attn")(y, length, table))
         if c.conv_kernel:
             y = ConvModule(c, name="conv")(norm("conv_norm", x), frame_mask(length, x.shape[1]))
-            self.sow("stages", "conv_out", y)
+            record(self, "conv_out", y)
             x = x + drop(y)
         y = GatedMLP(c, name="mlp")(norm("mlp_norm", x))
-        self.sow("stages", "mlp_out", y)
+        record(self, "mlp_out", y)
         return x + drop(y)
 
 
@@ -294,7 +293,7 @@ class Model(nn.Module):
                     probabilities = jax.nn.softmax(logits.astype(jnp.float32)).astype(x.dtype)
                     x = x + condition(probabilities)
         x = norm(x)
-        self.sow("stages", "norm_out", x)
+        record(self, "norm_out", x)
         return x, length, tuple(intermediate)
 
 
@@ -321,7 +320,7 @@ class LactCtc(nn.Module):
         head = linear(c, c.ctc_vocab_size, "ctc_head")
         x, length, intermediate = Model(c, name="model")(mel, mel_len, train, head)
         logits = head(x).astype(jnp.float32)
-        self.sow("stages", "logits", logits)
+        record(self, "logits", logits)
         return {
             "logits": logits,
             "logit_len": length,
