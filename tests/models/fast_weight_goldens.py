@@ -1,9 +1,14 @@
 """Goldens of the reference fast-weight code: comparing, and torch's names as ours."""
 
+import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Compiled with little optimisation: these graphs run once, and compiling is what a test waits for.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def error(got, want):
