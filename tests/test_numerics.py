@@ -80,7 +80,7 @@ def test_stages_come_in_the_order_of_computation(model, walk):
         ("params/model/layers_0/mlp/up_proj/kernel", np.inf, "model/layers_0/mlp_out"),
         ("params/model/layers_1/attn_norm/scale", np.nan, "model/layers_1/attn_norm_out"),
         ("params/model/layers_1/attn/qkv/kernel", -np.inf, "model/layers_1/attn/q"),
-        ("params/model/layers_1/attn/w1", np.nan, "model/layers_1/attn/fast_out"),
+        ("params/model/layers_1/attn/w1", np.nan, "model/layers_1/attn/delta_norm"),
         ("params/model/layers_1/attn/lr_proj/bias", np.nan, "model/layers_1/attn/eta"),
         ("params/model/norm/scale", np.inf, "model/norm_out"),
         ("params/ctc_head/kernel", np.nan, "logits"),
@@ -142,9 +142,8 @@ def test_the_command_names_stage_and_weight_of_a_checkpoint(model, tmp_path, cap
     assert numerics.main([*arguments, "--seconds=0.5"]) == 1
     said = capsys.readouterr().out
     assert "weights: params/model/layers_1/attn/w1 has 1 values that are not finite" in said
-    assert (
-        "float32, eval: the first stage that is not finite is model/layers_1/attn/fast_out" in said
-    )
+    first = "the first stage that is not finite is model/layers_1/attn/delta_norm"
+    assert f"float32, eval: {first}" in said
     assert "float16, front end only: the first stage that is not finite is mel" in said
 
 

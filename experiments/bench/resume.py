@@ -44,7 +44,11 @@ def main(argv=None):
         folder = pathlib.Path(folder)
         if not args.instants_only:  # else the undisturbed run would be timed with its compilation
             start(config, folder / "warm-up")
-        seconds = start(config, folder / "undisturbed")[1]
+        ended, seconds = start(config, folder / "undisturbed")
+        if ended != "done":
+            print((folder / "undisturbed" / "log.txt").read_text()[-3000:], file=sys.stderr)
+            print(f"the undisturbed run: {ended}", file=sys.stderr)
+            return 1
         want = outcome(folder / "undisturbed")
         print(f"undisturbed: {seconds:.1f} s from its first batch, state {want['state'][:16]}")
         return torture(args, config, folder, want, seconds)
