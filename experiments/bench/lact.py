@@ -114,8 +114,8 @@ def torch_side(config, params, x, cotangent, device="cpu", compiled=False):
         torch.tensor(np.asarray(t), **to)[None, :, None]
         for t in rope_table(frames, config.head_dim, config.rope_theta)
     )
-    band = visible(0, frames, 0, frames, causal=True, window=config.window_size)
-    band = torch.tensor(band, **to)
+    every = np.arange(frames)
+    band = torch.tensor(visible(every, every, causal=True, window=config.window_size), **to)
     p = {k: torch.tensor(v, **to).requires_grad_(True) for k, v in params.items()}
     x = torch.tensor(x, **to).requires_grad_(True)
     cotangent = torch.tensor(cotangent, **to)

@@ -74,6 +74,25 @@ def test_written_backward_pass_equals_the_derived_one():
             assert error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_have_the_gradients_of_one_piece(name, monkeypatch):
+    q, k, v = tokens()
+    d_out = tokens(1)[0]
+
+    def gradients():
+        def out(*x):
+            return attention.attend(*x, key_len=jnp.array([10, 7]), **CASES[name][0])
+
+        with jax.disable_jit():
+            return jax.vjp(out, q, k, v)[1](jnp.asarray(d_out).at[1, 7:].set(0))
+
+    want = gradients()
+    monkeypatch.setattr(attention, "DENSE_FRAMES", 4)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
+    for a, b in zip(gradients(), want, strict=True):
+        assert error(a, b) < 1e-5
+
+
 def test_a_row_without_valid_keys_stays_finite():
     q, k, v = tokens()
     grads = jax.grad(
