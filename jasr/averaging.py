@@ -6,7 +6,6 @@ bit for bit, since the difference is then an exact zero; a plain sum of w_i x_i 
 go back to their own dtype at the end.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -24,7 +23,6 @@ from jasr.checkpoint_files import MANIFEST, read_manifest, version
 
 PROVENANCE = "jasr_average.json"
 _BLOCK = 1 << 16  # elements of one pass: accumulator, member and difference stay in cache
-_AHEAD = 2  # leaves that are being read while one is added
 _SMALLEST = 1e-4  # metrics below it weigh the same: 1 / 0 would take all
 
 
@@ -251,22 +249,23 @@ def _stream(members, weights, item):
     names = [str(m.path / item) for m in members]
     _check_agreement([r.kinds for r in readers], names)
     used = [(r, w) for r, w in zip(readers, weights, strict=True) if w > 0]
-    plan = [(path, reader, w) for path in readers[0].kinds for reader, w in used]
-    flat, acc, cpu = {}, None, jax.devices("cpu")[0]
-    with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
-        queue = collections.deque(pool.submit(r.read, p) for p, r, _ in plan[:_AHEAD])
-        for i, (path, reader, w) in enumerate(plan):
-            value = queue.popleft().result()
-            if i + _AHEAD < len(plan):
-                queue.append(pool.submit(plan[i + _AHEAD][1].read, plan[i + _AHEAD][0]))
-            if reader is used[0][0]:
-                acc = _Running(value)
-            acc.add(value, w)
-            if reader is used[-1][0]:
-                again = functools.partial(_read_all, readers, path)
-                flat[path] = acc.result(path, again, names)
-                if flat[path].dtype != np.float64:  # Orbax copies numpy arrays, but not JAX's
-                    flat[path] = jax.block_until_ready(jax.device_put(flat[path], cpu))
+    kinds, running, flat, cpu = readers[0].kinds, {}, {}, jax.devices("cpu")[0]
+
+    def requests():
+        for path, kind in kinds.items():
+            acc = running[path] = _Running(kind)
+            yield used[0][0], path, acc.sum if acc.sum.dtype == kind.dtype else None
+            yield from ((reader, path, None) for reader, _ in used[1:])
+
+    stream = checkpoint_read.read_ahead(requests())
+    for path in kinds:
+        for _, w in used:
+            value = next(stream)
+            running[path].add(value, w)
+        mean = running.pop(path).result(path, functools.partial(_read_all, readers, path), names)
+        if mean.dtype != np.float64:  # Orbax copies numpy arrays, but not JAX's
+            mean = jax.block_until_ready(jax.device_put(mean, cpu))
+        flat[path] = mean
     return tree.unflatten(flat)
 
 
@@ -286,7 +285,8 @@ class _Running:
     def add(self, value, weight):
         self.weight += weight
         if self.weight == weight:  # the first
-            np.copyto(self.sum, value, casting="unsafe")
+            if value is not self.sum:  # it was read into place
+                np.copyto(self.sum, value, casting="unsafe")
             return
         share = self.sum.dtype.type(weight / self.weight)
         acc, x = self.sum.reshape(-1), np.ascontiguousarray(value).reshape(-1)
@@ -302,7 +302,9 @@ class _Running:
 
     def result(self, path, values, names):
         """The mean in the leaf's dtype; `values()` rereads the members to name a bad one."""
-        if not np.isfinite(self.sum).all():
+        with np.errstate(all="ignore"):
+            total = self.sum.sum()  # not finite if a value is not; faster than to ask each
+        if not np.isfinite(total) and not np.isfinite(self.sum).all():
             for name, value in zip(names, values(), strict=True):
                 if not np.isfinite(value.astype(self.sum.dtype)).all():
                     raise AverageError(f"{path} of {name} has NaN or infinite values")

@@ -1,6 +1,8 @@
 """Reading checkpoints: whole trees as numpy anywhere, onto a mesh, or one leaf at a time."""
 
+import collections
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -76,28 +78,83 @@ def read_like(directory, like):
 
 
 class Leaves:
-    """The leaves of one item of a step, read one at a time.
+    """The leaves of one item of a step, opened and read one at a time.
 
     Attributes:
-      kinds: {path: what has .shape and .dtype}, in the order of the tree.
+      directory: of the item.
+      kinds: {path: ShapeDtypeStruct}, in the order of the tree.
     """
 
     def __init__(self, directory):
         self.directory = directory
-        self.kinds = leaves(ocp.PyTreeCheckpointHandler().metadata(directory).tree)
-        settings = json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
-        self._driver = "zarr3" if settings.get("use_zarr3") else "zarr"
-        self._store = "ocdbt" if settings.get("use_ocdbt", True) else ""
+        with told_where(directory):
+            text = (directory / "_METADATA").read_text(encoding="utf-8")
+            opening = {path: _open(directory, *how) for path, how in _places(json.loads(text))}
+            self._stores = {path: store.result() for path, store in opening.items()}
+        self.kinds = {
+            path: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype)
+            for path, store in self._stores.items()
+        }
 
     def read(self, path):
-        """One leaf as a numpy array; may be called from several threads."""
+        """One leaf as a numpy array."""
+        with told_where(self.directory):
+            return self._stores[path].read().result()
+
+    def start(self, path, out):
+        """A future that is done when the leaf is in the array `out`, of its shape and dtype."""
         import tensorstore as ts
 
-        name, base = self.kinds[path].name, f"file://{self.directory}/"
-        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        spec = {"driver": self._driver, "kvstore": store if self._store else f"{base}{name}/"}
-        with told_where(self.directory):
-            return ts.open(spec, open=True, read=True).result().read().result()
+        return ts.array(out).write(self._stores[path])
+
+
+def _places(description):
+    """(path, (name, driver, store)) of every array in Orbax's description of an item."""
+    driver = "zarr3" if description.get("use_zarr3") else "zarr"
+    store = "ocdbt" if description.get("use_ocdbt", True) else "file"
+    for leaf in description["tree_metadata"].values():
+        if not leaf["value_metadata"].get("skip_deserialize"):
+            keys = [str(k["key"]) for k in leaf["key_metadata"]]
+            yield "/".join(keys), (".".join(keys), driver, store)
+
+
+def _open(directory, name, driver, store):
+    import tensorstore as ts
+
+    base = f"file://{directory}/"
+    place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    spec = {"driver": driver, "kvstore": place if store == "ocdbt" else f"{base}{name}/"}
+    return ts.open(spec, open=True, read=True)
+
+
+def read_ahead(requests):
+    """Yields the leaf of each (Leaves, path, out), in order, while the next one is being read.
+
+    Args:
+      requests: out is the array that the leaf is read into, or None: then it comes in one of two
+        buffers, and stays only until the next one is asked for. Fresh memory for every leaf would
+        cost as much as reading it.
+    """
+    buffers, reading = [np.empty(0, np.uint8)] * 2, collections.deque()
+    for turn, (item, path, out) in enumerate(requests):
+        if out is None:
+            kind = item.kinds[path]
+            size = math.prod(kind.shape) * kind.dtype.itemsize
+            if buffers[turn % 2].size < size:
+                buffers[turn % 2] = np.empty(size, np.uint8)
+            out = buffers[turn % 2][:size].view(kind.dtype).reshape(kind.shape)
+        with told_where(item.directory):
+            reading.append((item.directory, item.start(path, out), out))
+        if len(reading) == 2:
+            yield _done(*reading.popleft())
+    while reading:
+        yield _done(*reading.popleft())
+
+
+def _done(directory, written, out):
+    with told_where(directory):
+        written.result()
+    return out
 
 
 def is_key(x):
