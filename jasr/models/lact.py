@@ -181,9 +181,18 @@ class GatedMLP(nn.Module):
 def _shifted_sum(x, kernel, before):
     """sum over i of x[:, t + i - before] * kernel[i], zero beyond the ends."""
     width, frames = kernel.shape[0], x.shape[1]
-    # The barrier keeps XLA from padding once for every shift.
-    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0))))
-    return sum(x[:, i : i + frames] * kernel[i] for i in range(width))
+    x = jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
+
+    def one_sum(x, kernel):
+        return sum(x[:, i : i + frames] * kernel[i] for i in range(width))
+
+    def loop(x, kernel):  # as one sum, XLA's CPU compiler writes out every shift of x by itself
+        def add(i, total):
+            return total + jax.lax.dynamic_slice_in_dim(x, i, frames, axis=1) * kernel[i]
+
+        return jax.lax.fori_loop(0, width, add, jnp.zeros_like(x[:, :frames]))
+
+    return jax.lax.platform_dependent(x, kernel, cpu=loop, default=one_sum)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -205,12 +214,14 @@ def _depthwise_backward(before, saved, cotangent):
     width, frames = kernel.shape[0], x.shape[1]
     after = width - 1 - before
     to_x = _shifted_sum(cotangent, kernel[::-1], after)
-    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (before, after), (0, 0))))
-    to_kernel = [
-        jnp.sum(x[:, i : i + frames] * cotangent, axis=(0, 1), dtype=jnp.float32)
-        for i in range(width)
-    ]
-    return to_x, jnp.stack(to_kernel).astype(kernel.dtype)
+    x = jnp.pad(x, ((0, 0), (before, after), (0, 0)))
+
+    def tap(i):
+        shifted = jax.lax.dynamic_slice_in_dim(x, i, frames, axis=1)
+        return jnp.sum(shifted * cotangent, axis=(0, 1), dtype=jnp.float32)
+
+    to_kernel = jax.lax.map(tap, jnp.arange(width))
+    return to_x, to_kernel.astype(kernel.dtype)
 
 
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)
