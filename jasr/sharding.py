@@ -7,6 +7,7 @@ own: `jax.jit` with these shardings.
 """
 
 import dataclasses
+import hashlib
 import math
 import os
 
@@ -125,6 +126,41 @@ def check_batch_sizes(sizes, mesh, accumulate=1):
             f"data x fsdp = {ways} must be a multiple of the {jax.process_count()} processes; "
             "the tensor axis must not span processes"
         )
+
+
+def check_same(facts):
+    """Raises ValueError on every process, naming what differs, unless all have the same facts.
+
+    facts: {what: str}, the same keys everywhere.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    mine = [hashlib.sha256(text.encode()).digest()[:8] for text in facts.values()]
+    mine = np.frombuffer(b"".join(mine), np.uint8).reshape(len(facts), 8)
+    wrong = differing(list(facts), multihost_utils.process_allgather(mine))
+    if wrong:
+        raise ValueError(
+            "the processes of this run do not agree; all need the same config and must see the "
+            "same manifests and audio files:\n  " + "\n  ".join(wrong)
+        )
+
+
+def differing(names, digests):
+    """A line for each fact that is not the same everywhere: which processes have which digest.
+
+    digests: u8[process, fact, byte].
+    """
+    wrong = []
+    for name, column in zip(names, np.moveaxis(digests, 1, 0), strict=True):
+        groups = {}
+        for process, digest in enumerate(column):
+            groups.setdefault(digest.tobytes().hex()[:8], []).append(str(process))
+        if len(groups) > 1:
+            parts = [f"{d} on process {', '.join(which)}" for d, which in groups.items()]
+            wrong.append(f"{name}: " + "; ".join(parts))
+    return wrong
 
 
 def _from_environment(env):

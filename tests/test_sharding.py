@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -48,6 +49,14 @@ def test_batch_rows_are_split_over_data_and_fsdp():
     assert batch["audio"].addressable_shards[0].data.shape == (2, 5)
     with pytest.raises(ValueError, match="accumulate"):
         sharding.check_batch_sizes([8], mesh(data=4, fsdp=1, tensor=2), accumulate=3)
+
+
+def test_what_differs_between_processes_is_named_with_the_processes():
+    digests = np.zeros((3, 2, 8), np.uint8)
+    assert sharding.differing(["config", "training data"], digests) == []
+    digests[1, 1] = 0xAB
+    (line,) = sharding.differing(["config", "training data"], digests)
+    assert line == "training data: 00000000 on process 0, 2; abababab on process 1"
 
 
 def found(**env):
