@@ -98,20 +98,24 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         sources,
         tokenizer.encode,
         plain["seed"],
-        quarantine_path=str(workdir / "quarantine.jsonl") if chief else "",
+        quarantine_path=str(workdir / "quarantine.jsonl"),
         frames_needed=task.frames_needed,
         seconds_per_frame=task.seconds_per_frame,
+        process_index=jax.process_index(),
     )
     valid_data = None
     if sources.valid:
-        path = str(workdir / "quarantine-valid.jsonl") if chief else ""
+        path = str(workdir / "quarantine-valid.jsonl")
         ways = math.lcm(
             sources.batch_multiple, mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
         )
         even = dataclasses.replace(sources, batch_multiple=ways)
-        valid_data = data.open_eval(even, sources.valid, tokenizer.encode, path)
+        valid_data = data.open_eval(
+            even, sources.valid, tokenizer.encode, path, jax.process_index()
+        )
         log.info("validation: %s", valid_data.describe())
     log.info("training: %s", train_data.describe())
+    check_same(plain, tokenizer, train_data, valid_data)
     sharding.check_batch_sizes([b for b, _, _ in train_data.shapes], mesh, opt.accumulate)
     task.check(train_data.shapes)
     start.check_rates(sources.sample_rate, task.front_end.sample_rate)
@@ -185,6 +189,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         params = tree.merge(state.ema if opt.ema > 0 else state.params, state.frozen)
         variables = {"params": params, "batch_stats": state.batch_stats}
         result = evaluate(task, predict, valid_data, mesh, variables, batches)
+        check_failed(valid_data.loader)
         true, pred = result.pop("sample")
         if chief:
             text = (
@@ -229,7 +234,8 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
             line = metrics_line(sums, rate(step - 1), epoch, elapsed, waited, compile_seconds)
             if chief:
                 writer.write(step, line)
-            check_finite(sums, opt.max_bad_steps, step, workdir)
+            check_finite(sums, opt.max_bad_steps, step, workdir, save)
+            check_failed(train_data.loader)
             window, waited, paused, compile_seconds = [], 0.0, 0.0, 0.0
             mark = time.monotonic()
         tick = time.monotonic()
@@ -242,13 +248,14 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         if due or ending or (run.save_every and step % run.save_every == 0):
             save(results if validating else {}, wait=ending)
         paused += time.monotonic() - tick  # validation and saving are not training time
-        if stopping and step < run.steps:
-            log.warning("asked to stop: step %d is saved; run again to go on", step)
+        if stopping:
             break
     store.close()
     batches.close()
     if store.failures:
         raise checkpoint.CheckpointError(f"the last checkpoint was not saved: {store.error}")
+    if step < run.steps:
+        log.warning("asked to stop: step %d is saved; run again to go on", step)
     log.info("step %d after %.0f s", step, time.monotonic() - started)
     if chief:
         writer.close()
@@ -356,9 +363,37 @@ def metrics_line(sums, lr, epoch, elapsed, waited, compile_seconds):
     return line
 
 
-def check_finite(sums, limit, step, workdir):
-    """Raises after too many non-finite steps in a row."""
+def check_same(config, tokenizer, train_data, valid_data):
+    """Raises ValueError if the processes have different configs or see different data."""
+    from jasr import sharding
+
+    rest = {k: v for k, v in config.items() if k != "data"}  # paths may differ between hosts
+    facts = {
+        "config but for config.data": json.dumps(rest, sort_keys=True),
+        "tokenizer": json.dumps(tokenizer.to_dict(), sort_keys=True),
+        "training data (its index or batch plan)": train_data.fingerprint,
+    }
+    if valid_data is not None:
+        facts["validation data (its index or batch plan)"] = valid_data.loader.plan.fingerprint
+    sharding.check_same(facts)
+
+
+def check_failed(loader):
+    """Raises on every process when too many utterances could not be decoded on all together."""
+    import jax
+
+    counts, processes = loader.tally(), jax.process_count()
+    if processes > 1:
+        from jax.experimental import multihost_utils
+
+        counts = multihost_utils.process_allgather(counts.astype(np.int32)).sum(0)
+    loader.judge(*counts.tolist(), processes)
+
+
+def check_finite(sums, limit, step, workdir, save):
+    """Raises after too many non-finite steps in a row, with the state saved to look at."""
     if limit and sums["bad_in_row"] >= limit:
+        save({}, wait=True)
         raise FloatingPointError(
             f"{sums['bad_in_row']} steps in a row up to step {step} had a loss, gradient or update "
             "that is not finite (config.optim.max_bad_steps). The parameters are those before "

@@ -18,6 +18,7 @@ of old steps is not used: it counts damaged steps, and does not delete in one go
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -63,7 +64,10 @@ __all__ = [
     "verify",
 ]
 
-_REMAINS = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|jasr-deleting)")
+_WRITTEN = "jasr_written."  # + process: it has written its part of a temporary directory
+_PATIENCE_MS = 20 * 60 * 1000  # a process waits so long for the others' parts
+_numbers = itertools.count()  # of the saves, the same on every process
+_REMAINS = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|jasr-deleting|jasr-probe)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,8 @@ class Checkpoints:
     """The steps of one run, written in the background, newest and best kept.
 
     One process (of the job's process 0) owns the directory: hold `rundir.lock`. With several
-    processes every one calls every method, on a directory that all of them see.
+    processes every one calls every method, on a directory that all of them see; they agree on
+    whether a save failed when the next one (or `wait`) is called.
 
     Attributes:
       failures: saves that failed in a row (disk full, ...); 0 after a good one.
@@ -101,6 +106,7 @@ class Checkpoints:
         self.failures, self.error = 0, ""
         self._damaged, self._saved = set(), set()
         self._saving = self._thread = self._saver = None
+        self._number = self._met = 0
         if _primary():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_remains()
@@ -141,25 +147,28 @@ class Checkpoints:
         if step in self._saved:
             return False
         names, args = _arguments(state, meta, metrics)
+        fault = self._make_way(step) if _primary() else None
+        if not _agree(fault is None):
+            self._save_failed(step, fault or CheckpointError("process 0 cannot write there"))
+            return False
         if self._saver is None:
-            # The callback runs on process 0 when all processes have written, before the rename.
-            self._saver = _saver(names, self._seal_temporary)
-        self._saving = (step, names)
+            # The seal is set on process 0 when all processes have written, before the rename.
+            self._saver = _saver(names, self._seal_temporary, self._done)
+        self._saving, self._number, self._met = (step, names), next(_numbers), 0
         try:
-            if _primary():
-                delete(self.directory / str(step))
             self._saver.save(self.directory / str(step), args=args)
         except Exception as e:
             if not _about_storage(e):
                 raise
-            self._save_failed(step, e)
-            return False
-        self._thread = threading.Thread(target=self._finish, args=(step,), name="jasr-checkpoint")
+            fault = e
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, fault), name="jasr-checkpoint"
+        )
         self._thread.start()
         if wait:
             self.wait()
             return self.failures == 0
-        return True
+        return fault is None
 
     def restore(self, step=None, like=None):
         """(step, state, meta) of the newest good step, or None if there is no step at all.
@@ -193,10 +202,16 @@ class Checkpoints:
         return chosen, state, read_json(directory, "meta")
 
     def wait(self):
-        """Returns when no save is under way."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Returns when no save is under way; every process then knows whether it failed."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, step = None, self._saving[0]
+        if _agree(self.failures == 0):  # process 0 has committed it or has not
+            self.failures, self.error = 0, ""
+            self._saved.add(step)
+        elif not self.failures:
+            self._save_failed(step, CheckpointError("process 0 did not commit it, see its log"))
 
     def close(self):
         """Waits for the save under way and releases Orbax's threads."""
@@ -220,23 +235,51 @@ class Checkpoints:
             report(f"checkpoint {faults[-1]}. It is not used.")
         return -1, faults
 
+    def _make_way(self, step):
+        """Removes what is left of a step; what stands against a new directory, None if nothing."""
+        try:
+            delete(self.directory / str(step))
+            probe = self.directory / f"{step}.jasr-probe"
+            probe.mkdir(exist_ok=True)
+            probe.rmdir()
+        except OSError as e:
+            return e
+        return None
+
+    def _done(self, *, key, timeout_ms):
+        """Orbax calls it when this process has written its part, and when process 0 is done."""
+        if self._met == 0 and not _primary():
+            (temporary,) = _temporaries(self.directory / str(self._saving[0]))
+            (temporary / f"{_WRITTEN}{jax.process_index()}").touch()
+        self._meet()
+
+    def _meet(self):
+        """Waits for the other processes: first when all have tried to write, then at the end."""
+        self._met += 1
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        barrier(key=f"jasr checkpoint {self._number}.{self._met}", timeout_ms=_PATIENCE_MS)
+
     def _seal_temporary(self):
         step, items = self._saving
-        found = _temporaries(self.directory / str(step))
-        if len(found) == 1:
-            seal(found[0], step=step, items=items, metric=self.metric, mode=self.mode)
+        (temporary,) = _temporaries(self.directory / str(step))
+        for process in range(1, jax.process_count()):
+            mark = temporary / f"{_WRITTEN}{process}"
+            if not mark.exists():
+                raise CheckpointError(f"process {process} did not write its part, see its log")
+            mark.unlink()
+        seal(temporary, step=step, items=items, metric=self.metric, mode=self.mode)
 
-    def _finish(self, step):
+    def _finish(self, step, fault):
         """Runs in a thread: waits for the commit, then lets old steps go."""
         try:
+            if fault is not None:
+                raise fault
             self._saver.wait_until_finished()
-            if _primary():
-                directory = self.directory / str(step)
-                if not (directory / MANIFEST).exists():  # an Orbax with another temporary name
-                    items = self._saving[1]
-                    seal(directory, step=step, items=items, metric=self.metric, mode=self.mode)
-                sync_directory(self.directory)
+            sync_directory(self.directory)
         except BaseException as e:
+            with contextlib.suppress(Exception):  # the others must not wait for this process
+                while self._met < 2:
+                    self._meet()
             self._save_failed(step, e)
             return
         self.failures, self.error = 0, ""
@@ -258,6 +301,7 @@ class Checkpoints:
 
     def _save_failed(self, step, error):
         self.failures += 1
+        self._saved.discard(step)
         self.error = f"step {step}: {first_line(error)}"
         with contextlib.suppress(Exception):  # it may raise what it has failed with, again
             self._saver.close()
@@ -333,7 +377,7 @@ def _temporaries(directory):
     return [p for p in directory.parent.iterdir() if p.name.startswith(start)]
 
 
-def _saver(items, before_rename):
+def _saver(items, before_rename, barrier=None):
     """Orbax's asynchronous writer of these trees, of `meta` and of `metrics`.
 
     Not compressed: float weights shrink by 8 %, and are written 3x and read 4x slower. The file
@@ -349,7 +393,9 @@ def _saver(items, before_rename):
     registry.add("metrics", ocp.args.JsonRestore, handler)
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(handler_registry=registry),
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=before_rename),
+        async_options=ocp.options.AsyncOptions(
+            post_finalization_callback=before_rename, barrier_sync_fn=barrier
+        ),
     )
 
 

@@ -7,6 +7,7 @@ own: `jax.jit` with these shardings.
 """
 
 import dataclasses
+import hashlib
 import math
 import os
 
@@ -127,22 +128,65 @@ def check_batch_sizes(sizes, mesh, accumulate=1):
         )
 
 
-def _from_environment(env):
-    """(coordinator, processes, process id) from Open MPI or torchrun variables, or None."""
-    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
-        host = f"{env['MASTER_ADDR']}:{env.get('MASTER_PORT', '12355')}"
-        return host, int(env["WORLD_SIZE"]), int(env["RANK"])
-    if "OMPI_COMM_WORLD_SIZE" in env and "OMPI_MCA_orte_hnp_uri" not in env:
-        host = env.get("MASTER_ADDR")
-        if host is None:
-            return None
-        port = env.get("MASTER_PORT", "12355")
-        return (
-            f"{host}:{port}",
-            int(env["OMPI_COMM_WORLD_SIZE"]),
-            int(env["OMPI_COMM_WORLD_RANK"]),
+def check_same(facts):
+    """Raises ValueError on every process, naming what differs, unless all have the same facts.
+
+    facts: {what: str}, the same keys everywhere.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    mine = [hashlib.sha256(text.encode()).digest()[:8] for text in facts.values()]
+    mine = np.frombuffer(b"".join(mine), np.uint8).reshape(len(facts), 8)
+    wrong = differing(list(facts), multihost_utils.process_allgather(mine))
+    if wrong:
+        raise ValueError(
+            "the processes of this run do not agree; all need the same config and must see the "
+            "same manifests and audio files:\n  " + "\n  ".join(wrong)
         )
-    return None
+
+
+def differing(names, digests):
+    """A line for each fact that is not the same everywhere: which processes have which digest.
+
+    digests: u8[process, fact, byte].
+    """
+    wrong = []
+    for name, column in zip(names, np.moveaxis(digests, 1, 0), strict=True):
+        groups = {}
+        for process, digest in enumerate(column):
+            groups.setdefault(digest.tobytes().hex()[:8], []).append(str(process))
+        if len(groups) > 1:
+            parts = [f"{d} on process {', '.join(which)}" for d, which in groups.items()]
+            wrong.append(f"{name}: " + "; ".join(parts))
+    return wrong
+
+
+def _from_environment(env):
+    """Arguments of `jax.distributed.initialize` by torchrun's or Open MPI's variables, or None."""
+    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
+        size, rank, local_size, local_rank = "WORLD_SIZE RANK LOCAL_WORLD_SIZE LOCAL_RANK".split()
+    elif "OMPI_COMM_WORLD_SIZE" in env and "MASTER_ADDR" in env:
+        if "OMPI_MCA_orte_hnp_uri" in env:
+            return None  # JAX knows Open MPI 4
+        names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+        size, rank, local_size, local_rank = (f"OMPI_COMM_WORLD_{n}" for n in names)
+    else:
+        return None
+    # torchrun's own store listens on MASTER_PORT.
+    port = int(env.get("MASTER_PORT", "12355"))
+    port += env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    found = {
+        "coordinator_address": f"{env['MASTER_ADDR']}:{port}",
+        "num_processes": int(env[size]),
+        "process_id": int(env[rank]),
+    }
+    alone = int(env.get(local_size, "1")) == 1 or local_rank not in env
+    own = env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0  # the launcher gave it one device
+    if not (alone or own or "JAX_LOCAL_DEVICE_IDS" in env):
+        found["local_device_ids"] = [int(env[local_rank])]
+    return found
 
 
 def init_distributed(coordinator="", num_processes=0, process_id=-1, env=None):
@@ -150,7 +194,9 @@ def init_distributed(coordinator="", num_processes=0, process_id=-1, env=None):
 
     The order is: explicit values, torchrun-style variables (RANK, WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT), Open MPI's with MASTER_ADDR, then what JAX detects by itself (Slurm, Open MPI 4).
-    Without any of these this is a single process and nothing is started.
+    Without any of these this is a single process and nothing is started. Where variables tell of
+    several processes on a host, each takes the accelerator of its local rank; others are chosen
+    with JAX_LOCAL_DEVICE_IDS (e.g. "0,1").
 
     Raises:
       ValueError: some but not all of the explicit values are given.
@@ -163,18 +209,19 @@ def init_distributed(coordinator="", num_processes=0, process_id=-1, env=None):
             f"--process_id; got {coordinator!r}, {num_processes}, {process_id}"
         )
     if all(given):
-        found = (coordinator, num_processes, process_id)
+        found = {
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
     else:
         found = _from_environment(env)
-    if found is not None and found[1] == 1:
+    if found is not None and found["num_processes"] == 1:
         return False
     slurm = int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env
     openmpi = "OMPI_MCA_orte_hnp_uri" in env and int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
     if found is None and not (slurm or openmpi):
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if found is None:
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(found[0], num_processes=found[1], process_id=found[2])
+    jax.distributed.initialize(**(found or {}))
     return jax.process_count() > 1

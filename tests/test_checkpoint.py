@@ -439,11 +439,16 @@ import sys
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-import pathlib, warnings
+import os, pathlib, traceback, warnings
+from contextlib import nullcontext
+from unittest import mock
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jasr import checkpoint
 from jasr.checkpoint import CheckpointError, Checkpoints
 warnings.simplefilter("ignore")
+# a failed assertion ends both at once instead of waiting at the exit for the other
+sys.excepthook = lambda *e: (traceback.print_exception(*e), sys.stderr.flush(), os._exit(1))
 root, me = pathlib.Path(sys.argv[3]), int(sys.argv[2])
 mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 put = lambda x: jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("d")), lambda i: x[i])
@@ -467,12 +472,28 @@ with Checkpoints(root, keep_latest=2, keep_best=0) as c:
     assert c.save(3, {"params": {"w": put(w * 3)}}, {"step": 3}, {}, wait=True)
     jax.experimental.multihost_utils.sync_global_devices("replaced")
     assert c.restore(None, like)[0] == 3
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def fails(step, name, where, told):
+        with mock.patch.object(checkpoint, name, full) if me == where else nullcontext():
+            assert not c.save(step, {"params": {"w": put(w * step)}}, {}, {}, wait=True)
+        assert c.failures and (told in c.error) == (me == 0), c.error
+        assert c.steps() == [2, 3] and not list(root.glob(f"{step}*")), list(root.iterdir())
+
+    fails(4, "seal", 0, "the disk is full")
+    fails(5, "_temporaries", 1, "process 1 did not write its part")
+    fails(6, "delete", 0, "the disk is full")
+    assert c.save(4, {"params": {"w": put(w * 4)}}, {}, {}, wait=True)
+    jax.experimental.multihost_utils.sync_global_devices("again")
+    assert c.steps() == [3, 4] and not c.failures
 print("good", me)
 """
 
 
 @pytest.mark.slow
-def test_two_processes_save_one_step_and_agree_on_what_to_restore(root, tmp_path):
+def test_two_processes_agree_on_what_to_restore_and_on_which_saves_failed(root, tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
@@ -492,4 +513,4 @@ def test_two_processes_save_one_step_and_agree_on_what_to_restore(root, tmp_path
     told = [p.communicate(timeout=600)[0] for p in processes]
     assert "good 0" in told[0] and "good 1" in told[1], "\n".join(told)[-6000:]
     loaded = checkpoint.load_params(tmp_path / "c")["w"]
-    np.testing.assert_array_equal(loaded, 3 * np.arange(32, dtype=np.float32).reshape(8, 4))
+    np.testing.assert_array_equal(loaded, 4 * np.arange(32, dtype=np.float32).reshape(8, 4))

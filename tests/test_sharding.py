@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -50,13 +51,50 @@ def test_batch_rows_are_split_over_data_and_fsdp():
         sharding.check_batch_sizes([8], mesh(data=4, fsdp=1, tensor=2), accumulate=3)
 
 
+def test_what_differs_between_processes_is_named_with_the_processes():
+    digests = np.zeros((3, 2, 8), np.uint8)
+    assert sharding.differing(["config", "training data"], digests) == []
+    digests[1, 1] = 0xAB
+    (line,) = sharding.differing(["config", "training data"], digests)
+    assert line == "training data: 00000000 on process 0, 2; abababab on process 1"
+
+
+def found(**env):
+    return sharding._from_environment(env)
+
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "LOCAL_RANK": "1"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "MASTER_ADDR": "h"}
+
+
 def test_processes_are_found_in_torchrun_and_open_mpi_variables():
-    find = sharding._from_environment
-    env = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h"}
-    assert find(env) == ("h:12355", 4, 1)
-    env = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "MASTER_ADDR": "h"}
-    assert find(env | {"MASTER_PORT": "9"}) == ("h:9", 2, 0)
-    assert find({}) is None
+    assert found(**TORCHRUN) == dict(coordinator_address="h:12355", num_processes=4, process_id=3)
+    want = dict(coordinator_address="h:9", num_processes=2, process_id=0)
+    assert found(**MPI, MASTER_PORT="9") == want
+    assert found(**MPI, OMPI_MCA_orte_hnp_uri="u") is None
+    assert found() is None
     assert sharding.init_distributed(env={}) is False
+    assert sharding.init_distributed(env=TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}) is False
     with pytest.raises(ValueError, match="all three"):
         sharding.init_distributed("h:1", env={})
+
+
+def test_the_port_of_torchruns_own_store_is_left_to_it():
+    at = {"MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert found(**TORCHRUN, **at)["coordinator_address"] == "h:29501"
+    at["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    assert found(**TORCHRUN, **at)["coordinator_address"] == "h:29500"
+
+
+def test_processes_of_one_host_take_the_accelerator_of_their_local_rank():
+    two = {"LOCAL_WORLD_SIZE": "2"}
+    assert found(**TORCHRUN, **two)["local_device_ids"] == [1]
+    mpi = MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    assert found(**mpi)["local_device_ids"] == [0]
+    assert found(**TORCHRUN, **two, CUDA_VISIBLE_DEVICES="4,5")["local_device_ids"] == [1]
+    for other in (
+        {"LOCAL_WORLD_SIZE": "1"},
+        two | {"CUDA_VISIBLE_DEVICES": "5"},
+        two | {"JAX_LOCAL_DEVICE_IDS": "0,1"},
+    ):
+        assert "local_device_ids" not in found(**TORCHRUN, **other), other

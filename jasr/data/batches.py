@@ -1,10 +1,13 @@
 """Batches of fixed shapes: reads what the plan says, a few batches ahead, in threads.
 
 A file that cannot be decoded when its turn comes leaves a padding row, a quarantine line and a
-count behind; the run goes on until too many have failed.
+count behind; the run goes on until too many have failed. With several processes each has its own
+lines and counts: `quarantine.jsonl` is process 0's, `quarantine.1.jsonl` process 1's; whether too
+many have failed is judged by all together (`Loader.judge`).
 """
 
 import dataclasses
+import os
 import threading
 
 import numpy as np
@@ -24,8 +27,10 @@ class Loader:
 
     def __init__(self, index, plan, encode, cfg, quarantine_path=""):
         self.index, self.plan, self.encode, self.cfg = index, plan, encode, cfg
-        self.quarantine_path = quarantine_path
-        self.failed = {}  # row -> reason
+        self.quarantine_path, self.fault = quarantine_path, ""
+        self._listed = set(entries.loading_lines(quarantine_path))
+        self.failed, self._last = {}, ""  # row -> reason
+        self.alone = True  # the only process: its failures are all there are
         self._tried = np.zeros(len(index), bool)
         self._lock = threading.Lock()
         seconds = float(index.duration.sum()) * sum(1 / s for s in set(plan.speeds))
@@ -34,6 +39,7 @@ class Loader:
 
     def load(self, position, process_index=0, process_count=1):
         """(epoch, batch) of a global batch: this process's rows of it."""
+        self.alone = process_count == 1
         epoch, bucket, rows = self.plan.batch(position)
         size, samples, tokens = self.plan.shapes[bucket]
         if size % process_count:
@@ -122,23 +128,44 @@ class Loader:
             self._cache[row, speed] = pcm
 
     def _fail(self, row, reason):
-        """Quarantines a row met while loading; raises DataError when too many have failed."""
-        bad = self.index.bad_row(row, reason)
+        """Quarantines a row met while loading; a single process stops when too many have failed."""
+        bad = self.index.bad_row(row, reason)._replace(loading=True)
         with self._lock:
             if row in self.failed:
                 return
-            self.failed[row], self._tried[row] = reason, True
-            if self.quarantine_path:
-                with open(self.quarantine_path, "a", encoding="utf-8") as f:
-                    f.write(entries.quarantine_line(bad))
-            count, tried = len(self.failed), int(self._tried.sum())
+            self.failed[row], self._tried[row], self._last = reason, True, entries.named(bad)
+            self._list(entries.quarantine_line(bad))
         entries.say(f"quarantined {entries.named(bad)}")
-        judged = max(tried, min(len(self.index), JUDGED_AFTER))
-        if count > self.cfg.max_bad_share * judged:
+        if self.alone:
+            self.judge(*self.tally())
+
+    def _list(self, line):
+        """Appends a line that is not yet in the quarantine file."""
+        if not self.quarantine_path or line in self._listed:
+            return
+        try:
+            with open(self.quarantine_path, "a", encoding="utf-8", errors="backslashreplace") as f:
+                f.write(line)
+        except OSError as e:
+            self.fault = f"{self.quarantine_path} cannot be written: {e.strerror or e}"
+
+    def tally(self):
+        """i64[3]: utterances that failed and were tried here, and whether they can be listed."""
+        return np.array([len(self.failed), self._tried.sum(), bool(self.fault)])
+
+    def judge(self, failed, tried, faults, processes=1):
+        """Raises DataError when too many utterances failed or a quarantine file cannot be written.
+
+        failed, tried, faults: the sum of the `tally` of so many processes.
+        """
+        if faults:
+            raise DataError(self.fault or "a process cannot write its quarantine file: see its log")
+        judged = max(tried, min(processes * len(self.index), JUDGED_AFTER))
+        if failed > self.cfg.max_bad_share * judged:
             raise DataError(
-                f"{count} of {tried} utterances could not be decoded, more than "
-                f"data.max_bad_share={self.cfg.max_bad_share:g} allows; the last one: "
-                f"{entries.named(bad)}"
+                f"{failed} of {tried} utterances could not be decoded, more than "
+                f"data.max_bad_share={self.cfg.max_bad_share:g} allows"
+                + (f"; the last one: {self._last}" if self._last else "")
             )
 
 
@@ -279,7 +306,25 @@ class Eval:
         return f"{self.loader.index.describe()}\n{self.loader.plan.describe()}"
 
 
-def open_train(cfg, encode, seed, quarantine_path="", frames_needed=None, seconds_per_frame=0.0):
+def _quarantine(path, process_index, bad):
+    """This process's quarantine file; process 0's also lists what the index leaves out."""
+    if path and process_index:
+        root, ending = os.path.splitext(path)
+        return f"{root}.{process_index}{ending}"
+    if path:
+        entries.write_quarantine(path, bad, entries.loading_lines(path))
+    return path
+
+
+def open_train(
+    cfg,
+    encode,
+    seed,
+    quarantine_path="",
+    frames_needed=None,
+    seconds_per_frame=0.0,
+    process_index=0,
+):
     """The Train of `cfg.train`: an endless stream of batches that depends on cfg and seed alone.
 
     encode: text -> list of token ids; may raise text.TextError (the entry is quarantined).
@@ -288,19 +333,16 @@ def open_train(cfg, encode, seed, quarantine_path="", frames_needed=None, second
     Raises DataError: no usable data, too many bad entries, or settings that cannot be met.
     """
     index = index_lib.build(cfg.train, encode, cfg, frames_needed, seconds_per_frame)
-    if quarantine_path:
-        entries.write_quarantine(quarantine_path, index.bad)
-    return Train(Loader(index, Plan(index, cfg, seed), encode, cfg, quarantine_path))
+    path = _quarantine(quarantine_path, process_index, index.bad)
+    return Train(Loader(index, Plan(index, cfg, seed), encode, cfg, path))
 
 
-def open_eval(cfg, source, encode, quarantine_path=""):
+def open_eval(cfg, source, encode, quarantine_path="", process_index=0):
     """The Eval of one source (or several): no shuffling, no speeds, no joining, no length limits.
 
     A text that cannot be encoded stays: its row carries the tokens of the words that can be, and
     `texts` the whole of it, so that a word error rate counts it.
     """
     index = index_lib.build(source, encode, cfg, evaluation=True)
-    if quarantine_path:
-        entries.write_quarantine(quarantine_path, index.bad)
-    plan = Plan(index, cfg, 0, evaluation=True)
-    return Eval(Loader(index, plan, encode, cfg, quarantine_path))
+    path = _quarantine(quarantine_path, process_index, index.bad)
+    return Eval(Loader(index, Plan(index, cfg, 0, evaluation=True), encode, cfg, path))

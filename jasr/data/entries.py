@@ -31,7 +31,10 @@ class Entry(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """One entry that is left out. `filtered`: by a setting, not for a defect."""
+    """One entry that is left out.
+
+    filtered: by a setting, not for a defect; loading: it failed when its turn came in training.
+    """
 
     source: str
     line: int
@@ -39,6 +42,7 @@ class Bad(NamedTuple):
     audio: str
     reason: str
     filtered: bool = False
+    loading: bool = False
 
 
 def source_pairs(sources):
@@ -176,16 +180,25 @@ def named(bad):
 
 
 def quarantine_line(bad):
-    """The JSON line of a Bad: source, line, id, audio, reason, filtered."""
+    """The JSON line of a Bad: source, line, id, audio, reason, filtered, loading."""
     return json.dumps(bad._asdict(), ensure_ascii=False) + "\n"
 
 
-def write_quarantine(path, bad):
-    """Writes one JSON line for each Bad, replacing the file at once."""
+def loading_lines(path):
+    """The lines of a quarantine file (if there is one) about what failed while it was loaded."""
+    try:
+        with open(path, encoding="utf-8", errors="backslashreplace") as f:
+            return [line for line in f if line.endswith('"loading": true}\n')]
+    except FileNotFoundError:
+        return []
+
+
+def write_quarantine(path, bad, keep=()):
+    """Writes the lines `keep` and one JSON line for each Bad, replacing the file at once."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     part = f"{path}.{os.getpid()}"
     with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:
-        f.writelines(map(quarantine_line, bad))
+        f.writelines([*map(quarantine_line, bad), *keep])
     os.replace(part, path)
 
 

@@ -185,6 +185,54 @@ def test_the_run_stops_when_too_many_fail_in_the_loader(tmp_path, threads):
         batches_of(train, 40)
 
 
+@pytest.fixture
+def failing(tmp_path):
+    """(open_train's settings, quarantine file): three of ten files break after the index."""
+    path, found = make_corpus(tmp_path, 10)
+    cfg = dataclasses.replace(CFG, train=(path,), check="none")
+    open_train(cfg, encode, 0)
+    for e in found[:3]:
+        (tmp_path / e["audio_filepath"]).write_bytes(b"gone")
+    return cfg, tmp_path / "quarantine.jsonl"
+
+
+def test_lines_of_failed_loading_survive_restarts_without_repeats(failing):
+    cfg, path = failing
+    for _ in range(2):
+        batches_of(open_train(cfg, encode, 0, str(path)), 20)
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(found) == 3 and all(q["loading"] for q in found)
+
+
+def test_processes_list_their_own_failures_and_judge_them_together(failing):
+    cfg, path = failing
+    cfg = dataclasses.replace(cfg, max_bad_share=0.25, batch_multiple=2)
+    loaders = []
+    for process in range(2):
+        train = open_train(cfg, encode, 0, str(path), process_index=process)
+        for _ in zip(train.iterate(0, process, 2), range(20), strict=False):
+            pass
+        loaders.append(train.loader)
+    tallies = [x.tally() for x in loaders]
+    assert all(0 < x[0] <= 3 for x in tallies), "each has seen some of the three"
+    for file, t in zip((path, path.with_name("quarantine.1.jsonl")), tallies, strict=True):
+        assert len(file.read_text().splitlines()) == t[0]
+    for x in loaders:
+        x.judge(*[2, 20, 0], processes=2)
+        with pytest.raises(DataError, match="6 of 20 utterances could not be decoded"):
+            x.judge(*[6, 20, 0], processes=2)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_quarantine_that_cannot_be_written_stops_the_run_with_its_reason(failing, threads):
+    cfg, path = failing
+    train = open_train(dataclasses.replace(cfg, num_threads=threads), encode, 0, str(path))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match="quarantine.jsonl cannot be written: Is a directory"):
+        batches_of(train, 40)
+
+
 def test_byte_order_mark_crlf_blank_lines_and_unicode_paths_are_read(tmp_path):
     folder = tmp_path / "ünï 語 %20"
     folder.mkdir()
