@@ -75,7 +75,9 @@ def test_rules_hold_for_frozen_parameters_too():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(accumulate=0), dict(warmup_steps=-1), dict(ema=1.0), dict(clip_norm=-1.0)], ids=str
+    "wrong",
+    [dict(accumulate=0), dict(warmup_steps=-1), dict(ema=1.0), dict(clip_norm=-1.0)],
+    ids=str,
 )
 def test_values_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"config.optim.{next(iter(wrong))}"):
