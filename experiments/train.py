@@ -127,7 +127,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     paths = set(tree.flatten(shapes["params"]))
     frozen = start.frozen_paths(shapes["params"], given.freeze)
     trainable, _ = tree.split(shapes["params"], paths - frozen)
-    tx, rate = optim.make(opt, trainable, run.steps)
+    tx, rate = optim.make(opt, trainable, run.steps, frozen)
 
     def init():
         return steps.init_state(task, tx, key, example, frozen.__contains__, opt.ema > 0)
@@ -149,11 +149,17 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     position, origin = 0, {}
     if restored is not None:
         _, saved, meta = restored
-        start.check_resume(
-            meta, train_data.fingerprint, tokenizer, plain, allow_data_change
-        )
+        start.check_resume(meta, train_data.fingerprint, tokenizer, plain, allow_data_change)
+        if meta["step"] >= run.steps:
+            log.info(
+                "nothing to do: the run is complete at step %d (config.train.steps is %d)",
+                meta["step"], run.steps,
+            )  # fmt: skip
+            store.close()
+            return store.metrics(meta["step"])
         rest, origin = {}, meta["frozen_from"]
         if frozen and not save_frozen:
+            origin = source.locate(origin, workdir)
             rest = start.read_frozen(origin, given, shapes, shardings, frozen)
         state, position = start.from_items(state_shapes, saved, rest), meta["position"]
         log.info("resumed from step %d, batch %d of the data", int(state.step), position)
@@ -161,7 +167,9 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         state = jax.jit(init, out_shardings=shardings)()
         if given.path:
             origin = source.resolve(given.path, given.item)
-            start.check_source(origin, given, tokenizer, plain["front_end"])
+            start.check_source(origin, given, task, paths, plain)
+            if frozen:
+                origin = source.keep(origin, workdir)
             state = start.with_given(state, origin, given, shapes, shardings)
             log.info("%s from %s", origin["item"], origin["path"])
     first = step = int(state.step)
@@ -231,7 +239,8 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         if logging_now or ending:
             sums = summed(window)
             elapsed = time.monotonic() - mark - paused
-            line = metrics_line(sums, rate(step - 1), epoch, elapsed, waited, compile_seconds)
+            lr = optim.last_rate(rate, state.opt_state)
+            line = metrics_line(sums, lr, epoch, elapsed, waited, compile_seconds)
             if chief:
                 writer.write(step, line)
             check_finite(sums, opt.max_bad_steps, step, workdir, save)

@@ -18,7 +18,7 @@ import warnings
 import jax
 import numpy as np
 
-from jasr import checkpoint, checkpoint_read, tree
+from jasr import checkpoint, checkpoint_read, meaning, tree
 from jasr.checkpoint_files import MANIFEST, read_manifest, version
 
 PROVENANCE = "jasr_average.json"
@@ -329,13 +329,16 @@ def _check_agreement(flat, names):
 def _check_meaning(metas, members):
     """Parameters of equal shapes are not the same parameters with another vocabulary or model."""
     for meta, m in zip(metas[1:], members[1:], strict=True):
-        for key in ("task", "tokenizer", "frozen_from"):
+        both = f"{m.path} and {members[0].path} differ in"
+        for key in ("task", "tokenizer"):
             if meta.get(key) != metas[0].get(key):
-                raise AverageError(f"{m.path} and {members[0].path} differ in their {key}")
-        for key in ("model", "front_end"):
-            ours, theirs = (x.get("config", {}).get(key) for x in (metas[0], meta))
-            if ours != theirs:
-                raise AverageError(f"{m.path} and {members[0].path} differ in config.{key}")
+                raise AverageError(f"{both} their {key}")
+        origins = [x.get("frozen_from") or {} for x in (metas[0], meta)]
+        if any(origins[0].get(key) != origins[1].get(key) for key in ("item", "sha256")):
+            raise AverageError(f"{both} their frozen_from: frozen parameters are not the same")
+        changes = meaning.differences(*(x.get("config", {}) for x in (metas[0], meta)))
+        if changes:
+            raise AverageError(f"{both} config: {meaning.listed(changes)}")
 
 
 def _as_array(x):

@@ -28,7 +28,18 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
     accumulate: int = 1  # micro-batches that one global batch is cut into
     ema: float = 0.0  # decay of the exponential moving average of the parameters; 0 = none
-    max_bad_steps: int = 10  # the run stops after so many non-finite steps in a row
+    max_bad_steps: int = 10  # the run stops after so many non-finite steps in a row; 0 = never
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise ValueError("config.optim.accumulate must be at least 1")
+        lengths = ("warmup_steps", "decay_steps", "max_bad_steps")
+        for name in ("lr", "min_lr", "eps", "weight_decay", "clip_norm", *lengths):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.optim.{name} must not be negative")
+        for name in ("b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"config.optim.{name} must be at least 0 and below 1")
 
 
 def schedule(config, total_steps):
@@ -79,7 +90,7 @@ def _scale_by_tree(factors):
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make(config, params, total_steps):
+def make(config, params, total_steps, frozen=()):
     """(optax transformation, schedule) for a tree of trainable parameters.
 
     Clipping by global norm, Adam moments, decoupled weight decay by rule (Loshchilov & Hutter
@@ -87,6 +98,7 @@ def make(config, params, total_steps):
 
     Args:
       params: tree of arrays or ShapeDtypeStructs; only names are read.
+      frozen: paths of the parameters that are not trained; a rule may match these alone.
 
     Raises:
       tree.TreeError: a rule that matches no parameter, a parameter without a decay rule.
@@ -94,6 +106,7 @@ def make(config, params, total_steps):
     """
     rate = schedule(config, total_steps)
     paths = list(tree.flatten(params))
+    whole = [*paths, *frozen]
     chain = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     if config.name == "adamw":
         chain.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
@@ -102,17 +115,26 @@ def make(config, params, total_steps):
     else:
         raise ValueError(f"config.optim.name {config.name!r}: choose adamw or sgd")
     if config.weight_decay:
-        decay = tree.match(config.decay_rules, paths, what="config.optim.decay_rules rule")
+        decay = tree.match(config.decay_rules, whole, what="config.optim.decay_rules rule")
         mask = tree.unflatten({p: decay[p] != 0 for p in paths})
         odd = {v for v in decay.values() if v not in (0.0, 1.0)}
         if odd:
             raise ValueError(f"config.optim.decay_rules values must be 0 or 1, got {sorted(odd)}")
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=mask))
     if config.lr_rules:
-        found = tree.match(config.lr_rules, paths, what="config.optim.lr_rules rule", optional=True)
+        found = tree.match(config.lr_rules, whole, what="config.optim.lr_rules rule", optional=True)
         chain.append(_scale_by_tree({p: found.get(p, 1.0) for p in paths}))
     chain.append(optax.scale_by_learning_rate(rate))
     return optax.chain(*chain), rate
+
+
+def last_rate(rate, opt_state):
+    """The learning rate of the last update that was made; skipped steps do not advance it.
+
+    Args:
+      rate, opt_state: schedule and state of the transformation that `make` returned.
+    """
+    return float(rate(max(int(opt_state[-1].count) - 1, 0)))
 
 
 def ema_update(ema, params, step, decay):

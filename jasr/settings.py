@@ -20,9 +20,9 @@ def _convert(value, default, where):
         raise SettingsError(f"{where} must be True or False, got {value!r}")
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(default, int) and isinstance(value, float) and value == int(value):
+    if isinstance(default, int) and isinstance(value, float) and value.is_integer():
         return int(value)
-    if default is not None and not isinstance(value, type(default)):
+    if default is not None and (isinstance(value, bool) or not isinstance(value, type(default))):
         raise SettingsError(
             f"{where} must be {type(default).__name__}, got {type(value).__name__} {value!r}"
         )

@@ -1,35 +1,74 @@
 """Weights by path: a run, one step, an average, or a checkpoint of an original system."""
 
+import hashlib
 import os
+import pathlib
+import shutil
+
+import jax
 
 from jasr import checkpoint, tree
+from jasr.checkpoint_files import delete, read_manifest, seal
+
+KEPT = "frozen_from"  # beside a run's checkpoints: the frozen weights that it was given
 
 
 def resolve(path, item=""):
-    """{"path", "item"} that names the same weights later and elsewhere on this machine.
+    """{"path", "item", "sha256"} that names the same weights later and elsewhere on this machine.
 
-    A run becomes its newest good step, a relative path an absolute one, and an item that was left
-    open ("") the one that is read: a run that trains on does not change what was taken from it.
+    A run becomes its newest good step, a directory of the original its weights file, a relative
+    path an absolute one, and an item that was left open ("") the one that is read: a run that
+    trains on does not change what was taken from it.
     """
     from jasr.interop import lact
 
     if lact.is_lact(path):
-        return {"path": os.path.abspath(path), "item": "params"}
-    step = checkpoint.find_step(path, items=())
-    if not item:
-        item = "ema" if "ema" in checkpoint.items(step) else "params"
-    return {"path": str(step), "item": item}
+        path, item = os.path.abspath(lact.weights_file(path)), "params"
+    else:
+        path = str(checkpoint.find_step(path, items=()))
+        if not item:
+            item = "ema" if "ema" in checkpoint.items(path) else "params"
+    return {"path": path, "item": item, "sha256": _checksum(path)}
+
+
+def _checksum(path):
+    """SHA-256 of a file, or of a step's manifest, which holds those of its files."""
+    if os.path.isdir(path):
+        return read_manifest(pathlib.Path(path))["sha256"]
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise checkpoint.CheckpointError(f"{path} cannot be read: {e.strerror}") from e
+
+
+def load_meta(source, tokens=True):
+    """{"config", "tokenizer"} that the weights were trained with.
+
+    Args:
+      source: what `resolve` made.
+      tokens: False: the tokenizer is not asked for, and an original's vocabulary may be missing.
+    """
+    from jasr.interop import lact
+
+    if lact.is_lact(source["path"]):
+        return lact.load_meta(source["path"], tokens)
+    return checkpoint.load_meta(source["path"])
 
 
 def read(source):
     """(params, batch_stats) as numpy trees of what `resolve` named, with frozen parameters.
 
     Raises:
-      checkpoint.CheckpointError: the weights are not there any more, or are damaged.
+      checkpoint.CheckpointError: the weights are not there any more, are others, or are damaged.
     """
     from jasr.interop import lact
 
     path, item = source["path"], source["item"]
+    if _checksum(path) != source["sha256"]:
+        raise checkpoint.CheckpointError(
+            f"{path} does not hold the weights that were taken from it (its checksum changed)"
+        )
     if lact.is_lact(path):
         _, variables = lact.read_weights(path)
         return variables["params"], variables["batch_stats"]
@@ -38,6 +77,7 @@ def read(source):
     stats = checkpoint.load_params(path, item="batch_stats", verify=False)
     origin = checkpoint.load_meta(path).get("frozen_from")
     if origin:
+        origin = locate(origin, path.parent, path.parent.parent)
         try:
             whole = tree.flatten(read(origin)[0])
         except checkpoint.CheckpointError as e:
@@ -49,3 +89,49 @@ def read(source):
     elif "frozen" in checkpoint.items(path):
         params = tree.merge(params, checkpoint.load_params(path, item="frozen", verify=False))
     return params, stats
+
+
+def keep(source, workdir):
+    """`source` as a copy in the run directory `workdir`, which its own run cannot delete.
+
+    A run lets old steps go; the frozen weights of another run must not go with them. The copy is
+    made of hard links where the file system can. An original's file is not copied.
+    """
+    from jasr.interop import lact
+
+    if lact.is_lact(source["path"]):
+        return source
+    directory = pathlib.Path(workdir).absolute() / KEPT
+    if jax.process_index() == 0:
+        _copy(source, directory)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("frozen weights are kept")
+    return resolve(directory, source["item"])
+
+
+def _copy(source, directory):
+    wanted = (source["item"], "batch_stats", "frozen")
+    step = checkpoint.find_step(source["path"], items=wanted)
+    names = [name for name in checkpoint.items(step) if name in wanted]
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name in (*names, "meta"):
+        shutil.copytree(step / name, temporary / name, copy_function=_link)
+    seal(temporary, step=read_manifest(step)["step"], items=names)
+    delete(directory)
+    temporary.rename(directory)
+
+
+def _link(old, new):
+    try:
+        os.link(old, new)
+    except OSError:  # another file system, or one without links
+        shutil.copy(old, new)
+
+
+def locate(source, *near):
+    """`source`, or what `keep` made of it in one of the directories `near` if a run was moved."""
+    places = [pathlib.Path(source["path"]), *(pathlib.Path(d) / KEPT for d in near)]
+    return source | {"path": str(next((p for p in places if p.exists()), places[0]))}

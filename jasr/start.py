@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 
-from jasr import checkpoint, source, text, tree
+from jasr import meaning, source, text, tree
 
 ITEMS = ("params", "batch_stats", "opt_state", "ema")
 COUNTERS = ("step", "bad_steps", "bad_in_row", "rng")
@@ -19,7 +19,10 @@ class InitConfig:
     path: str = ""  # a run, step, average, or an original LaCT checkpoint; "" = scratch
     item: str = ""  # "params" or "ema"; "" = the moving average if there is one
     drop: tuple = ()  # regexes of parameters that are not taken from `path`, e.g. "ctc_head/.*"
-    freeze: tuple = ()  # regexes of parameters that get no gradient
+    freeze: tuple = ()  # regexes of parameters that get no gradient; the batch statistics of
+    # modules that are frozen whole stay too, but training still normalises by each batch
+    allow_changes: tuple = ()  # settings that differ from those of `path` on purpose, e.g.
+    # "model.lact_mode"; an error about such a difference names them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,26 +118,35 @@ def read_given(origin, config, shapes):
     return keep, stats
 
 
-def check_source(origin, config, tokenizer, front_end):
-    """Raises StartError if given weights were trained for other tokens or other features.
+def check_source(origin, given, task, paths, config):
+    """Raises StartError if given weights would mean something else in this run.
 
-    A vocabulary of equal size in another order fits every shape and is still wrong.
+    Equal shapes say little: a vocabulary in another order, another front end or another base of
+    the rotary positions fit as well. Lists what differs and is not in `given.allow_changes`.
+
+    Args:
+      origin: what `source.resolve` made of given.path.
+      given: InitConfig.
+      paths: of all parameters of the task's model.
+      config: the run's, as a plain mapping.
     """
-    try:
-        meta = checkpoint.load_meta(origin["path"])
-    except checkpoint.CheckpointError:
-        return  # an original's file: its reader has checked what it says of itself
-    if meta["tokenizer"] != tokenizer.to_dict() and not config.drop:
+    taken = [p for p in paths if not _dropped(p, given.drop)]
+    tokens = any(re.fullmatch(task.TOKEN_PARAMETERS, p) for p in taken)
+    meta = source.load_meta(origin, tokens)
+    changes = meaning.differences(meta["config"], config)
+    if tokens:
+        old, new = meta["tokenizer"], task.tokenizer.to_dict()
+        changes |= {
+            f"tokenizer.{k}": (old.get(k), new.get(k))
+            for k in sorted(old.keys() | new.keys())
+            if old.get(k) != new.get(k)
+        }
+    changes = {k: v for k, v in changes.items() if k not in given.allow_changes}
+    if changes:
         raise StartError(
-            f"{origin['path']} was trained with another tokenizer: take its config.text, or drop "
-            "the head with config.init.drop"
-        )
-    theirs = meta["config"].get("front_end", front_end)
-    changed = [k for k in theirs if theirs[k] != front_end.get(k)]
-    if changed:
-        raise StartError(
-            f"{origin['path']} was trained with another front end; config.front_end differs in "
-            + ", ".join(changed)
+            f"{origin['path']} was trained otherwise: {meaning.listed(changes)}. Take its values "
+            "(another tokenizer: its config.text, or leave the head out with config.init.drop); "
+            f'if the change is meant: --config.init.allow_changes="{tuple(changes)}"'
         )
 
 
@@ -210,14 +222,9 @@ def check_resume(meta, fingerprint, tokenizer, config, allow_data_change):
             "give its vocabulary in config.text.vocabulary, or start anew with config.init.path "
             "and config.init.drop"
         )
-    for key in ("model", "front_end", "task"):
-        if meta["config"].get(key) != config.get(key):
-            old, new = meta["config"].get(key), config.get(key)
-            if isinstance(old, dict) and isinstance(new, dict):
-                changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-            else:
-                changed = [f"{old!r} -> {new!r}"]
-            raise StartError(
-                f"config.{key} differs from the checkpoint's in {', '.join(changed)}; use another "
-                "workdir, or --config.init.path to start a new run from these weights"
-            )
+    changes = meaning.differences(meta["config"], config)
+    if changes:
+        raise StartError(
+            f"the config differs from the checkpoint's in {meaning.listed(changes)}; use another "
+            "workdir, with --config.init.path to start a new run from these weights"
+        )

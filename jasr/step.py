@@ -1,6 +1,7 @@
 """The training step of every task: gradients of a summed loss, accumulation, guarded update."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,15 @@ class RunConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config.train.{name} must be at least 1")
+        for name, least in dict(
+            steps=1, log_every=1, eval_every=1, save_every=0, sample_every=0
+        ).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"config.train.{name} must be at least {least}")
+        if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            raise ValueError(
+                "config.train.tensorboard needs tensorboardX: pip install tensorboardX"
+            )
 
 
 def init_state(task, tx, rng, batch, is_frozen, ema):
@@ -70,26 +77,29 @@ def gradients(task, state, batch, accumulate):
     result is that of the whole batch (batch statistics apart, which follow micro-batch order).
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    augment, dropout = jax.random.split(rng)
 
-    def loss(params, batch_stats, rows, key):
+    def loss(params, batch_stats, rows, number):
         variables = {"params": tree.merge(params, state.frozen), "batch_stats": batch_stats}
-        return task.loss(variables, rows, key, state.step)
+        # Dropout falls on positions in the micro-batch, augmentation on rows by their index.
+        keys = {"augment": augment, "dropout": jax.random.fold_in(dropout, number)}
+        return task.loss(variables, rows, keys, state.step)
 
     grad = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
-        (total, (stats, metrics)), grads = grad(state.params, state.batch_stats, batch, rng)
+        (total, (stats, metrics)), grads = grad(state.params, state.batch_stats, batch, 0)
     else:
 
         def body(carry, rows_and_index):
             grads, total, stats, metrics = carry
             rows, i = rows_and_index
-            (t, (stats, m)), g = grad(state.params, stats, rows, jax.random.fold_in(rng, i))
+            (t, (stats, m)), g = grad(state.params, stats, rows, i)
             add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
             return (add(grads, g), total + t, stats, add(metrics, m)), None
 
         rows = micro_batches(batch, accumulate)
         first = jax.tree.map(lambda x: x[0], rows)
-        shapes = jax.eval_shape(grad, state.params, state.batch_stats, first, rng)
+        shapes = jax.eval_shape(grad, state.params, state.batch_stats, first, 0)
         (_, (_, metrics)), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         carry = (grads, jnp.float32(0), state.batch_stats, metrics)
         (grads, total, stats, metrics), _ = jax.lax.scan(
@@ -100,12 +110,27 @@ def gradients(task, state, batch, accumulate):
     return total / weight, grads, stats, metrics
 
 
+def _without_frozen(stats, state):
+    """The batch statistics `stats`, but those of wholly frozen modules as they were."""
+
+    def modules(params):
+        return {path.rpartition("/")[0] for path in tree.flatten(params)}
+
+    frozen, old = modules(state.frozen) - modules(state.params), tree.flatten(state.batch_stats)
+    return tree.unflatten(
+        {
+            path: old[path] if path.rpartition("/")[0] in frozen else new
+            for path, new in tree.flatten(stats).items()
+        }
+    )
+
+
 def train_step(task, tx, optim, state, batch):
     """The state after one batch, and the step's metrics (f32 scalars).
 
     A step whose loss, gradient or update is not finite changes nothing but the counters `step`,
     `bad_steps` and `bad_in_row`; a batch without any usable row changes nothing either, and is
-    not counted as bad.
+    not counted as bad. Batch statistics of modules whose parameters are all frozen stay.
     """
     loss, grads, stats, metrics = gradients(task, state, batch, optim.accumulate)
     norm = optax.tree.norm(grads)
@@ -128,7 +153,7 @@ def train_step(task, tx, optim, state, batch):
         bad_steps=state.bad_steps + bad,
         bad_in_row=jnp.where(finite, 0, state.bad_in_row + 1),
         params=params,
-        batch_stats=keep(stats, state.batch_stats),
+        batch_stats=keep(_without_frozen(stats, state), state.batch_stats),
         opt_state=keep(opt_state, state.opt_state),
         ema=ema,
     )

@@ -263,12 +263,25 @@ def test_items_are_chosen_and_bad_ones_refused(run):
 
 def test_members_of_other_vocabularies_or_models_are_refused(tmp_path):
     plain = {"tokenizer": {"vocabulary": "ab"}, "config": {"model": {"lact_every": 2}}}
-    metas = {1: plain, 2: plain | {"tokenizer": {"vocabulary": "ba"}}, 3: plain | {"config": {}}}
+    metas = {
+        1: plain | {"frozen_from": {"item": "ema", "sha256": "a", "path": "one/frozen"}},
+        2: plain | {"tokenizer": {"vocabulary": "ba"}},
+        3: plain | {"frozen_from": {"item": "ema", "sha256": "b", "path": "one/frozen"}},
+        4: plain | {"config": {}},
+        5: plain | {"config": {"model": {"lact_every": 2, "dropout": 0.5}}},
+    }
+    metas[4]["frozen_from"] = metas[1]["frozen_from"]
+    metas[5]["frozen_from"] = metas[1]["frozen_from"] | {"path": "other/frozen"}
     for step, meta in metas.items():
         checkpoint.save_step(tmp_path / str(step), {"params": params_of(step)}, meta, step=step)
-    for other, told in ((2, "differ in their tokenizer"), (3, "differ in config.model")):
+    for other, told in (
+        (2, "differ in their tokenizer"),
+        (3, "differ in their frozen_from"),
+        (4, r"differ in config: model.lact_every \(2 -> 1\)"),
+    ):
         with pytest.raises(AverageError, match=told):
             averaging.average_checkpoints([tmp_path / "1", tmp_path / str(other)], tmp_path / "o")
+    averaging.average_checkpoints([tmp_path / "1", tmp_path / "5"], tmp_path / "o")
 
 
 def test_a_damaged_member_is_refused(run):

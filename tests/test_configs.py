@@ -1,13 +1,15 @@
 """Every recipe builds: shapes of the model, optimizer and sharding rules, without memory."""
 
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from configs import lact_an4, lact_librispeech, quickstart
-from jasr import optim, settings, sharding, tasks, text, tree
+from jasr import optim, settings, sharding, step, tasks, text, tree
+from jasr.models.lact_config import LactConfig
 from tests import tiny
 
 RECIPES = [
@@ -51,3 +53,37 @@ def test_published_sizes_come_out_exactly(arg, count):
 def test_unknown_variant_is_named(recipe):
     with pytest.raises(ValueError, match="variant"):
         recipe.get_config("huge")
+
+
+def build(**changes):
+    config = json.loads(tiny.get_config().to_json())
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    return tasks.build(config, text.CharTokenizer((text.BLANK, "a")))
+
+
+def test_the_models_fields_about_audio_are_those_of_the_front_end():
+    model = build(front_end__sample_rate=8000, front_end__hop=80, front_end__n_fft=0).config
+    assert (model.sample_rate, model.hop_length, model.n_fft) == (8000, 80, 512)
+    with pytest.raises(ValueError, match="config.model.hop_length 200 .*config.front_end.hop 160"):
+        build(model__hop_length=200)
+
+
+@pytest.mark.parametrize(
+    "section, name, value",
+    [
+        ("model", "dropout", 1.0), ("model", "num_attn_heads", 0), ("model", "use_ctc", False),
+        ("train", "save_every", -1), ("train", "steps", 0),
+    ],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_named(section, name, value):
+    cls = {"model": LactConfig, "train": step.RunConfig}[section]
+    with pytest.raises(ValueError, match=name):
+        settings.build(cls, {name: value}, section)
+
+
+def test_a_missing_tensorboard_writer_is_named_before_the_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match="config.train.tensorboard .* pip install tensorboardX"):
+        step.RunConfig(tensorboard=True)

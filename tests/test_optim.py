@@ -64,3 +64,21 @@ def test_ema_warms_up_and_then_keeps_its_decay():
     early = float(optim.ema_update(old, new, jnp.int32(0), 0.99)["w"])
     late = float(optim.ema_update(old, new, jnp.int32(10**6), 0.99)["w"])
     np.testing.assert_allclose([early, late], [0.9, 0.01], rtol=1e-3)
+
+
+def test_rules_hold_for_frozen_parameters_too():
+    biases = {"a": {"bias": PARAMS["a"]["bias"]}}
+    with pytest.raises(tree.TreeError, match="match nothing"):
+        optim.make(optim.OptimConfig(), biases, 10)
+    tx, _ = optim.make(optim.OptimConfig(), biases, 10, frozen=("a/kernel",))
+    assert set(tx.update(biases, tx.init(biases), biases)[0]["a"]) == {"bias"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(accumulate=0), dict(warmup_steps=-1), dict(ema=1.0), dict(clip_norm=-1.0)],
+    ids=str,
+)
+def test_values_that_make_no_sense_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=f"config.optim.{next(iter(wrong))}"):
+        optim.OptimConfig(**wrong)

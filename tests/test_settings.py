@@ -25,7 +25,7 @@ def test_misspelt_key_is_named_with_the_nearest_one():
 
 
 def test_wrong_kind_of_value_is_named():
-    for key, value in (("rate", "fast"), ("name", 3), ("sizes", 3), ("on", 1)):
+    for key, value in (("rate", "fast"), ("rate", True), ("name", 3), ("sizes", 3), ("on", 1)):
         with pytest.raises(settings.SettingsError, match=f"c.{key}"):
             settings.build(Outer, {key: value}, "c")
 
@@ -40,3 +40,10 @@ def test_json_round_trip_keeps_types():
 def test_nested_key_is_named_by_its_whole_path():
     with pytest.raises(settings.SettingsError, match=r"c\.inner\.widht"):
         settings.build(Outer, {"inner": {"widht": 3}}, "c")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.5, True])
+def test_what_is_no_whole_number_is_refused_for_one(value):
+    with pytest.raises(settings.SettingsError, match=r"c\.width must be int"):
+        settings.build(Inner, {"width": value}, "c")
+    assert settings.build(Inner, {"width": 2.0}, "c").width == 2

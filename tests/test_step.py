@@ -1,10 +1,11 @@
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jasr import optim, step
+from jasr import augment, optim, step, tree
 
 
 class Line:
@@ -14,7 +15,7 @@ class Line:
         kernel = jax.random.normal(rng, (batch["x"].shape[1],))
         return {"params": {"a": {"kernel": kernel, "bias": jnp.zeros(())}}, "batch_stats": {}}
 
-    def loss(self, variables, batch, rng, number):
+    def loss(self, variables, batch, keys, number):
         a = variables["params"]["a"]
         errors = jnp.square(batch["x"] @ a["kernel"] + a["bias"] - batch["y"]) * batch["weight"]
         weight = jnp.sum(batch["weight"])
@@ -27,12 +28,12 @@ def batch_of(seed=0, rows=8):
     return {"x": x, "y": x.sum(1), "weight": weight}
 
 
-def fresh(config, frozen=lambda path: False):
-    task, batch = Line(), batch_of()
+def fresh(config, frozen=lambda path: False, task=None):
+    task, batch = task or Line(), batch_of()
     key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: task.init(key, batch))
-    trained = {p: x for p, x in shapes["params"]["a"].items() if not frozen(f"a/{p}")}
-    tx, _ = optim.make(config, {"a": trained}, 100)
+    paths = tree.flatten(jax.eval_shape(lambda: task.init(key, batch))["params"])
+    trained = tree.unflatten({p: x for p, x in paths.items() if not frozen(p)})
+    tx, _ = optim.make(config, trained, 100)
     state = step.init_state(task, tx, key, batch, frozen, config.ema > 0)
     return jax.jit(functools.partial(step.train_step, task, tx, config)), state
 
@@ -112,3 +113,66 @@ def test_frozen_parameters_do_not_move_and_have_no_optimizer_state():
     after, _ = run(state, batch_of())
     assert float(after.frozen["a"]["bias"]) == 0.0
     assert not np.array_equal(after.params["a"]["kernel"], state.params["a"]["kernel"])
+
+
+class Noisy(Line):
+    """Adds noise to y, by row as augmentation does, and by position as dropout does."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def loss(self, variables, batch, keys, number):
+        rows = len(batch["y"])
+        if self.kind == "augment":
+            keys = augment.row_keys(keys["augment"], batch["index"])
+            noise = jax.vmap(jax.random.normal)(keys)
+        else:
+            noise = jax.random.normal(keys["dropout"], (rows,))
+        return super().loss(variables, batch | {"y": batch["y"] + noise}, keys, number)
+
+
+def after_noise(kind, accumulate, batch):
+    run, state = fresh(dataclasses.replace(PLAIN, accumulate=accumulate), task=Noisy(kind))
+    return run(state, batch)[0].params["a"]["kernel"]
+
+
+def test_micro_batches_see_the_augmentation_of_the_whole_batch_and_dropout_of_their_own():
+    batch = batch_of() | {"index": np.arange(8)}
+    whole, cut = (after_noise("augment", n, batch) for n in (1, 2))
+    np.testing.assert_allclose(whole, cut, rtol=1e-5)
+    batch = {k: np.repeat(v[::2], 2, axis=0) for k, v in batch.items()}  # two equal micro-batches
+    half = {k: v[::2] for k, v in batch.items()}
+    assert not np.allclose(after_noise("dropout", 2, batch), after_noise("dropout", 1, half))
+
+
+class Normalised(Line):
+    """With running statistics beside the layer of a trained and of a frozen module."""
+
+    def init(self, rng, batch):
+        stats = {name: {"mean": jnp.zeros(())} for name in ("a", "b")}
+        params = super().init(rng, batch)["params"] | {"b": {"scale": jnp.ones(())}}
+        return {"params": params, "batch_stats": stats}
+
+    def loss(self, variables, batch, keys, number):
+        total, (_, metrics) = super().loss(variables, batch, keys, number)
+        stats = jax.tree.map(lambda x: x + 1, variables["batch_stats"])
+        return total, (stats, metrics)
+
+
+def test_batch_statistics_of_frozen_modules_stay():
+    run, state = fresh(PLAIN, lambda path: path in ("a/bias", "b/scale"), Normalised())
+    stats = run(state, batch_of())[0].batch_stats
+    assert float(stats["a"]["mean"]) == 1.0 and float(stats["b"]["mean"]) == 0.0
+
+
+def test_the_learning_rate_does_not_advance_on_skipped_steps():
+    config = optim.OptimConfig(lr=1.0, warmup_steps=10)
+    run, state = fresh(config)
+    rate = optim.schedule(config, 100)
+    assert optim.last_rate(rate, state.opt_state) == float(rate(0))
+    empty, bad = batch_of(), batch_of()
+    empty["weight"][:] = 0
+    bad["x"][0] = np.nan
+    for batch in (batch_of(), bad, empty, batch_of()):
+        state, _ = run(state, batch)
+    assert optim.last_rate(rate, state.opt_state) == float(rate(1))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.train import train
-from jasr import checkpoint, settings, source, start, tree
+from jasr import checkpoint, checkpoint_check, settings, source, start, text, tree
 from tests import tiny
 
 
@@ -130,27 +131,50 @@ def test_changed_data_or_model_or_tokenizer_is_refused_at_resume(tmp_path):
         train(c, tmp_path, allow_data_change=True)
     with pytest.raises(start.StartError, match="allow_data_change"):
         run(tmp_path, config(train__steps=2, data__bucket_batch_size=(16,)))
-    with pytest.raises(start.StartError, match="config.model differs .* rope_theta"):
+    with pytest.raises(start.StartError, match=r"differs .* model.rope_theta \(10000.0 -> 1"):
         run(tmp_path, config(train__steps=2, model__rope_theta=1e5))
+    meta = checkpoint.load_meta(tmp_path)
+    harmless = json.loads(config(model__dropout=0.1, model__remat=True).to_json())
+    tokenizer = text.from_dict(meta["tokenizer"])
+    start.check_resume(meta, meta["fingerprint"], tokenizer, harmless, allow_data_change=False)
+
+
+def test_a_complete_run_says_so_before_anything_is_compiled(tmp_path, caplog, monkeypatch):
+    run(tmp_path, config(train__steps=1))
+    monkeypatch.setattr("experiments.train.compile_step", None)
+    with caplog.at_level("INFO", "jasr.train"):
+        again = run(tmp_path, config(train__steps=1))
+    assert "complete at step 1 (config.train.steps is 1)" in caplog.text
+    assert again == checkpoint.load_metrics(tmp_path / "checkpoints" / "1") and "val_wer" in again
 
 
 def test_run_starts_from_given_weights_and_freezes_by_rule(tmp_path, one_device):
+    given = tmp_path / "given"
+    shutil.copytree(one_device, given)
     c = config(
-        train__steps=2, data__valid=(), init__path=str(one_device), init__freeze=("model/.*",),
+        train__steps=2, data__valid=(), init__path=str(given), init__freeze=("model/.*",),
         init__drop=("ctc_head/.*",), optim__ema=0.0,
     )  # fmt: skip
-    run(tmp_path, c)
-    assert set(checkpoint.load_params(tmp_path)) == {"ctc_head"}  # adapters only
+    run(tmp_path / "first", c)
+    shutil.rmtree(given)  # as its run does with an old step
+    workdir = (tmp_path / "first").rename(tmp_path / "moved")
+    assert set(checkpoint.load_params(workdir)) == {"ctc_head"}  # adapters only
     from jasr import tasks
 
-    _, variables, _ = tasks.load(tmp_path)
+    _, variables, _ = tasks.load(workdir)
     before = checkpoint.load_params(one_device)
     same(variables["params"]["model"], before["model"])
     assert not np.array_equal(
         variables["params"]["ctc_head"]["kernel"], before["ctc_head"]["kernel"]
     )
-    assert checkpoint.load_meta(tmp_path)["frozen_from"] == source.resolve(one_device)
-    run(tmp_path, config(**{**_sections(c), "train__steps": 3}))  # resumes with frozen ones
+    run(workdir, config(**{**_sections(c), "train__steps": 3}))  # resumes with frozen ones
+    kept = source.resolve(workdir / "frozen_from", "ema")
+    assert checkpoint.load_meta(workdir)["frozen_from"] == kept
+    assert checkpoint_check.check(workdir) == 0
+    other = {"params": {"ctc_head": {"kernel": np.zeros(3)}}, "ema": before}
+    checkpoint.save_step(workdir / "frozen_from", other)
+    with pytest.raises(checkpoint.CheckpointError, match="frozen ones .* checksum changed"):
+        tasks.load(workdir)
 
 
 def _sections(c):
@@ -169,6 +193,24 @@ def test_weights_of_another_tokenizer_are_refused(tmp_path, one_device):
     c = config(init__path=str(one_device), text__vocabulary=backwards)
     with pytest.raises(start.StartError, match="tokenizer"):
         run(tmp_path, c)
+
+
+def test_weights_that_mean_something_else_are_refused_unless_the_change_is_named(
+    tmp_path, one_device
+):
+    changes = dict(
+        train__steps=1, data__valid=(), init__path=str(one_device), model__rope_theta=2.0,
+        model__norm_eps=1e-5, model__dropout=0.2, front_end__dither=1e-5, init__drop=(),
+    )  # fmt: skip
+    with pytest.raises(start.StartError) as e:
+        run(tmp_path, config(**changes))
+    told = str(e.value)
+    assert "model.rope_theta (10000.0 -> 2.0), model.norm_eps (1e-06 -> 1e-05). Take" in told
+    allowed = ("model.rope_theta", "model.norm_eps")
+    assert told.endswith(f'--config.init.allow_changes="{allowed}"')
+    with pytest.raises(tree.TreeError, match="nothing"):  # on to what comes next
+        changes["init__drop"] = ("nothing",)
+        run(tmp_path, config(**changes, init__allow_changes=allowed))
 
 
 def test_misspelt_config_key_is_named(tmp_path):

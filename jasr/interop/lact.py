@@ -21,6 +21,7 @@ from jasr import settings, tree
 from jasr.interop import table, torch_file
 from jasr.interop.table import Row
 from jasr.models.lact import LactConfig, LactCtc
+from jasr.text import CharTokenizer
 
 BLANK = "<blank>"
 # The characters of the original's LibriSpeech runs (its logs, train-clean-100 and -360 alike).
@@ -74,7 +75,11 @@ def read_lact(path):
         not fit, with the file's name and what to do. A vocabulary whose length differs from the
         CTC head's is refused.
     """
-    config, variables, weights = _read(path)
+    config, variables = read_weights(path)
+    return config, variables, _vocabulary(weights_file(path), config)
+
+
+def _vocabulary(weights, config):
     for name in VOCABULARY_FILES:
         if (weights.parent / name).is_file():
             vocabulary = read_vocabulary(weights.parent / name, config.ctc_vocab_size)
@@ -91,15 +96,31 @@ def read_lact(path):
             f"{weights.parent / name}: {BLANK} is token {vocabulary.index(BLANK)}, but the model's "
             f"ctc_blank_id is {config.ctc_blank_id}"
         )
-    return config, variables, vocabulary
+    return vocabulary
 
 
 def read_weights(path):
     """(LactConfig, variables), as `read_lact`, of a checkpoint that need have no vocabulary."""
-    return _read(path)[:2]
+    weights, config, state = _open(path)
+    variables = table.convert(rows(config), state, shapes(config), what=f"{weights}: the weights")
+    # copies, since a run that goes on writes over the file that the arrays are mapped from
+    return config, jax.tree.map(np.array, variables)
 
 
-def _read(path):
+def load_meta(path, tokens=True):
+    """{"config", "tokenizer", "step"} as in the meta of a step of ours.
+
+    tokens: False leaves out the tokenizer, which needs a vocabulary.
+    """
+    weights, config, _ = _open(path)
+    meta = {"config": reference_config(settings.to_dict(config)), "step": 0}
+    if tokens:
+        meta["tokenizer"] = CharTokenizer(tuple(_vocabulary(weights, config)), "lower").to_dict()
+    return meta
+
+
+def weights_file(path):
+    """The weights file at `path`, a run's directory or the file itself."""
     path = pathlib.Path(path)
     weights = find_weights(path) if path.is_dir() else path
     if weights is None or not weights.is_file():
@@ -108,15 +129,18 @@ def _read(path):
             if path.is_dir()
             else f"{path}: no such file"
         )
+    return weights
+
+
+def _open(path):
+    """(weights file, LactConfig, {name: array}); the arrays are mapped from the file."""
+    weights = weights_file(path)
     saved = torch_file.read(weights, opaque=("lact_asr_model", "__main__"))
     state = _state_dict(saved, weights)
     head = state.get("ctc_head.weight")
     if head is None or head.ndim != 2:
         raise LactFileError(f"{weights}: no ctc_head.weight; not a LaCT ASR checkpoint")
-    config = _config(saved, weights, head.shape[0])
-    variables = table.convert(rows(config), state, shapes(config), what=f"{weights}: the weights")
-    # copies, since a run that goes on writes over the file that the arrays are mapped from
-    return config, jax.tree.map(np.array, variables), weights
+    return weights, _config(saved, weights, head.shape[0]), state
 
 
 def _state_dict(saved, path):

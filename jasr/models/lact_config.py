@@ -91,6 +91,15 @@ class LactConfig:
         _choice(self, "lr_dim", (1,))
         _choice(self, "ttt_loss_type", ("dot_product",))
         _choice(self, "use_attention", (False,))
+        _choice(self, "use_ctc", (True,))
+        for name in "hidden_size num_hidden_layers num_attn_heads num_lact_heads".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"LactConfig.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "audio_encoder_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"LactConfig.{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
         for name in ("num_attn_heads", "num_lact_heads"):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(

@@ -38,14 +38,7 @@ def load(path, step=None, item="", model=None):
     from jasr.interop import lact
 
     if lact.is_lact(path):
-        from jasr.settings import to_dict
-
-        settings, variables, vocabulary = lact.read_lact(path)
-        meta = {
-            "config": lact.reference_config(to_dict(settings)),
-            "tokenizer": text.CharTokenizer(tuple(vocabulary), "lower").to_dict(),
-            "step": 0,
-        }
+        meta, (_, variables) = lact.load_meta(path), lact.read_weights(path)
     else:
         # One step for all parts: each load by itself could fall back to another one.
         path = checkpoint.find_step(path, step, items=("params", "ema", "batch_stats", "frozen"))

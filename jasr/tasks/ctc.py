@@ -46,10 +46,13 @@ class CtcTask:
           ValueError: settings that contradict each other.
         """
         model = settings.build(LactConfig, config["model"], "config.model")
-        model = dataclasses.replace(
-            model, ctc_vocab_size=tokenizer.vocab_size, ctc_blank_id=tokenizer.blank_id
-        )
         front_end = settings.build(audio.FrontEndConfig, config["front_end"], "config.front_end")
+        model = dataclasses.replace(
+            model,
+            ctc_vocab_size=tokenizer.vocab_size,
+            ctc_blank_id=tokenizer.blank_id,
+            **_front_end_fields(model, front_end),
+        )
         if model.audio_feature_dim != front_end.n_mels:
             raise ValueError(
                 f"config.model.audio_feature_dim {model.audio_feature_dim} differs from "
@@ -67,6 +70,9 @@ class CtcTask:
             ),
             loss_config=settings.build(CtcLossConfig, config.get("loss", {}), "config.loss"),
         )
+
+    # What a vocabulary gives its meaning to.
+    TOKEN_PARAMETERS = r"ctc_head/.*|model/self_condition/.*"
 
     @property
     def config(self):
@@ -116,23 +122,23 @@ class CtcTask:
         mel, mel_len = audio.log_mel(wave, batch["audio_len"], self.front_end, keys=dither_keys)
         return augment.spec_augment(mel, mel_len, mel_keys, self.spec_augment, scale), mel_len
 
-    def loss(self, variables, batch, rng, step):
+    def loss(self, variables, batch, keys, step):
         """Summed training loss, and what to divide it by.
 
         Rows without audio (padding) and rows that no CTC path fits (infeasible) count nothing.
+        `keys` are {"augment", "dropout"}.
 
         Returns:
           (f32[] loss sum, (batch_stats, metrics)); metrics are sums: "weight" is the divisor of
           the loss, the others are counts or sums over utterances.
         """
-        wave_rng, dropout_rng = jax.random.split(rng)
-        mel, mel_len = self.augmented_features(batch, wave_rng, step)
+        mel, mel_len = self.augmented_features(batch, keys["augment"], step)
         out, changed = self.model.apply(
             variables,
             mel,
             mel_len,
             train=True,
-            rngs={"dropout": dropout_rng},
+            rngs={"dropout": keys["dropout"]},
             mutable=["batch_stats"],
         )
         tokens, token_len = batch["tokens"], batch["token_len"]
@@ -188,3 +194,21 @@ class CtcTask:
             "logit_len": out["logit_len"],
             "updates": out["updates"],
         }
+
+
+def _front_end_fields(model, front_end):
+    """The fields of LactConfig that name the original's front end, as `front_end` has them.
+
+    Raises:
+      ValueError: one was set to something else.
+    """
+    n_fft = front_end.n_fft or 1 << (front_end.win - 1).bit_length()
+    keys = dict(sample_rate="sample_rate", hop_length="hop", win_length="win", n_mels="n_mels")
+    fields = {name: getattr(front_end, key) for name, key in keys.items()} | {"n_fft": n_fft}
+    for name, value in fields.items():
+        if getattr(model, name) not in (value, getattr(LactConfig, name)):
+            raise ValueError(
+                f"config.model.{name} {getattr(model, name)} differs from "
+                f"config.front_end.{keys.get(name, name)} {value}, which is what is computed"
+            )
+    return fields

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from jasr import settings, tree
+from jasr import checkpoint, settings, source, start, tasks, tree
 from jasr.interop import lact, table, torch_file
 from jasr.interop.lact import LactFileError
 from jasr.models.lact import BASE, IMPROVED, LactConfig, LactCtc
+from jasr.text import CharTokenizer
 
 LETTERS = (lact.BLANK, *" etaonih")  # nine, as the goldens' CTC head
 
@@ -205,6 +206,34 @@ def test_the_runs_config_has_the_originals_front_end():
     config = lact.reference_config(settings.to_dict(LactConfig()))
     task = CtcTask.build(config, CharTokenizer(lact.LIBRISPEECH, "lower"))
     assert task.front_end == audio.HTK and task.config.ctc_vocab_size == 29
+
+
+def test_a_run_that_reads_the_originals_weights_otherwise_is_refused(run):
+    path, _ = run()
+    origin = source.resolve(path)
+    assert origin["path"] == str(path / "best_model.pt")
+    config = lact.load_meta(path)["config"]
+    paths = tree.flatten(lact.shapes(lact.read_weights(path)[0])["params"])
+
+    def check(letters=LETTERS, given=(), **model):
+        ours = config | {"model": {**config["model"], **model}}
+        task = tasks.build(ours, CharTokenizer(letters, "lower"))
+        start.check_source(origin, start.InitConfig(**dict(given)), task, paths, ours)
+
+    check(dropout=0.1, batch_norm="reference")
+    with pytest.raises(start.StartError, match=r"model.rope_theta \(500000.0 -> 10000.0\)"):
+        check(rope_theta=1e4)
+    reordered = (LETTERS[0], *LETTERS[:0:-1])
+    for drop in ({}, {"drop": ("model/norm/.*",)}):
+        with pytest.raises(start.StartError, match="tokenizer.vocabulary"):
+            check(reordered, drop)
+    (path / "vocab.txt").unlink()
+    with pytest.raises(LactFileError, match="no vocabulary"):
+        check()
+    check(reordered, {"drop": ("ctc_head/.*",)})
+    (path / "best_model.pt").write_bytes((path / "best_model.pt").read_bytes() + b" ")
+    with pytest.raises(checkpoint.CheckpointError, match="checksum changed"):
+        source.read(origin)
 
 
 # ---- files ---------------------------------------------------------------------------------------
