@@ -25,6 +25,8 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments.errors import in_one_line
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: path.py or path.py:variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, log.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
@@ -382,4 +384,4 @@ def asked_to_stop(stop, meeting):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    sys.exit(in_one_line(app.run)(main))

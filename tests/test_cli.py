@@ -238,6 +238,9 @@ def test_evaluation_says_what_is_wrong(run, tmp_path, capsys):
     assert evaluate.main(args) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and "none.jsonl" in captured.err
+    (tmp_path / "other.json").write_text("[]")
+    assert evaluate.main([*args, f"--baseline={tmp_path / 'other.json'}"]) == 1
+    assert "other.json is not a report" in capsys.readouterr().err
 
 
 def test_reports_of_different_utterances_are_not_compared():
