@@ -3,9 +3,9 @@
     python -m experiments.evaluate --checkpoint=runs/an4 --manifest=valid.jsonl --output=eval.json
 
 Prints WER and CER with 95 % intervals (bootstrap over utterances), WER by duration, speed with
-compiling apart, fast-weight updates an utterance, and last `WER x.xx % on N utterances`.
---output holds all of it and every utterance; --baseline compares with such a file of another
-model on the same utterances (paired bootstrap).
+compiling apart, fast-weight updates an utterance, how many were seen in several windows, and last
+`WER x.xx % on N utterances`. --output holds all of it and every utterance; --baseline compares with
+such a file of another model on the same utterances (paired bootstrap).
 """
 
 import argparse
@@ -49,7 +49,7 @@ def parse(argv):
         choices=("", "on", "off", "no_branch"),
         help="fast weights as trained, never updated, or their branch removed",
     )
-    add("--window", type=float, default=0.0, help="s seen at once (whole utterances up to 40 s)")
+    add("--window", type=float, default=0.0, help="s seen at once (as trained)")
     add("--overlap", type=float, default=4.0, help="s shared by two windows")
     add("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
     add("--limit", type=int, default=0, help="score the first N utterances only")
