@@ -11,7 +11,6 @@ Several processes: started under Slurm, Open MPI or with torchrun-style variable
 other; otherwise give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
-import dataclasses
 import difflib
 import functools
 import json
@@ -69,6 +68,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     from jasr import (
         checkpoint,
         data,
+        evaluation,
         metrics,
         optim,
         settings,
@@ -79,7 +79,6 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         tree,
     )
     from jasr import step as steps
-    from jasr.evaluation import evaluate
 
     started, chief = time.monotonic(), jax.process_index() == 0
     plain = config if isinstance(config, dict) else json.loads(config.to_json())
@@ -110,8 +109,8 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         ways = math.lcm(
             sources.batch_multiple, mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
         )
-        even = dataclasses.replace(sources, batch_multiple=ways)
-        valid_data = data.open_eval(even, sources.valid, tokenizer.encode, path)
+        bounded = evaluation.bounded(sources, train_data.shapes, opt.accumulate, ways)
+        valid_data = data.open_eval(bounded, sources.valid, tokenizer.encode, path)
         log.info("validation: %s", valid_data.describe())
     log.info("training: %s", train_data.describe())
     sharding.check_batch_sizes([b for b, _, _ in train_data.shapes], mesh, opt.accumulate)
@@ -171,9 +170,15 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         out_shardings=(shardings, None),
     )
     tick = time.monotonic()
-    programs = {s: compile_step(step_fn, state, s, mesh) for s in train_data.shapes}
+    programs, predictions = {}, {}
+    for shape in train_data.shapes:
+        label = f"training batch of {shape[0]} x {shape[1] / sources.sample_rate:.1f} s"
+        programs[shape] = compile_for(shape, step_fn, state, mesh, label)
+    for shape in valid_data.shapes if valid_data is not None else ():
+        label = f"validation batch of {shape[0]} x {shape[1] / sources.sample_rate:.1f} s"
+        fn = jax.jit(task.predict)
+        predictions[shape] = compile_for(shape, fn, evaluation.variables(state), mesh, label)
     compile_seconds = time.monotonic() - tick
-    predict = jax.jit(task.predict)
 
     # --- Reports and saves
     writer = None
@@ -184,9 +189,8 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         (workdir / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
 
     def validate(batches=0):
-        params = tree.merge(state.ema if opt.ema > 0 else state.params, state.frozen)
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        result = evaluate(task, predict, valid_data, mesh, variables, batches)
+        variables = evaluation.variables(state)
+        result = evaluation.evaluate(task, predictions, valid_data, mesh, variables, batches)
         true, pred = result.pop("sample")
         if chief:
             text = (
@@ -238,7 +242,12 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         due = step % run.eval_every == 0 or step == run.steps
         validating = due and valid_data is not None
         if validating:
-            results = validate()
+            try:
+                results = validate()
+            except Exception:  # the steps since the last save are not lost with it
+                if jax.process_count() == 1:  # several would wait for each other for ever
+                    save({}, wait=True)
+                raise
         elif valid_data is not None and run.sample_every and step % run.sample_every == 0:
             validate(batches=1)
         if due or ending or (run.save_every and step % run.save_every == 0):
@@ -308,20 +317,18 @@ def shape_of(batch):
     return rows * jax.process_count(), samples, batch["tokens"].shape[1]
 
 
-def compile_step(step_fn, state, shape, mesh):
-    """The compiled program of a bucket, with its working memory in the log."""
+def compile_for(shape, fn, state, mesh, label):
+    """The program of `fn(state, batch)` for a bucket, with its working memory in the log."""
     import jax
 
     from jasr import sharding
 
     mine = zeros((shape[0] // jax.process_count(), *shape[1:]))
-    program = step_fn.lower(state, sharding.put_batch(mine, mesh)).compile()
+    program = fn.lower(state, sharding.put_batch(mine, mesh)).compile()
     memory = program.memory_analysis()
     if memory is not None:
-        log.info(
-            "bucket of %d x %.1f s, %d tokens: %.0f MiB working memory a device",
-            shape[0], shape[1] / 16000, shape[2], memory.temp_size_in_bytes / 2**20,
-        )  # fmt: skip
+        size = memory.temp_size_in_bytes / 2**20
+        log.info("%s, %d tokens: %.0f MiB working memory a device", label, shape[2], size)
     return program
 
 

@@ -19,10 +19,11 @@ def test_validation_normalises_references_as_the_tokenizer_does():
             "updates": jax.numpy.ones(rows),
         }
 
-    index = np.array([0, -1, -1, -1, -1, -1, -1, -1])
-    data = types.SimpleNamespace(texts=["FOUR, six!"], iterate=lambda *_: [{"index": index}])
+    batch = {"index": np.array([0, -1, -1, -1, -1, -1, -1, -1])}
+    batch |= {"audio": np.zeros((8, 5), np.float32), "tokens": np.zeros((8, 2), np.int32)}
+    data = types.SimpleNamespace(texts=["FOUR, six!"], iterate=lambda *_: [batch])
     task = types.SimpleNamespace(tokenizer=tokenizer)
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    found = evaluation.evaluate(task, predict, data, mesh, {})
+    found = evaluation.evaluate(task, {(8, 5, 2): predict}, data, mesh, {})
     assert found["val_wer"] == 0 and found["val_cer"] == 0
     assert found["sample"] == ("four six", "four six")

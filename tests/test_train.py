@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from experiments.train import train
-from jasr import checkpoint, settings, source, start, tree
+from jasr import checkpoint, evaluation, settings, source, start, tree
+from jasr.data import DataConfig, buckets
 from tests import tiny
 
 
@@ -188,6 +189,25 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path):
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match="4 steps in a row up to step 4"):
         run(tmp_path, c)
+
+
+def test_a_step_whose_validation_fails_is_saved(tmp_path, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    with pytest.raises(MemoryError):
+        run(tmp_path, config(train__steps=2, train__eval_every=1))
+    assert checkpoint.load_meta(tmp_path)["step"] == 1
+
+
+def test_validation_batches_hold_as_much_audio_as_a_training_micro_batch():
+    rate = 8000
+    sources = DataConfig(sample_rate=rate, bucket_batch_size=(8,), bucket_duration_bins=(4.0,))
+    bounded = evaluation.bounded(sources, [(4, 8 * rate, 9), (8, 4 * rate, 9)], 2, ways=2)
+    lengths = [s * rate for s in (1, 4, 5, 600)]
+    assert buckets.batch_sizes(bounded, lengths, evaluation=True) == [16, 4, 2, 2]
+    assert bounded.num_buckets == 2
 
 
 def test_zero_updates_are_refused(tmp_path):
