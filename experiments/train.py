@@ -173,11 +173,11 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     programs, predictions = {}, {}
     for shape in train_data.shapes:
         label = f"training batch of {shape[0]} x {shape[1] / sources.sample_rate:.1f} s"
-        programs[shape] = compile_for(shape, step_fn, state, mesh, label)
+        programs[shape] = compile_step(shape, step_fn, state, mesh, label)
     for shape in valid_data.shapes if valid_data is not None else ():
         label = f"validation batch of {shape[0]} x {shape[1] / sources.sample_rate:.1f} s"
         fn = jax.jit(task.predict)
-        predictions[shape] = compile_for(shape, fn, evaluation.variables(state), mesh, label)
+        predictions[shape] = compile_step(shape, fn, evaluation.variables(state), mesh, label)
     compile_seconds = time.monotonic() - tick
 
     # --- Reports and saves
@@ -317,7 +317,7 @@ def shape_of(batch):
     return rows * jax.process_count(), samples, batch["tokens"].shape[1]
 
 
-def compile_for(shape, fn, state, mesh, label):
+def compile_step(shape, fn, state, mesh, label):
     """The program of `fn(state, batch)` for a bucket, with its working memory in the log."""
     import jax
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.train import train
-from jasr import checkpoint, evaluation, settings, source, start, tree
-from jasr.data import DataConfig, buckets
+from jasr import checkpoint, settings, source, start, tree
 from tests import tiny
 
 
@@ -71,9 +70,7 @@ def test_run_leaves_metrics_config_and_checkpoints(one_device):
     assert set(checkpoint.load_params(one_device)) == {"model", "ctc_head"}
 
 
-@pytest.mark.parametrize(
-    "mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str
-)
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
 def test_any_mesh_gives_the_losses_of_one_device(tmp_path, one_device, mesh):
     c = config(**{f"mesh__{k}": v for k, v in mesh.items()})
     run(tmp_path, c)
@@ -93,7 +90,10 @@ def test_two_processes_of_two_devices_give_the_losses_of_one_device(tmp_path, on
     both = [
         subprocess.Popen(
             [sys.executable, "-m", "experiments.train", *args, f"--process_id={i}"],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )  # fmt: skip
         for i in range(2)
     ]
@@ -117,9 +117,7 @@ def test_stopped_and_resumed_run_equals_the_whole_one_bit_for_bit(tmp_path):
     assert checkpoint.load_meta(parts)["step"] == 3
     run(parts, c)
     for item in ("params", "ema", "opt_state", "counters"):
-        same(
-            checkpoint.load_params(whole, item=item), checkpoint.load_params(parts, item=item)
-        )
+        same(checkpoint.load_params(whole, item=item), checkpoint.load_params(parts, item=item))
     assert losses(whole) == losses(parts)
 
 
@@ -189,25 +187,6 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path):
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match="4 steps in a row up to step 4"):
         run(tmp_path, c)
-
-
-def test_a_step_whose_validation_fails_is_saved(tmp_path, monkeypatch):
-    def fail(*args):
-        raise MemoryError
-
-    monkeypatch.setattr(evaluation, "evaluate", fail)
-    with pytest.raises(MemoryError):
-        run(tmp_path, config(train__steps=2, train__eval_every=1))
-    assert checkpoint.load_meta(tmp_path)["step"] == 1
-
-
-def test_validation_batches_hold_as_much_audio_as_a_training_micro_batch():
-    rate = 8000
-    sources = DataConfig(sample_rate=rate, bucket_batch_size=(8,), bucket_duration_bins=(4.0,))
-    bounded = evaluation.bounded(sources, [(4, 8 * rate, 9), (8, 4 * rate, 9)], 2, ways=2)
-    lengths = [s * rate for s in (1, 4, 5, 600)]
-    assert buckets.batch_sizes(bounded, lengths, evaluation=True) == [16, 4, 2, 2]
-    assert bounded.num_buckets == 2
 
 
 def test_zero_updates_are_refused(tmp_path):
