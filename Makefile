@@ -54,6 +54,7 @@ quickstart: $(LIGHT)
 
 lint: $(FULL)
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 bench: $(FULL)
 	$(BIN)/python -m experiments.benchmark all

@@ -55,5 +55,5 @@ def get_config(arg=""):
     config.optim.update(
         lr=3e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01, clip_norm=1.0, ema=0.99
     )
-    config.train.update(steps=700, log_every=50, eval_every=700)
+    config.train.update(steps=700, log_every=50, eval_every=350)
     return config.lock()

@@ -16,6 +16,8 @@ import pathlib
 import sys
 import warnings
 
+from experiments.errors import in_one_line
+
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(
@@ -63,21 +65,20 @@ def choose(args):
     return chosen, args.name or name
 
 
+@in_one_line
 def main(argv=None):
     args = parse(argv)
-    from jasr import averaging, checkpoint
+    from jasr import averaging
 
-    try:
-        members, name = choose(args)
-        weights, how = averaging.weigh(members, args.weights, args.metric, args.mode)
-        if args.equal:
-            weights, how = None, "equal"
-        where = pathlib.Path(args.checkpoint_dir or ".") / f"average-{name}"
-        output = pathlib.Path(args.output) if args.output else where
-        made = averaging.average_checkpoints(members, output, weights, args.item, how=how)
-    except (averaging.AverageError, checkpoint.CheckpointError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    if args.evaluate:
+        check_manifest(args.evaluate)
+    members, name = choose(args)
+    weights, how = averaging.weigh(members, args.weights, args.metric, args.mode)
+    if args.equal:
+        weights, how = None, "equal"
+    where = pathlib.Path(args.checkpoint_dir or ".") / f"average-{name}"
+    output = pathlib.Path(args.output) if args.output else where
+    made = averaging.average_checkpoints(members, output, weights, args.item, how=how)
     print(f"{output}: {made['item']} of {len(members)} steps, weights: {made['weights_from']}")
     for m in made["members"]:
         shown = "  ".join(f"{k} {v:.4f}" for k, v in m["metrics"].items())
@@ -85,6 +86,13 @@ def main(argv=None):
     if args.evaluate:
         compare(output, members, args.evaluate, made["item"])
     return 0
+
+
+def check_manifest(manifest):
+    """Raises DataError now, before the work, if nothing can be evaluated on it."""
+    from jasr import data
+
+    data.open_eval(data.DataConfig(cache_audio=False), manifest, lambda text: [1])
 
 
 def compare(output, members, manifest, item):

@@ -20,11 +20,21 @@ def main(argv=None):
         return 0
     row, rest = argv[0], argv[1:]
     if row == "all":
-        return max(main([name, *rest]) for name in ROWS)
+        return max(attempt([name, *rest]) for name in ROWS)
     if row not in ROWS:
         print(f"no benchmark row {row!r}; choose from all, {', '.join(ROWS)}", file=sys.stderr)
         return 2
     return importlib.import_module(f"experiments.bench.{row}").main(rest) or 0
+
+
+def attempt(argv):
+    """Exit status of a row; the rows after one that stops go on."""
+    try:
+        return main(argv)
+    except SystemExit as e:
+        if e.code:
+            print(f"{argv[0]}: {e.code}", file=sys.stderr)
+        return 1 if e.code else 0
 
 
 if __name__ == "__main__":

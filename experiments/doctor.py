@@ -10,6 +10,8 @@
 import importlib
 import sys
 
+from experiments.errors import in_one_line
+
 CHECKS = {
     "data": "jasr.data.check",
     "checkpoint": "jasr.checkpoint_check",
@@ -17,6 +19,7 @@ CHECKS = {
 }
 
 
+@in_one_line
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):

@@ -3,9 +3,9 @@
     python -m experiments.evaluate --checkpoint=runs/an4 --manifest=valid.jsonl --output=eval.json
 
 Prints WER and CER with 95 % intervals (bootstrap over utterances), WER by duration, speed with
-compiling apart, fast-weight updates an utterance, and last `WER x.xx % on N utterances`.
---output holds all of it and every utterance; --baseline compares with such a file of another
-model on the same utterances (paired bootstrap).
+compiling apart, fast-weight updates an utterance, how many were seen in several windows, and last
+`WER x.xx % on N utterances`. --output holds all of it and every utterance; --baseline compares with
+such a file of another model on the same utterances (paired bootstrap).
 """
 
 import argparse
@@ -14,13 +14,14 @@ import json
 import pathlib
 import sys
 
+from experiments.errors import in_one_line
 
+
+@in_one_line
 def main(argv=None):
     args = parse(argv)
     with contextlib.redirect_stdout(sys.stderr):
         printed = evaluate(args)
-    if printed is None:
-        return 1
     print(*printed, sep="\n", flush=True)
     return 0
 
@@ -48,7 +49,7 @@ def parse(argv):
         choices=("", "on", "off", "no_branch"),
         help="fast weights as trained, never updated, or their branch removed",
     )
-    add("--window", type=float, default=0.0, help="s seen at once (whole utterances up to 40 s)")
+    add("--window", type=float, default=0.0, help="s seen at once (as trained)")
     add("--overlap", type=float, default=4.0, help="s shared by two windows")
     add("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
     add("--limit", type=int, default=0, help="score the first N utterances only")
@@ -56,31 +57,27 @@ def parse(argv):
 
 
 def evaluate(args):
-    """Lines for standard output, or None (said why) where there is nothing to print."""
+    """Lines for standard output."""
     from jasr import compilation_cache, score, tasks
 
     compilation_cache.enable()
     for path in filter(None, (args.output, args.predictions)):  # now, not after the work
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     changed = {"lact_updates": args.lact_updates} if args.lact_updates else None
-    try:
-        baseline = json.load(open(args.baseline, encoding="utf-8")) if args.baseline else None
-        task, variables, meta = tasks.load(args.checkpoint, args.step, args.item, changed)
-        report = score.evaluate(
-            task,
-            variables,
-            tuple(args.manifest),
-            normalisation=args.normalisation,
-            meta=meta,
-            limit=args.limit,
-            window=args.window,
-            overlap=args.overlap,
-            batch_seconds=args.batch_seconds,
-        )
-        difference = score.compare(report, baseline) if baseline else None
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
-        print(f"error: {type(e).__name__}: {e}", file=sys.stderr)
-        return None
+    baseline = read_report(args.baseline) if args.baseline else None
+    task, variables, meta = tasks.load(args.checkpoint, args.step, args.item, changed)
+    report = score.evaluate(
+        task,
+        variables,
+        tuple(args.manifest),
+        normalisation=args.normalisation,
+        meta=meta,
+        limit=args.limit,
+        window=args.window,
+        overlap=args.overlap,
+        batch_seconds=args.batch_seconds,
+    )
+    difference = score.compare(report, baseline) if baseline else None
     for line in report["left_out"]:
         print(f"left out: {line}", file=sys.stderr)
     about = {
@@ -107,6 +104,22 @@ def evaluate(args):
             f"better in {100 * difference['p_better']:.0f} % of the draws"
         )
     return [*printed, score.last_line(report, args.label)]
+
+
+def read_report(path):
+    """An earlier --output.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+        if "utterances" in found:
+            return found
+    except ValueError:
+        pass
+    raise ValueError(f"--baseline {path} is not a report that --output wrote")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@
 import argparse
 import sys
 
+from experiments.errors import in_one_line
+
 
 def an4(argv):
     """AN4 (CMU): 948 training and 130 test utterances of spelled words and numbers."""
@@ -87,6 +89,7 @@ def parser(name, about):
     return argparse.ArgumentParser(prog=f"prepare_data {name}", description=about)
 
 
+@in_one_line
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -95,14 +98,7 @@ def main(argv=None):
     if argv[0] not in COMMANDS:
         print(f"no corpus {argv[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from jasr.data.config import DataError
-    from jasr.data.espeak import EspeakError
-
-    try:
-        COMMANDS[argv[0]](argv[1:])
-    except (DataError, EspeakError, OSError) as e:
-        print(f"prepare_data {argv[0]}: {e}", file=sys.stderr)
-        return 1
+    COMMANDS[argv[0]](argv[1:])
     return 0
 
 

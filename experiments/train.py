@@ -11,7 +11,6 @@ Several processes: started under Slurm, Open MPI or with torchrun-style variable
 other; otherwise give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
-import dataclasses
 import difflib
 import functools
 import json
@@ -24,6 +23,8 @@ import time
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
+
+from experiments.errors import in_one_line
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: path.py or path.py:variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, log.")
@@ -67,6 +68,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     from jasr import (
         checkpoint,
         data,
+        evaluation,
         metrics,
         optim,
         settings,
@@ -77,7 +79,6 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         tree,
     )
     from jasr import step as steps
-    from jasr.evaluation import evaluate
 
     started, chief = time.monotonic(), jax.process_index() == 0
     plain = config if isinstance(config, dict) else json.loads(config.to_json())
@@ -109,9 +110,9 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         ways = math.lcm(
             sources.batch_multiple, mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
         )
-        even = dataclasses.replace(sources, batch_multiple=ways)
+        bounded = evaluation.bounded(sources, train_data.shapes, opt.accumulate, ways)
         valid_data = data.open_eval(
-            even, sources.valid, tokenizer.encode, path, jax.process_index()
+            bounded, sources.valid, tokenizer.encode, path, jax.process_index()
         )
         log.info("validation: %s", valid_data.describe())
     log.info("training: %s", train_data.describe())
@@ -181,9 +182,15 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         out_shardings=(shardings, None),
     )
     tick = time.monotonic()
-    programs = {s: compile_step(step_fn, state, s, mesh) for s in train_data.shapes}
+    programs, predictions = {}, {}
+    for shape in train_data.shapes:
+        label = f"training batch of {shape[0]} x {shape[1] / sources.sample_rate:.1f} s"
+        programs[shape] = compile_step(shape, step_fn, state, mesh, label)
+    for shape in valid_data.shapes if valid_data is not None else ():
+        label = f"validation batch of {shape[0]} x {shape[1] / sources.sample_rate:.1f} s"
+        fn = jax.jit(task.predict)
+        predictions[shape] = compile_step(shape, fn, evaluation.variables(state), mesh, label)
     compile_seconds = time.monotonic() - tick
-    predict = jax.jit(task.predict)
 
     # --- Reports and saves
     writer = None
@@ -194,9 +201,8 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         (workdir / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
 
     def validate(batches=0):
-        params = tree.merge(state.ema if opt.ema > 0 else state.params, state.frozen)
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        result = evaluate(task, predict, valid_data, mesh, variables, batches)
+        variables = evaluation.variables(state)
+        result = evaluation.evaluate(task, predictions, valid_data, mesh, variables, batches)
         check_failed(valid_data.loader)
         true, pred = result.pop("sample")
         if chief:
@@ -251,7 +257,12 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         due = step % run.eval_every == 0 or step == run.steps
         validating = due and valid_data is not None
         if validating:
-            results = validate()
+            try:
+                results = validate()
+            except Exception:  # the steps since the last save are not lost with it
+                if jax.process_count() == 1:  # several would wait for each other for ever
+                    save({}, wait=True)
+                raise
         elif valid_data is not None and run.sample_every and step % run.sample_every == 0:
             validate(batches=1)
         if due or ending or (run.save_every and step % run.save_every == 0):
@@ -322,20 +333,18 @@ def shape_of(batch):
     return rows * jax.process_count(), samples, batch["tokens"].shape[1]
 
 
-def compile_step(step_fn, state, shape, mesh):
-    """The compiled program of a bucket, with its working memory in the log."""
+def compile_step(shape, fn, state, mesh, label):
+    """The program of `fn(state, batch)` for a bucket, with its working memory in the log."""
     import jax
 
     from jasr import sharding
 
     mine = zeros((shape[0] // jax.process_count(), *shape[1:]))
-    program = step_fn.lower(state, sharding.put_batch(mine, mesh)).compile()
+    program = fn.lower(state, sharding.put_batch(mine, mesh)).compile()
     memory = program.memory_analysis()
     if memory is not None:
-        log.info(
-            "bucket of %d x %.1f s, %d tokens: %.0f MiB working memory a device",
-            shape[0], shape[1] / 16000, shape[2], memory.temp_size_in_bytes / 2**20,
-        )  # fmt: skip
+        size = memory.temp_size_in_bytes / 2**20
+        log.info("%s, %d tokens: %.0f MiB working memory a device", label, shape[2], size)
     return program
 
 
@@ -426,4 +435,4 @@ def asked_to_stop(stop, meeting):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    sys.exit(in_one_line(app.run)(main))

@@ -15,9 +15,11 @@ import pathlib
 import sys
 import time
 
+from experiments.errors import in_one_line
 from jasr.formats import FORMATS, render
 
 
+@in_one_line
 def main(argv=None):
     args = parse(argv)
     out = sys.stdout
@@ -66,18 +68,14 @@ def transcribe(args, out):
         say(f"{len(found)} recordings: one .{args.format} file each in the current directory")
     if not found:
         return 1
-    try:
-        model = from_pretrained(
-            args.checkpoint,
-            step=args.step,
-            item=args.item,
-            window=args.window,
-            overlap=args.overlap,
-            batch_seconds=args.batch_seconds,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
-        say(f"error: cannot load {args.checkpoint}: {type(e).__name__}: {e}")
-        return 1
+    model = from_pretrained(
+        args.checkpoint,
+        step=args.step,
+        item=args.item,
+        window=args.window,
+        overlap=args.overlap,
+        batch_seconds=args.batch_seconds,
+    )
     start, failed = time.perf_counter(), len(problems)
     results = progress(model.stream(path for path, _ in found), total=len(found))
     for (path, name), result in zip(found, results, strict=True):

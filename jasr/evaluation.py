@@ -1,16 +1,40 @@
 """Word error rates of a task on a data set while it trains, on any mesh."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
-from jasr import metrics, sharding, text
+from jasr import metrics, sharding, text, tree
 
 
-def hypotheses(task, predict, data, mesh, variables, batches=0):
+def bounded(sources, shapes, accumulate, ways):
+    """DataConfig whose batches hold no more audio than a micro-batch of the training `shapes`.
+
+    One utterance for each of the `ways` that a batch is split is the least, however long it is.
+    """
+    most = max(rows * samples for rows, samples, _ in shapes) / accumulate
+    return dataclasses.replace(
+        sources,
+        batch_multiple=ways,
+        batch_duration=(most + 1) / sources.sample_rate,
+        bucket_batch_size=(),
+        bucket_duration_bins=(),
+        num_buckets=len(shapes),
+    )
+
+
+def variables(state):
+    """What is validated of a TrainState: the moving average if it keeps one."""
+    params = tree.merge(state.ema or state.params, state.frozen)
+    return {"params": params, "batch_stats": state.batch_stats}
+
+
+def hypotheses(task, programs, data, mesh, variables, batches=0):
     """Greedy results of every utterance of `data`, on every process.
 
     Args:
-      predict: jitted `task.predict`.
+      programs: {(B, S, L): `task.predict` compiled for such a batch}, one for each of data.shapes.
       data: what `data.open_eval` returns.
       batches: stop after so many batches; 0 = all.
 
@@ -22,9 +46,9 @@ def hypotheses(task, predict, data, mesh, variables, batches=0):
     for number, batch in enumerate(stream):
         if batches and number == batches:
             break
-        out = predict(variables, sharding.put_batch(batch, mesh))
-        rows = {k: out[k] for k in ("tokens", "token_len", "updates")}
-        rows["index"] = sharding.put_batch({"index": batch["index"]}, mesh)["index"]
+        batch = sharding.put_batch(batch, mesh)
+        out = programs[*batch["audio"].shape, batch["tokens"].shape[1]](variables, batch)
+        rows = {k: out[k] for k in ("tokens", "token_len", "updates")} | {"index": batch["index"]}
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -39,12 +63,12 @@ def hypotheses(task, predict, data, mesh, variables, batches=0):
     return found
 
 
-def evaluate(task, predict, data, mesh, variables, batches=0):
+def evaluate(task, programs, data, mesh, variables, batches=0):
     """Validation metrics: val_wer, val_cer, val_updates (mean), and `sample` (True, Pred) texts.
 
     Both sides go through the tokenizer's normalisation, as in `experiments.evaluate`.
     """
-    found = hypotheses(task, predict, data, mesh, variables, batches)
+    found = hypotheses(task, programs, data, mesh, variables, batches)
     order = sorted(found)
     kind = task.tokenizer.normalisation
     refs = [text.normalise(data.texts[i], kind) for i in order]

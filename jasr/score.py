@@ -10,15 +10,14 @@ from jasr import metrics, text
 from jasr.recognizer import Recognizer
 
 DURATION_EDGES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)  # s
-WHOLE_SECONDS = 40.0  # utterances up to this length are not cut into windows
 
 
 def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0, **settings):
     """Transcribes a manifest and scores it.
 
     Every usable utterance counts once; those that are not are listed under "left_out". Texts and
-    hypotheses are normalised alike before they are compared. Utterances of up to 40 s are seen
-    whole; `window` among the settings changes that.
+    hypotheses are normalised alike before they are compared. Utterances longer than the window go
+    through in several, as in a transcription.
 
     Args:
       manifest: a NeMo manifest, CutSet or Shar directory, or a list of them.
@@ -29,7 +28,8 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
 
     Returns:
       dict, JSON-able but for NaN: wer, cer, their 95 % intervals, counts, by_duration, speed,
-      updates_per_utterance, left_out and `utterances` (one dict each, in the manifest's order).
+      updates_per_utterance, window (s), cut (utterances longer than it), left_out and `utterances`
+      (one dict each, in the manifest's order).
     """
     from jasr import data
 
@@ -37,9 +37,6 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
     text.normalise("", kind)  # an unknown kind is refused before any work
     config = data.DataConfig(sample_rate=task.front_end.sample_rate, cache_audio=False)
     source = data.open_eval(config, manifest, task.tokenizer.encode)
-    if not settings.get("window"):
-        longest = float(max(source.durations, default=0.0))
-        settings["window"] = min(WHOLE_SECONDS, max(8.0, 4.0 * math.ceil(longest / 4.0)))
     recognizer = Recognizer(task, variables, meta=meta, **settings)
     chosen = set(range(len(source.texts))[: limit or None])
     order = []
@@ -59,11 +56,14 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
     for row, n in zip(report["utterances"], kept, strict=True):
         row.update(id=source.ids[n], updates=results[n]["updates"])
     seconds = sum(r["duration"] for r in results.values())
+    window = recognizer.windows.length / recognizer.sample_rate
     return {
         **{k: v for k, v in report.items() if k != "utterances"},
         "updates_per_utterance": float(np.mean([results[n]["updates"] for n in kept]))
         if kept
         else 0.0,
+        "window": round(window, 3),
+        "cut": sum(results[n]["duration"] > window for n in kept),
         "left_out": [f"{source.ids[n]}: {reason}" for n, reason in sorted(failed.items())]
         + [f"{bad.source}:{bad.line}: {bad.audio}: {bad.reason}" for bad in source.bad],
         "audio_seconds": round(seconds, 2),
@@ -182,6 +182,11 @@ def lines(report):
         f"{report['audio_seconds']:.0f} s of audio in {report['seconds']:.1f} s: real-time factor "
         f"{report['real_time_factor']:.4f} (compiling, apart: {report['compile_seconds']:.1f} s)"
     )
+    if report["cut"]:
+        yield (
+            f"{report['cut']} utterances are longer than {report['window']:g} s and were seen in "
+            "windows of that length (--window)"
+        )
     if report["left_out"]:
         yield f"left out: {len(report['left_out'])}, e.g. {report['left_out'][0]}"
 

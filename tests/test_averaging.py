@@ -292,28 +292,38 @@ def test_a_damaged_member_is_refused(run):
         averaging.average_checkpoints(steps, run / "out")
 
 
-def test_evaluation_prints_the_average_beside_its_members(run, capsys, monkeypatch):
+def test_evaluation_prints_the_average_beside_its_members(run, root, capsys, monkeypatch):
     from experiments import average as command
     from jasr import score, tasks
 
     monkeypatch.setattr(tasks, "load", lambda path, item: (str(path), item, {}))
+    manifest = str(root / "tests" / "data" / "valid.jsonl")
     rates = {"100": 0.4, "300": 0.1, "average-100_300": 0.05}
 
     def evaluate(path, item, sources, meta):
         print("progress")
         name = path.rpartition("/")[2]
-        assert sources == ("valid.jsonl",) and item == ("" if "average" in name else "ema")
+        assert sources == (manifest,) and item == ("" if "average" in name else "ema")
         return {"wer": rates[name], "cer": rates[name] / 2}
 
     monkeypatch.setattr(score, "evaluate", evaluate)
     arguments = ["--checkpoint_dir", str(run), "--steps", "100", "300"]
-    assert command.main([*arguments, "--evaluate=valid.jsonl"]) == 0
+    assert command.main([*arguments, f"--evaluate={manifest}"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     assert rows == [
         ["step", "100", "40.00", "20.00"],
         ["step", "300", "10.00", "5.00"],
         ["average", "5.00", "2.50"],
     ]
+
+
+def test_a_manifest_that_is_not_there_is_found_before_the_work(run, capsys):
+    from experiments import average as command
+
+    arguments = ["--checkpoint_dir", str(run), "--steps", "100", "300", "--evaluate=typo.jsonl"]
+    assert command.main(arguments) == 1
+    assert "typo.jsonl" in capsys.readouterr().err
+    assert not (run / "average-100_300").exists()
 
 
 def test_command_averages_the_best_of_a_run_and_says_what_went_in(run, capsys):

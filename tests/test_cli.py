@@ -212,13 +212,16 @@ def test_evaluate_prints_rates_and_writes_every_utterance(run, manifest, tmp_pat
     assert sum(b["utterances"] for b in found["by_duration"]) == n
     assert found["updates_per_utterance"] == 1.0 and found["real_time_factor"] > 0
     assert found["step"] == 3 and found["left_out"] == []
+    assert found["window"] == from_pretrained(run).windows.length / RATE and found["cut"] == 0
     predictions = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [p["hyp"] for p in predictions] == [u["hyp"] for u in found["utterances"]]
     # Ablated weights and a comparison with the first report, on the same utterances.
-    ablated = [*args[:2], "--lact_updates=no_branch", f"--baseline={report}"]
+    ablated = [*args[:2], "--lact_updates=no_branch", "--window=1", f"--baseline={report}"]
     assert evaluate.main([*ablated, f"--output={tmp_path / 'b.json'}"]) == 0
-    assert "points" in capsys.readouterr().out
+    out = capsys.readouterr().out
     again = json.loads((tmp_path / "b.json").read_text())
+    assert "points" in out and f"{again['cut']} utterances are longer than 1 s" in out
+    assert again["cut"] == sum(u["duration"] > 1 for u in found["utterances"]) > 0
     assert again["updates_per_utterance"] == 0.0 and again["lact_updates"] == "no_branch"
     assert set(again["baseline"]) == {"file", "difference", "low", "high", "p_better"}
 
@@ -238,6 +241,9 @@ def test_evaluation_says_what_is_wrong(run, tmp_path, capsys):
     assert evaluate.main(args) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and "none.jsonl" in captured.err
+    (tmp_path / "other.json").write_text("[]")
+    assert evaluate.main([*args, f"--baseline={tmp_path / 'other.json'}"]) == 1
+    assert "other.json is not a report" in capsys.readouterr().err
 
 
 def test_reports_of_different_utterances_are_not_compared():

@@ -49,6 +49,11 @@ def test_published_sizes_come_out_exactly(arg, count):
     assert tree.count(shapes["params"]) == count
 
 
+def test_the_quickstart_leaves_two_steps_for_the_notebook_to_average():
+    config = quickstart.get_config()
+    assert config.train.steps // config.train.eval_every >= 2 <= config.checkpoint.keep_latest
+
+
 @pytest.mark.parametrize("recipe", [lact_an4, lact_librispeech, quickstart])
 def test_unknown_variant_is_named(recipe):
     with pytest.raises(ValueError, match="variant"):

@@ -73,7 +73,7 @@ def test_core_is_light_and_the_extras_are_there(setup_arguments):
     for name in ("data", "hf", "torch", "tts", "tb"):
         assert names(extras[name]) <= names(extras["all"])
     assert not [line for line in extras["all"] if line.startswith("jax")]
-    assert setup_arguments["python_requires"] == ">=3.11"
+    assert setup_arguments["python_requires"] == ">=3.11,<3.14"
 
 
 def test_jax_and_flax_have_no_upper_limit(setup_arguments):

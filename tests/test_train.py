@@ -71,9 +71,7 @@ def test_run_leaves_metrics_config_and_checkpoints(one_device):
     assert set(checkpoint.load_params(one_device)) == {"model", "ctc_head"}
 
 
-@pytest.mark.parametrize(
-    "mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str
-)
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
 def test_any_mesh_gives_the_losses_of_one_device(tmp_path, one_device, mesh):
     c = config(**{f"mesh__{k}": v for k, v in mesh.items()})
     run(tmp_path, c)
@@ -93,7 +91,10 @@ def test_two_processes_of_two_devices_give_the_losses_of_one_device(tmp_path, on
     both = [
         subprocess.Popen(
             [sys.executable, "-m", "experiments.train", *args, f"--process_id={i}"],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )  # fmt: skip
         for i in range(2)
     ]
@@ -117,9 +118,7 @@ def test_stopped_and_resumed_run_equals_the_whole_one_bit_for_bit(tmp_path):
     assert checkpoint.load_meta(parts)["step"] == 3
     run(parts, c)
     for item in ("params", "ema", "opt_state", "counters"):
-        same(
-            checkpoint.load_params(whole, item=item), checkpoint.load_params(parts, item=item)
-        )
+        same(checkpoint.load_params(whole, item=item), checkpoint.load_params(parts, item=item))
     assert losses(whole) == losses(parts)
 
 

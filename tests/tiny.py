@@ -1,6 +1,6 @@
 """A recipe of seconds on the committed synthetic speech, for tests of the whole loop.
 
-    python -m experiments.train --config=tests/tiny.py --workdir=...
+`python -m experiments.train --config=tests/tiny.py --workdir=...` runs it.
 """
 
 import pathlib

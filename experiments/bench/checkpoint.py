@@ -5,9 +5,9 @@
 Averaging: the loop of icefall and ESPnet (torch.load one file after another, add, divide,
 torch.save) beside `jasr.averaging.average_checkpoints` on steps written by `jasr.checkpoint`, each
 side in a process of its own, so that its peak memory is its own; imports are not timed. jasr always
-flushes its result to the disk and computes its checksums, so PyTorch is also timed with a flush. Then
-the average of trees that are in memory, the time for which a save holds up the training step, and
-loading. The files are in the page cache for both sides.
+flushes its result to the disk and computes its checksums, so PyTorch is also timed with a flush.
+Then the average of trees that are in memory, the time for which a save holds up the training step,
+and loading. The files are in the page cache for both sides.
 """
 
 import argparse

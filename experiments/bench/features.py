@@ -10,14 +10,12 @@ place of generated speech-like noise. Two more rows time decoding and resampling
 import argparse
 import io
 
-import jax
 import numpy as np
 
 from experiments.bench import timing
-from jasr import audio
 
 
-def main(argv):
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="benchmark features", description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument(
@@ -27,6 +25,8 @@ def main(argv):
     parser.add_argument("--mels", type=int, default=80)
     parser.add_argument("--files", nargs="*", default=(), help="recordings to use as the batch")
     args = parser.parse_args(argv)
+    from jasr import audio
+
     print(timing.machine())
     if args.files:
         utterances = [audio.read(path) for path in args.files]
@@ -59,8 +59,11 @@ def pad(utterances):
 
 def log_mel_row(utterances, mels, rounds):
     """Compares, times and reports; the ratio of the medians is the result."""
+    import jax
     import torch
     from transformers import ParakeetFeatureExtractor
+
+    from jasr import audio
 
     torch.set_num_threads(timing.threads())
     extractor = ParakeetFeatureExtractor(feature_size=mels)
@@ -96,6 +99,8 @@ def host_rows(x, rounds):
     """Decoding of one utterance in each format, resampling and speed perturbation, on the host."""
     import scipy.signal
     import soundfile
+
+    from jasr import audio
 
     coded = {}
     for name, kind in {"wav": "WAV", "flac": "FLAC", "ogg": "OGG", "mp3": "MP3"}.items():

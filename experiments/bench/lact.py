@@ -23,6 +23,7 @@ import numpy as np
 
 from experiments.bench import timing
 
+DEVICE_CHUNKS = (256, 1024, 2048)
 PEAK_FLOPS = 989e12  # H100 and H200, dense bf16
 
 
@@ -156,14 +157,9 @@ def compare(ours, theirs, muon):
 
 def forward_flops(config, batch, frames):
     """{part: floating-point operations of one forward pass}, by the analytic count."""
-    d, nh = config.hidden_size, config.num_lact_heads
-    tokens, chunks = batch * frames, -(-frames // config.lact_chunk_size) - 1
-    return {
-        "projections": 8 * d * d * tokens,
-        "attention": 4 * d * config.window_size * tokens,
-        "fast weights": 18 * d * d * config.inter_multi / nh * tokens,
-        "Newton-Schulz": 90 * nh * (d / nh) ** 3 * chunks * batch * config.use_muon,
-    }
+    from jasr.models import lact_flops
+
+    return {part: batch * n for part, n in lact_flops.layer(config, frames).items()}
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -256,7 +252,7 @@ def device_report(args):
     base = dict(hidden=768, heads=12, lact_heads=4)
     improved = dict(hidden=1024, heads=16, lact_heads=8)
     sizes = {"Base": base, "Improved": improved, "one big head": dict(base, lact_heads=1)}
-    for (name, size), chunk in ((s, c) for s in sizes.items() for c in (256, 1024, 2048)):
+    for (name, size), chunk in ((s, c) for s in sizes.items() for c in DEVICE_CHUNKS):
         for muon in (False, True):
             run = argparse.Namespace(**vars(args) | size | dict(chunk=chunk, dtype="bfloat16"))
             config = settings(run, muon)
@@ -300,6 +296,9 @@ def main(argv=None):
     parser.add_argument("--peak_flops", type=float, default=PEAK_FLOPS)
     parser.add_argument("--memory_of", choices=("jasr", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    chunk = max(DEVICE_CHUNKS) if args.device_report else args.chunk
+    if args.frames <= chunk:
+        parser.error(f"--frames must be above the chunk, {chunk}: else nothing is ever updated")
     if args.memory_of:
         return memory_of(args.memory_of, args)
     return device_report(args) if args.device_report else cpu_report(args)

@@ -248,7 +248,8 @@ def attend(q, k, v, *, causal, window=0, chunk=0, key_len=None):
             v,
             is_causal=causal,
             implementation="cudnn",
-            key_value_seq_lengths=key_len,
+            # a row of padding alone: cuDNN gives NaN where there is no key at all
+            key_value_seq_lengths=None if key_len is None else jnp.maximum(key_len, 1),
             query_seq_lengths=None if key_len is None else jnp.full_like(key_len, frames),
             local_window_size=(window - 1, 0) if window else None,
         )

@@ -21,7 +21,7 @@ def golden(request, goldens):
     """Loader of a lact_asr golden: the committed one, else the shared one (skips without)."""
 
     def load(name):
-        path = goldens / "interop" / f"lact_asr_{name}.npz"
+        path = goldens / "fast_weights" / f"lact_asr_{name}.npz"
         if not path.exists():
             shared = request.getfixturevalue("shared_dir")
             path = shared / "goldens" / "fast_weights" / f"lact_asr_{name}.npz"

@@ -93,6 +93,32 @@ def test_blocks_have_the_gradients_of_one_piece(name, monkeypatch):
         assert error(a, b) < 1e-5
 
 
+def test_a_window_on_both_sides_beyond_a_block_reads_no_more_than_its_span():
+    """2 * (QUERY_BLOCK + 2 * (window - 1)) keys at most, whatever the length; lowered, not run."""
+    frames, window = 4 * attention.DENSE_FRAMES, 100
+    x = jax.ShapeDtypeStruct((1, frames, 1, 8), jnp.float32)
+
+    def out(q, k, v, key_len):
+        return attention.attend(q, k, v, causal=False, window=window, key_len=key_len).sum()
+
+    grad = jax.jit(jax.grad(out, (0, 1, 2)))
+    text = grad.lower(x, x, x, jax.ShapeDtypeStruct((1,), jnp.int32)).as_text()
+    block = attention.QUERY_BLOCK
+    assert f"tensor<1x1x{block}x{block + 2 * (window - 1)}xf32>" in text  # scores of one block
+    assert f"x{frames}x{frames}x" not in text and f"x{block}x{frames}x" not in text
+
+
+def test_a_row_of_padding_has_a_key_where_cudnn_attends(monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *x, **settings: given.update(settings)
+    )
+    x = jnp.zeros((2, 4, 1, 8), jnp.bfloat16)
+    attention.attend(x, x, x, causal=False, key_len=jnp.array([4, 0]))
+    assert given["key_value_seq_lengths"].tolist() == [4, 1]
+
+
 def test_a_row_without_valid_keys_stays_finite():
     q, k, v = tokens()
     grads = jax.grad(

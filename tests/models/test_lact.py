@@ -192,6 +192,23 @@ def test_silence_and_empty_rows_give_finite_gradients():
         assert np.all(np.isfinite(g))
 
 
+def test_recomputed_blocks_have_the_same_gradients_and_dropout():
+    variables, (mel, length) = variables_of(SMALL), batch()
+
+    def gradients(remat):
+        model = LactCtc(dataclasses.replace(SMALL, remat=remat, dropout=0.2))
+
+        def loss(params):
+            given = {**variables, "params": params}
+            settings = dict(rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats"])
+            out = model.apply(given, mel, length, train=True, **settings)[0]
+            return jnp.sum(out["logits"] ** 2)
+
+        return tree.flatten(jit(jax.grad(loss))(variables["params"]))
+
+    close(gradients(True), gradients(False), 1e-5)
+
+
 def test_updates_can_be_switched_off_and_the_branch_removed_with_the_same_parameters():
     variables = variables_of(SMALL)
     mel, length = batch()

@@ -1,0 +1,38 @@
+"""What a user can mend is said in one line; JASR_TRACEBACK=1 shows where it was raised."""
+
+import functools
+import os
+import sys
+
+OURS = ("jasr", "configs", "experiments", "__main__")
+KINDS = (ValueError, FloatingPointError, ImportError, ModuleNotFoundError)
+
+
+def in_one_line(command):
+    """`command`, ending in a line on standard error and the status 1 where a user is to mend it.
+
+    A fault of the program keeps its traceback.
+    """
+
+    @functools.wraps(command)
+    def run(*args, **settings):
+        try:
+            return command(*args, **settings)
+        except Exception as e:
+            if os.environ.get("JASR_TRACEBACK") or not mendable(e):
+                raise
+            print(f"error: {e}", file=sys.stderr, flush=True)
+            return 1
+
+    return run
+
+
+def mendable(error):
+    """Whether it is about files, a class of jasr's own, or raised where settings are read."""
+    if isinstance(error, OSError) or type(error).__module__.startswith("jasr."):
+        return True
+    place = error.__traceback__
+    while place.tb_next:
+        place = place.tb_next
+    package = place.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    return package == "ml_collections" or package in OURS and type(error) in KINDS

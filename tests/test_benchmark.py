@@ -1,0 +1,54 @@
+"""Every row of the benchmark command is there and explains itself without loading anything."""
+
+import importlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from experiments import benchmark
+
+
+def test_help_of_every_row_loads_nothing_heavy(root):
+    program = """
+import sys
+from experiments import benchmark
+for row in benchmark.ROWS:
+    try:
+        benchmark.main([row, "--help"])
+    except SystemExit as e:
+        assert e.code == 0, row
+print([m for m in "jax torch transformers lhotse scipy soundfile".split() if m in sys.modules])
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("usage:") == len(benchmark.ROWS)
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_all_goes_on_after_a_row_that_stops(monkeypatch, capsys):
+    ran = []
+
+    def load(name):
+        row = name.rpartition(".")[2]
+
+        def main(argv):
+            ran.append(row)
+            if row == "ctc":
+                raise SystemExit("outputs differ")
+
+        return types.SimpleNamespace(main=main)
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    assert benchmark.main(["all"]) == 1
+    assert ran == list(benchmark.ROWS)
+    assert "ctc: outputs differ" in capsys.readouterr().err
+
+
+def test_a_layer_that_never_updates_is_not_timed(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["lact", "--frames=512", "--chunk=512"])
+    assert "--frames must be above the chunk, 512" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""The commands end in one line on standard error where a user can mend it."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments.errors import in_one_line
+from jasr import checkpoint, rundir, settings, step
+
+
+def test_settings_files_and_checkpoints_are_said_in_one_line(capsys, tmp_path):
+    faults = {
+        "config.train.stepz is not a field": lambda: settings.build(
+            step.RunConfig, {"stepz": 1}, "config.train"
+        ),
+        "config.train.steps must be at least 1": lambda: step.RunConfig(steps=0),
+        "no checkpoint in": lambda: checkpoint.load_meta(tmp_path / "none"),
+        "No such file or directory: 'none.json'": lambda: open("none.json"),
+    }
+    for text, fault in faults.items():
+        assert in_one_line(fault)() == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and text in said and said.count("\n") == 1
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    for fault, kind in ((lambda: 1 + "1", TypeError), (lambda: json.loads("{"), ValueError)):
+        with pytest.raises(kind):
+            in_one_line(fault)()
+    monkeypatch.setenv("JASR_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="steps"):
+        in_one_line(step.RunConfig)(steps=0)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "transcribe", "average", "doctor", "prepare_data"])
+def test_every_command_ends_so(name):
+    assert hasattr(importlib.import_module(f"experiments.{name}").main, "__wrapped__")
+
+
+def test_training_on_a_directory_in_use_ends_so(tmp_path, root):
+    train = [sys.executable, "-m", "experiments.train", "--config=tests/tiny.py"]
+    with rundir.lock(tmp_path):
+        ran = subprocess.run(
+            [*train, f"--workdir={tmp_path}"], cwd=root, capture_output=True, text=True, timeout=600
+        )
+    assert ran.returncode == 1 and ran.stdout == ""
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1
+    assert f"in use by process {os.getpid()}" in ran.stderr
