@@ -167,6 +167,7 @@ train(c, root / "parts")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_stop_resume_and_fail_together(root, tmp_path):
     """One is asked to stop, both do; they notice different data and share failure counts."""
     with socket.socket() as s:
