@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -117,6 +118,73 @@ def test_stopped_and_resumed_run_equals_the_whole_one_bit_for_bit(tmp_path):
     train(c, parts, stop=lambda: next(asked))
     assert checkpoint.load_meta(parts)["step"] == 3
     run(parts, c)
+    for item in ("params", "ema", "opt_state", "counters"):
+        same(checkpoint.load_params(whole, item=item), checkpoint.load_params(parts, item=item))
+    assert losses(whole) == losses(parts)
+
+
+def test_sigterm_saves_the_step_and_leaves(tmp_path):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    args = ["--config.train.steps=1000000", "--config.data.valid=()", f"--workdir={tmp_path}"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", tiny_flag(), *args],
+        env=env, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    told = next(line for line in run.stderr if "loss" in line)
+    run.send_signal(signal.SIGTERM)
+    told += run.communicate(timeout=600)[1]
+    assert run.returncode == 0, told[-3000:]
+    meta = checkpoint.load_meta(tmp_path)
+    assert meta["step"] == meta["position"] == max(losses(tmp_path)) > 0
+    assert f"asked to stop: step {meta['step']} is saved" in told
+
+
+TWO_PROCESSES = """
+import os, pathlib, sys, traceback, types
+sys.excepthook = lambda *e: (traceback.print_exception(*e), sys.stderr.flush(), os._exit(1))
+from jasr import compilation_cache, sharding
+me, root = int(sys.argv[2]), pathlib.Path(sys.argv[3])
+sharding.init_distributed(sys.argv[1], 2, me)
+compilation_cache.enable()
+import numpy as np
+import pytest
+from experiments.train import check_failed, train
+from tests.test_train import config
+from tests.tiny import DATA
+c = config(data__train=(str(DATA / ("train.jsonl", "valid.jsonl")[me]),))
+with pytest.raises(ValueError, match="training data .* on process 0; .* on process 1"):
+    train(c, root / "other")
+seen = []
+tally = lambda: np.array([3 * me, 10, 0])
+check_failed(types.SimpleNamespace(tally=tally, judge=lambda *x: seen.append(x)))
+assert seen == [(3, 20, 0, 2)], seen
+small = dict(model__num_hidden_layers=1, model__lact_every=1, model__use_muon=False)
+c = config("dropout", train__steps=4, data__valid=(), **small)
+train(c, root / "whole")
+asked = iter([False, True])
+train(c, root / "parts", stop=lambda: me == 0 and next(asked))
+train(c, root / "parts")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_resume_and_fail_together(root, tmp_path):
+    """One is asked to stop, both do; they notice different data and share failure counts."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(i), str(tmp_path)], cwd=root,
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        for i in range(2)
+    ]
+    outputs = [p.communicate(timeout=600)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], "\n".join(x[-3000:] for x in outputs)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert list(checkpoint.find_steps(parts)) == [2, 4]
     for item in ("params", "ema", "opt_state", "counters"):
         same(checkpoint.load_params(whole, item=item), checkpoint.load_params(parts, item=item))
     assert losses(whole) == losses(parts)
