@@ -17,15 +17,15 @@ def get_config(arg=""):
     config.data.train = ("data/an4/train.jsonl",)
     config.data.valid = ("data/an4/valid.jsonl",)
     config.data.max_duration = 20.0
-    config.data.speeds = (0.9, 1.0, 1.1)
+    config.data.speeds = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
     config.data.concat = 3
     config.data.bucket_duration_bins = (6.5,)  # the longest utterance, or up to three joined
     config.data.bucket_batch_size = (5,)  # many small updates matter more than big batches
     config.text.vocabulary = tuple(" abcdefghijklmnopqrstuvwxyz'")
 
-    config.front_end.kind = "nemo"
+    config.front_end.normalize = "none"  # a mean over one short word would take the word away
     config.spec_augment.update(
-        freq_masks=2, freq_width=15, time_masks=5, time_width=0.05, fill="mean", warp=0.12
+        freq_masks=2, freq_width=20, time_masks=5, time_width=0.05, fill="mean", warp=0.15
     )
     config.wave_augment.update(gain_db=6.0, noise_share=0.5, snr_low_db=10.0, snr_high_db=40.0)
     config.loss.ramp_steps = 1000
@@ -45,14 +45,15 @@ def get_config(arg=""):
         use_momentum=False,
         positions="none",
         window_size=0,
+        fw_base_lr=0.01,
         intermediate_ctc=(3,),
-        dropout=0.1,
+        dropout=0.15,
         initializer_range=0.0,
     )
     config.optim.update(
-        lr=1.5e-3, schedule="cosine", warmup_steps=400, weight_decay=0.01, clip_norm=1.0, ema=0.999
+        lr=2.5e-3, schedule="cosine", warmup_steps=200, weight_decay=0.05, clip_norm=1.0, ema=0.999
     )
-    config.train.update(steps=8000, log_every=100, eval_every=1000, sample_every=500)
+    config.train.update(steps=7000, log_every=100, eval_every=1000, sample_every=500)
 
     if arg == "short":
         config.train.steps = 3000

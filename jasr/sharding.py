@@ -223,5 +223,7 @@ def init_distributed(coordinator="", num_processes=0, process_id=-1, env=None):
     if found is None and not (slurm or openmpi):
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Two programs in flight may reach gloo in another order on another process, and wait for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(**(found or {}))
     return jax.process_count() > 1

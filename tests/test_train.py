@@ -175,9 +175,12 @@ def test_two_processes_stop_resume_and_fail_together(root, tmp_path):
         address = f"localhost:{s.getsockname()[1]}"
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, address, str(i), str(tmp_path)], cwd=root,
+            [sys.executable, "-c", TWO_PROCESSES, address, str(i), str(tmp_path)],
+            cwd=root,
             env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )  # fmt: skip
         for i in range(2)
     ]

@@ -45,7 +45,7 @@ class LactConfig:
     hidden_ratio: int = 4
     intermediate_size: int = 0
     hidden_act: str = "swish"
-    initializer_range: float = 0.006  # 0 = 1/sqrt(fan in)
+    initializer_range: float = 0.006  # 0 = 1/sqrt(fan in), branches end in zeros
     elementwise_affine: bool = True
     norm_eps: float = 1e-6
     # fast weights

@@ -5,6 +5,8 @@ Parameter names are the original's: qkv, o_proj, q_norm, k_norm, w0, w1, w2 (or 
 w0/w_right when low rank), lr_proj, qk_scale, qk_offset, ttt_norm, ttt_scale_proj, momentum_proj_0.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,18 +15,23 @@ from jasr.models import fast_weights as fw
 from jasr.models.attention import attend, rope
 from jasr.models.lact_config import LactConfig
 
+# What ends a residual branch.
+BRANCH_ENDS = ("o_proj", "down_proj", "pointwise_conv2")
 
-def kernel_init(config):
-    """N(0, initializer_range), or N(0, 1/fan in) where that is 0."""
+
+def kernel_init(config, name=""):
+    """N(0, initializer_range); where that is 0, N(0, 1/fan in), and 0 where a branch ends: a block
+    that begins as the identity leaves CTC's plateau of blanks in a third of the steps."""
     if config.initializer_range:
         return nn.initializers.normal(config.initializer_range)
+    if name in BRANCH_ENDS:
+        return nn.initializers.zeros
     return nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 def linear(config, features, name, use_bias=False):
-    return nn.Dense(
-        features, use_bias=use_bias, name=name, kernel_init=kernel_init(config), dtype=config.dtype
-    )
+    init = kernel_init(config, name)
+    return nn.Dense(features, use_bias=use_bias, name=name, kernel_init=init, dtype=config.dtype)
 
 
 def record(module, name, x):
@@ -88,6 +95,27 @@ class Projection(nn.Module):
 def heads(x, num):
     """[B,T,D] -> [B,T,num,D/num]."""
     return x.reshape(*x.shape[:2], num, x.shape[2] // num)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def arguments(config, q, k, v, scale, offset, table):
+    """Queries, keys and values of the fast weights, [B,H,T,d], from the layer's [B,T,D].
+
+    Elementwise throughout, so the backward pass computes it again and keeps q, k and v alone.
+    """
+    c, nh = config, config.num_lact_heads
+    q = q * scale[:, 0] + offset[:, 0]
+    k = k * scale[:, 1] + offset[:, 1]
+    if c.qkv_silu:
+        q, k = jax.nn.silu(q), jax.nn.silu(k)
+        v = v if c.no_v_silu else jax.nn.silu(v)
+    q, k = fw.l2_normalise(heads(q, nh)), fw.l2_normalise(heads(k, nh))
+    if not c.ttt_nope:  # the attention's rotation, by the attention's heads, after the norm
+        q, k = (
+            rope(y.reshape(*y.shape[:2], c.num_attn_heads, c.head_dim), table).reshape(y.shape)
+            for y in (q, k)
+        )
+    return tuple(y.astype(c.dtype).transpose(0, 2, 1, 3) for y in (q, k, heads(v, nh)))
 
 
 class LactLayer(nn.Module):
@@ -176,28 +204,16 @@ class LactLayer(nn.Module):
     def fast_branch(self, x, q, k, v, valid, table):
         """What the fast weights read out, [B,T,D]."""
         c = self.config
-        nh = c.num_lact_heads
         scale = self.param("qk_scale", nn.initializers.ones, (c.hidden_size, 2))
         offset = self.param("qk_offset", nn.initializers.zeros, (c.hidden_size, 2))
-        q = q * scale[:, 0] + offset[:, 0]
-        k = k * scale[:, 1] + offset[:, 1]
-        if c.qkv_silu:
-            q, k = jax.nn.silu(q), jax.nn.silu(k)
-            v = v if c.no_v_silu else jax.nn.silu(v)
-        q, k = fw.l2_normalise(heads(q, nh)), fw.l2_normalise(heads(k, nh))
-        if not c.ttt_nope:  # the attention's rotation, by the attention's heads, after the norm
-            q, k = (
-                rope(y.reshape(*y.shape[:2], c.num_attn_heads, c.head_dim), table).reshape(y.shape)
-                for y in (q, k)
-            )
-        q, k, v = (y.astype(c.dtype).transpose(0, 2, 1, 3) for y in (q, k, heads(v, nh)))
+        q, k, v = arguments(c, q, k, v, scale, offset, table)
         lr, momentum, gate = self.token_rates(x)
         record(self, "eta", lr)
         if momentum is not None:
             record(self, "beta", momentum)
         out = self.run(q, k, v, lr, momentum, valid).transpose(0, 2, 1, 3)
         record(self, "fast_out", out)
-        out = RMSNorm(name="ttt_norm")(out)
+        out = nn.remat(RMSNorm)(name="ttt_norm")(out)
         if gate is not None:
             out = out * gate
         return out.reshape(x.shape).astype(c.dtype)
