@@ -190,6 +190,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         label = f"validation batch of {shape[0]} x {shape[1] / sources.sample_rate:.1f} s"
         fn = jax.jit(task.predict)
         predictions[shape] = compile_step(shape, fn, evaluation.variables(state), mesh, label)
+    sharding.meet()
     compile_seconds = time.monotonic() - tick
 
     # --- Reports and saves

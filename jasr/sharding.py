@@ -8,6 +8,7 @@ own: `jax.jit` with these shardings.
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jasr import tree
 
+_meetings = itertools.count()
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
@@ -144,6 +146,20 @@ def check_same(facts):
         raise ValueError(
             "the processes of this run do not agree; all need the same config and must see the "
             "same manifests and audio files:\n  " + "\n  ".join(wrong)
+        )
+
+
+def meet(patience=3600):
+    """Returns when every process has come here.
+
+    They meet at the coordinator: a collective would give up on a process that still compiles.
+    patience: seconds until the wait is an error.
+    """
+    if jax.process_count() > 1:
+        import orbax.checkpoint as ocp
+
+        ocp.multihost.get_barrier_sync_fn()(
+            key=f"jasr meeting {next(_meetings)}", timeout_ms=1000 * patience
         )
 
 
