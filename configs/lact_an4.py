@@ -4,6 +4,8 @@
     python -m experiments.train --config=configs/lact_an4.py --workdir=runs/an4 \\
         --config.data.train=data/an4/train.jsonl --config.data.valid=data/an4/valid.jsonl
 
+About 29 minutes on 2 CPU cores, 9.8 % WER and 4.8 % CER on `valid` (README has the log).
+
 Six blocks of bidirectional attention, depthwise convolution and gated MLP, with a LaCT
 fast-weight branch in every second one; 25 frames a second; characters.
 """
