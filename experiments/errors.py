@@ -1,6 +1,7 @@
 """What a user can mend is said in one line; JASR_TRACEBACK=1 shows where it was raised."""
 
 import functools
+import linecache
 import os
 import sys
 
@@ -34,5 +35,8 @@ def mendable(error):
     place = error.__traceback__
     while place.tb_next:
         place = place.tb_next
-    package = place.tb_frame.f_globals.get("__name__", "").split(".")[0]
-    return package == "ml_collections" or package in OURS and type(error) in KINDS
+    frame = place.tb_frame
+    package = frame.f_globals.get("__name__", "").split(".")[0]
+    line = linecache.getline(frame.f_code.co_filename, place.tb_lineno, frame.f_globals)
+    raised = line.lstrip().startswith("raise ")  # and not met in code without a Python frame
+    return package == "ml_collections" or package in OURS and raised and type(error) in KINDS

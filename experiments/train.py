@@ -11,14 +11,17 @@ Several processes: started under Slurm, Open MPI or with torchrun-style variable
 other; otherwise give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
+import contextlib
 import difflib
 import functools
 import json
 import logging
 import math
+import os
 import pathlib
 import sys
 import time
+import traceback
 
 import numpy as np
 from absl import app, flags
@@ -47,12 +50,16 @@ def main(argv):
     import jax
 
     workdir = pathlib.Path(WORKDIR.value)
-    if several and jax.process_index() > 0:
-        with rundir.StopFlag() as stop:
+    alone = rundir.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    try:
+        with alone, rundir.StopFlag() as stop:
             train(CONFIG.value, workdir, stop, CHANGED.value)
-        return
-    with rundir.lock(workdir), rundir.StopFlag() as stop:
-        train(CONFIG.value, workdir, stop, CHANGED.value)
+    except Exception:
+        if several:  # an ordered exit would wait for the others, which wait for this process
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        raise
 
 
 def train(config, workdir, stop=lambda: False, allow_data_change=False):
@@ -151,7 +158,8 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     if restored is not None:
         _, saved, meta = restored
         start.check_resume(meta, train_data.fingerprint, tokenizer, plain, allow_data_change)
-        if meta["step"] >= run.steps:
+        validated = bool(store.metrics(meta["step"])) or valid_data is None
+        if meta["step"] >= run.steps and validated:
             log.info(
                 "nothing to do: the run is complete at step %d (config.train.steps is %d)",
                 meta["step"], run.steps,
@@ -232,6 +240,9 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
 
     # --- The loop
     window, waited, paused, mark, results = [], 0.0, 0.0, time.monotonic(), {}
+    if first >= run.steps:  # saved at its end, but its validation failed
+        check_finite({"bad_in_row": int(state.bad_in_row)}, opt.max_bad_steps, step, workdir, save)
+        results = validate()
     batches = train_data.iterate(position, jax.process_index(), jax.process_count())
     for _ in metrics.progress(range(first, run.steps), label="steps"):
         tick = time.monotonic()
@@ -386,14 +397,17 @@ def check_same(config, tokenizer, train_data, valid_data):
     """Raises ValueError if the processes have different configs or see different data."""
     from jasr import sharding
 
-    rest = {k: v for k, v in config.items() if k != "data"}  # paths may differ between hosts
+    paths = {"train", "valid"}  # they may differ between hosts
     facts = {
-        "config but for config.data": json.dumps(rest, sort_keys=True),
+        "config but for paths": json.dumps(
+            config | {"data": {k: v for k, v in config["data"].items() if k not in paths}},
+            sort_keys=True,
+        ),
         "tokenizer": json.dumps(tokenizer.to_dict(), sort_keys=True),
         "training data (its index or batch plan)": train_data.fingerprint,
     }
-    if valid_data is not None:
-        facts["validation data (its index or batch plan)"] = valid_data.loader.plan.fingerprint
+    valid = valid_data.loader.plan.fingerprint if valid_data is not None else "none"
+    facts["validation data (its index or batch plan)"] = valid
     sharding.check_same(facts)
 
 

@@ -67,6 +67,7 @@ __all__ = [
 _WRITTEN = "jasr_written."  # + process: it has written its part of a temporary directory
 _PATIENCE_MS = 20 * 60 * 1000  # a process waits so long for the others' parts
 _numbers = itertools.count()  # of the saves, the same on every process
+_agreements = itertools.count()
 _REMAINS = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|jasr-deleting|jasr-probe)")
 
 
@@ -423,4 +424,7 @@ def _agree(number):
         return number
     from jax.experimental import multihost_utils
 
+    # Checksums may take process 0 minutes, and a collective is not made to wait.
+    key = f"jasr checkpoint agreement {next(_agreements)}"
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_PATIENCE_MS)
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

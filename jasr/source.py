@@ -7,7 +7,7 @@ import shutil
 
 import jax
 
-from jasr import checkpoint, tree
+from jasr import checkpoint, sharding, tree
 from jasr.checkpoint_files import delete, read_manifest, seal
 
 KEPT = "frozen_from"  # beside a run's checkpoints: the frozen weights that it was given
@@ -104,10 +104,7 @@ def keep(source, workdir):
     directory = pathlib.Path(workdir).absolute() / KEPT
     if jax.process_index() == 0:
         _copy(source, directory)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("frozen weights are kept")
+    sharding.meet()
     return resolve(directory, source["item"])
 
 

@@ -1,5 +1,6 @@
 """Every row of the benchmark command is there and explains itself without loading anything."""
 
+import argparse
 import importlib
 import subprocess
 import sys
@@ -52,3 +53,18 @@ def test_a_layer_that_never_updates_is_not_timed(capsys):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(["lact", "--frames=512", "--chunk=512"])
     assert "--frames must be above the chunk, 512" in capsys.readouterr().err
+
+
+def test_lact_row_has_the_same_layer_on_both_sides(capsys):
+    pytest.importorskip("torch")
+    from experiments.bench import lact
+
+    args = argparse.Namespace(
+        frames=40, batch=1, hidden=32, heads=2, lact_heads=2, chunk=16, dtype="float32"
+    )
+    config = lact.settings(args, muon=False)
+    arrays = lact.problem(config, args.batch, args.frames)
+    ours, _ = lact.jasr_side(config, *arrays)
+    assert all(abs(grad).max() > 0 for grad in ours()[2].values())
+    lact.compare(ours, lact.torch_side(config, *arrays), muon=False)
+    assert "largest difference" in capsys.readouterr().out

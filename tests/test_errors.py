@@ -31,6 +31,9 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     for fault, kind in ((lambda: 1 + "1", TypeError), (lambda: json.loads("{"), ValueError)):
         with pytest.raises(kind):
             in_one_line(fault)()
+    inside = compile("int('x')", "nowhere.py", "exec")  # raised by C code that jasr called
+    with pytest.raises(ValueError, match="invalid literal"):
+        in_one_line(lambda: exec(inside, {"__name__": "jasr.anything"}))()
     monkeypatch.setenv("JASR_TRACEBACK", "1")
     with pytest.raises(ValueError, match="steps"):
         in_one_line(step.RunConfig)(steps=0)

@@ -28,7 +28,7 @@ BELOW = {
     "jasr.checkpoint": "jasr.tree jasr.settings",
     "jasr.meaning": "jasr.settings jasr.features jasr.models",
     "jasr.averaging": "jasr.checkpoint jasr.tree jasr.settings jasr.meaning",
-    "jasr.source": "jasr.checkpoint jasr.tree jasr.interop",
+    "jasr.source": "jasr.checkpoint jasr.tree jasr.interop jasr.sharding",
     "jasr.decoding": "jasr.losses jasr.text",
     "jasr.interop": "jasr.tree jasr.settings jasr.models jasr.text",
     "jasr.data": "jasr.audio jasr.resample jasr.augment jasr.text jasr.settings",

@@ -218,6 +218,17 @@ def test_a_complete_run_says_so_before_anything_is_compiled(tmp_path, caplog, mo
     assert again == checkpoint.load_metrics(tmp_path / "checkpoints" / "1") and "val_wer" in again
 
 
+def test_a_run_whose_last_validation_failed_is_validated_when_started_again(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no validation today")
+
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match="today"):
+        m.setattr("jasr.evaluation.evaluate", fail)
+        run(tmp_path, config(train__steps=1))
+    assert checkpoint.load_meta(tmp_path)["step"] == 1
+    assert "val_wer" in run(tmp_path, config(train__steps=1))
+
+
 def test_run_starts_from_given_weights_and_freezes_by_rule(tmp_path, one_device):
     given = tmp_path / "given"
     shutil.copytree(one_device, given)

@@ -23,7 +23,7 @@ def get_config(arg=""):
         hidden_size=32, num_hidden_layers=2, num_attn_heads=2, num_lact_heads=2,
         intermediate_size=32, audio_encoder_layers=2, subsampling=4, conv_kernel=3,
         lact_mode="bidirectional", lact_every=2, positions="none", window_size=0,
-        audio_encoder_dropout=0.0, initializer_range=0.0,
+        audio_encoder_dropout=0.0, initializer_range=0.15,
     )  # fmt: skip
     # A large eps: Adam would blow the rounding noise of gradients that are zero up to full steps.
     config.optim.update(lr=5e-4, schedule="constant", warmup_steps=5, eps=1e-4, ema=0.9)

@@ -40,7 +40,7 @@ def settings(args, muon):
         rope_theta=1e6,
         fw_base_lr=0.01,
         use_muon=muon,
-        initializer_range=0.0,
+        initializer_range=args.hidden**-0.5,
         lact_mode="causal",
         dtype=args.dtype,
     )

@@ -220,7 +220,10 @@ def _depthwise_backward(before, saved, cotangent):
         shifted = jax.lax.dynamic_slice_in_dim(x, i, frames, axis=1)
         return jnp.sum(shifted * cotangent, axis=(0, 1), dtype=jnp.float32)
 
-    to_kernel = jax.lax.map(tap, jnp.arange(width))
+    to_kernel = jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.map(tap, jnp.arange(width)),
+        default=lambda: jnp.stack([tap(i) for i in range(width)]),
+    )
     return to_x, to_kernel.astype(kernel.dtype)
 
 
