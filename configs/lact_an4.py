@@ -14,7 +14,7 @@ from configs import common
 
 
 def get_config(arg=""):
-    """The recipe; `arg` "short" is a third of its steps, "control" has no fast weights."""
+    """The recipe; `arg` "short" is 3000 steps, "control" has no fast weights."""
     config = common.default()
     config.data.train = ("data/an4/train.jsonl",)
     config.data.valid = ("data/an4/valid.jsonl",)
