@@ -20,8 +20,11 @@ BRANCH_ENDS = ("o_proj", "down_proj", "pointwise_conv2")
 
 
 def kernel_init(config, name=""):
-    """N(0, initializer_range); where that is 0, N(0, 1/fan in), and 0 where a branch ends: a block
-    that begins as the identity leaves CTC's plateau of blanks in a third of the steps."""
+    """N(0, initializer_range); where that is 0, N(0, 1/fan in), and 0 where a branch ends.
+
+    Blocks that begin as the identity leave CTC's plateau of blanks sooner: on AN4, with one seed,
+    the loss after 300 steps was 1.3 instead of 2.1.
+    """
     if config.initializer_range:
         return nn.initializers.normal(config.initializer_range)
     if name in BRANCH_ENDS:
