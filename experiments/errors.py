@@ -4,6 +4,7 @@ import functools
 import linecache
 import os
 import sys
+import traceback
 
 OURS = ("jasr", "configs", "experiments", "__main__")
 KINDS = (ValueError, FloatingPointError, ImportError, ModuleNotFoundError)
@@ -20,16 +21,30 @@ def in_one_line(command):
         try:
             return command(*args, **settings)
         except Exception as e:
-            if os.environ.get("JASR_TRACEBACK") or not mendable(e):
+            if not mendable(e):
                 raise
-            print(f"error: {e}", file=sys.stderr, flush=True)
+            report(e)
             return 1
 
     return run
 
 
+def report(error):
+    """Says an error on standard error: in one line, or with the traceback of a fault."""
+    if mendable(error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+
+
 def mendable(error):
-    """Whether it is about files, a class of jasr's own, or raised where settings are read."""
+    """Whether it is about files, a class of jasr's own, or raised where settings are read.
+
+    Nothing is with JASR_TRACEBACK=1.
+    """
+    if os.environ.get("JASR_TRACEBACK"):
+        return False
     if isinstance(error, OSError) or type(error).__module__.startswith("jasr."):
         return True
     place = error.__traceback__

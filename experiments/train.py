@@ -21,13 +21,12 @@ import os
 import pathlib
 import sys
 import time
-import traceback
 
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments.errors import in_one_line
+from experiments.errors import in_one_line, report
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: path.py or path.py:variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, log.")
@@ -54,10 +53,11 @@ def main(argv):
     try:
         with alone, rundir.StopFlag() as stop:
             train(CONFIG.value, workdir, stop, CHANGED.value)
-    except Exception:
+    except Exception as e:
         if several:  # an ordered exit would wait for the others, which wait for this process
-            traceback.print_exc()
-            sys.stderr.flush()
+            report(e)
+            if jax.process_index() == 0:
+                time.sleep(3)  # the coordinator ends with it, and what it ends cannot speak
             os._exit(1)
         raise
 
@@ -244,44 +244,40 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         check_finite({"bad_in_row": int(state.bad_in_row)}, opt.max_bad_steps, step, workdir, save)
         results = validate()
     batches = train_data.iterate(position, jax.process_index(), jax.process_count())
-    for _ in metrics.progress(range(first, run.steps), label="steps"):
-        tick = time.monotonic()
-        epoch, batch = next(batches)
-        waited += time.monotonic() - tick
-        state, values = programs[shape_of(batch)](state, sharding.put_batch(batch, mesh))
-        window.append(values)
-        step, position = step + 1, position + 1
-        logging_now = step % run.log_every == 0
-        stopping = asked_to_stop(stop, logging_now or step % 10 == 0)
-        ending = step == run.steps or stopping
-        if logging_now or ending:
-            sums = summed(window)
-            elapsed = time.monotonic() - mark - paused
-            lr = optim.last_rate(rate, state.opt_state)
-            line = metrics_line(sums, lr, epoch, elapsed, waited, compile_seconds)
-            if chief:
-                writer.write(step, line)
-            check_finite(sums, opt.max_bad_steps, step, workdir, save)
-            check_failed(train_data.loader)
-            window, waited, paused, compile_seconds = [], 0.0, 0.0, 0.0
-            mark = time.monotonic()
-        tick = time.monotonic()
-        due = step % run.eval_every == 0 or step == run.steps
-        validating = due and valid_data is not None
-        if validating:
-            try:
+    with kept_on_failure(lambda: step > first and save({}, wait=True)):
+        for _ in metrics.progress(range(first, run.steps), label="steps"):
+            tick = time.monotonic()
+            epoch, batch = next(batches)
+            waited += time.monotonic() - tick
+            state, values = programs[shape_of(batch)](state, sharding.put_batch(batch, mesh))
+            window.append(values)
+            step, position = step + 1, position + 1
+            logging_now = step % run.log_every == 0
+            stopping = asked_to_stop(stop, logging_now or step % 10 == 0)
+            ending = step == run.steps or stopping
+            if logging_now or ending:
+                sums = summed(window)
+                elapsed = time.monotonic() - mark - paused
+                lr = optim.last_rate(rate, state.opt_state)
+                line = metrics_line(sums, lr, epoch, elapsed, waited, compile_seconds)
+                if chief:
+                    writer.write(step, line)
+                check_finite(sums, opt.max_bad_steps, step, workdir, save)
+                check_failed(train_data.loader)
+                window, waited, paused, compile_seconds = [], 0.0, 0.0, 0.0
+                mark = time.monotonic()
+            tick = time.monotonic()
+            due = step % run.eval_every == 0 or step == run.steps
+            validating = due and valid_data is not None
+            if validating:
                 results = validate()
-            except Exception:  # the steps since the last save are not lost with it
-                if jax.process_count() == 1:  # several would wait for each other for ever
-                    save({}, wait=True)
-                raise
-        elif valid_data is not None and run.sample_every and step % run.sample_every == 0:
-            validate(batches=1)
-        if due or ending or (run.save_every and step % run.save_every == 0):
-            save(results if validating else {}, wait=ending)
-        paused += time.monotonic() - tick  # validation and saving are not training time
-        if stopping:
-            break
+            elif valid_data is not None and run.sample_every and step % run.sample_every == 0:
+                validate(batches=1)
+            if due or ending or (run.save_every and step % run.save_every == 0):
+                save(results if validating else {}, wait=ending)
+            paused += time.monotonic() - tick  # validation and saving are not training time
+            if stopping:
+                break
     store.close()
     batches.close()
     if store.failures:
@@ -421,6 +417,23 @@ def check_failed(loader):
 
         counts = multihost_utils.process_allgather(counts.astype(np.int32)).sum(0)
     loader.judge(*counts.tolist(), processes)
+
+
+@contextlib.contextmanager
+def kept_on_failure(save):
+    """Calls `save` before passing on what is raised inside: steps are not lost with it.
+
+    Not with several processes: one that fails alone would wait for the others for ever.
+    """
+    import jax
+
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # what was raised first says more
+                save()
+        raise
 
 
 def check_finite(sums, limit, step, workdir, save):

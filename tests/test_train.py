@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.train import train
-from jasr import checkpoint, checkpoint_check, settings, source, start, text, tree
+from jasr import checkpoint, checkpoint_check, data, settings, source, start, text, tree
 from tests import tiny
 
 
@@ -80,27 +80,51 @@ def test_any_mesh_gives_the_losses_of_one_device(tmp_path, one_device, mesh):
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
 
 
-def test_two_processes_of_two_devices_give_the_losses_of_one_device(tmp_path, one_device):
+def processes(command, devices=1, status=0):
+    """Outputs of Python run with `command(address, number)` as processes 0 and 1 of one job."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    args = [
-        tiny_flag(), f"--workdir={tmp_path}", "--config.mesh.fsdp=2", "--config.mesh.data=2",
-        f"--coordinator=localhost:{port}", "--num_processes=2", "--config.train.eval_every=20",
-    ]  # fmt: skip
+        address = f"localhost:{s.getsockname()[1]}"
     both = [
         subprocess.Popen(
-            [sys.executable, "-m", "experiments.train", *args, f"--process_id={i}"],
-            env=env,
+            [sys.executable, *command(address, number)],
+            cwd=pathlib.Path(tiny.__file__).parent.parent,
+            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )  # fmt: skip
-        for i in range(2)
+        for number in range(2)
     ]
     outputs = [p.communicate(timeout=600)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0], "\n".join(x[-3000:] for x in outputs)
+    assert [p.returncode for p in both] == [status] * 2, "\n".join(x[-3000:] for x in outputs)
+    return outputs
+
+
+def trained_by_two(workdir, *flags, seeds=(0, 0), **more):
+    """Outputs of the training command, run as two processes of one job."""
+
+    def command(address, number):
+        me = [
+            f"--coordinator={address}",
+            f"--process_id={number}",
+            f"--config.seed={seeds[number]}",
+        ]
+        train = ["-m", "experiments.train", tiny_flag(), f"--workdir={workdir}"]
+        return [*train, "--num_processes=2", *flags, *me]
+
+    return processes(command, **more)
+
+
+def test_two_processes_of_different_configs_both_say_so_and_leave(tmp_path):
+    for said in trained_by_two(tmp_path, seeds=(0, 1), status=1):
+        assert "error: the processes of this run do not agree" in said
+        assert "config but for paths: " in said and "Traceback" not in said
+
+
+def test_two_processes_of_two_devices_give_the_losses_of_one_device(tmp_path, one_device):
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.data=2")
+    trained_by_two(tmp_path, *mesh, "--config.train.eval_every=20", devices=2)
     ours, theirs = losses(tmp_path), losses(one_device)
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
 
@@ -168,24 +192,9 @@ train(c, root / "parts")
 
 
 @pytest.mark.slow
-def test_two_processes_stop_resume_and_fail_together(root, tmp_path):
+def test_two_processes_stop_resume_and_fail_together(tmp_path):
     """One is asked to stop, both do; they notice different data and share failure counts."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, address, str(i), str(tmp_path)],
-            cwd=root,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )  # fmt: skip
-        for i in range(2)
-    ]
-    outputs = [p.communicate(timeout=600)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0], "\n".join(x[-3000:] for x in outputs)
+    processes(lambda address, number: ["-c", TWO_PROCESSES, address, str(number), str(tmp_path)])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert list(checkpoint.find_steps(parts)) == [2, 4]
     for item in ("params", "ema", "opt_state", "counters"):
@@ -227,6 +236,19 @@ def test_a_run_whose_last_validation_failed_is_validated_when_started_again(tmp_
         run(tmp_path, config(train__steps=1))
     assert checkpoint.load_meta(tmp_path)["step"] == 1
     assert "val_wer" in run(tmp_path, config(train__steps=1))
+
+
+def test_steps_are_not_lost_with_what_fails_between_two_saves(tmp_path, monkeypatch):
+    counts = iter([None, None, data.DataError("too many utterances")])
+
+    def check_failed(loader):
+        if fault := next(counts):
+            raise fault
+
+    monkeypatch.setattr("experiments.train.check_failed", check_failed)
+    with pytest.raises(data.DataError, match="too many"):
+        run(tmp_path, config(data__valid=()))
+    assert checkpoint.load_meta(tmp_path)["step"] == 3
 
 
 def test_run_starts_from_given_weights_and_freezes_by_rule(tmp_path, one_device):
