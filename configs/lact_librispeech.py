@@ -10,7 +10,8 @@ Variants: `base` (88.6 M parameters, the default), `improved` (311.2 M), `large`
 updated once with all frames of an utterance and attention sees both sides. Front end, vocabulary
 by frequency, optimizer and step counts are the original's, except that the warm-up of 2000 steps
 really happens and accumulation divides (it neither did there). Batches hold 24 utterances, two
-micro-batches of 12. These runs need accelerators; the original's best dev-clean WER was 22.7 %.
+micro-batches of 12. These runs need accelerators and have not been made with jasr; the original's
+best dev-clean WER was 22.7 %.
 """
 
 from configs import common

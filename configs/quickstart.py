@@ -7,6 +7,8 @@ or, step by step,
     python -m experiments.prepare_data synth --out_dir=runs/quickstart/corpus
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart/model
 
+Two minutes with the synthesis on 2 CPU cores; about 1 % WER on unseen voices (README).
+
 Four blocks of bidirectional attention, depthwise convolution and gated MLP, every second one with a
 LaCT fast-weight branch; 25 frames a second; characters.
 """

@@ -10,6 +10,8 @@ prints medians, quartiles and the ratio. `--help` after a row's name shows its o
 import importlib
 import sys
 
+from experiments import huge_pages
+
 ROWS = ("features", "lact", "ctc", "step", "checkpoint", "loader")
 
 
@@ -38,4 +40,5 @@ def attempt(argv):
 
 
 if __name__ == "__main__":
+    huge_pages.use()
     sys.exit(main())

@@ -14,6 +14,7 @@ import json
 import pathlib
 import sys
 
+from experiments import huge_pages
 from experiments.errors import in_one_line
 
 
@@ -123,4 +124,5 @@ def read_report(path):
 
 
 if __name__ == "__main__":
+    huge_pages.use()
     sys.exit(main())

@@ -22,11 +22,23 @@ import pathlib
 import sys
 import time
 
-import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments import huge_pages
 from experiments.errors import in_one_line, report
+from experiments.loop import (
+    asked_to_stop,
+    check_failed,
+    check_finite,
+    check_same,
+    compile_step,
+    kept_on_failure,
+    metrics_line,
+    shape_of,
+    summed,
+    zeros,
+)
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: path.py or path.py:variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, log.")
@@ -290,9 +302,6 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     return results
 
 
-# --- What the loop needs, each a few lines
-
-
 def log_to_stderr():
     """One plain line a message of jasr on standard error; warnings only of the libraries."""
     from absl import logging as absl_logging
@@ -321,146 +330,7 @@ def check_keys(config):
             raise SettingsError(f"config.{key} is not known; did you mean {' or '.join(near)}?")
 
 
-def zeros(shape):
-    """A batch of padding rows of a bucket (B, S, L)."""
-    rows, samples, tokens = shape
-    return {
-        "audio": np.zeros((rows, samples), np.float32),
-        "audio_len": np.zeros(rows, np.int32),
-        "tokens": np.zeros((rows, tokens), np.int32),
-        "token_len": np.zeros(rows, np.int32),
-        "index": np.full(rows, -1, np.int64),
-    }
-
-
-def shape_of(batch):
-    """The bucket (B, S, L) of a batch; B counts the rows of all processes."""
-    import jax
-
-    rows, samples = batch["audio"].shape
-    return rows * jax.process_count(), samples, batch["tokens"].shape[1]
-
-
-def compile_step(shape, fn, state, mesh, label):
-    """The program of `fn(state, batch)` for a bucket, with its working memory in the log."""
-    import jax
-
-    from jasr import sharding
-
-    mine = zeros((shape[0] // jax.process_count(), *shape[1:]))
-    program = fn.lower(state, sharding.put_batch(mine, mesh)).compile()
-    memory = program.memory_analysis()
-    if memory is not None:
-        size = memory.temp_size_in_bytes / 2**20
-        log.info("%s, %d tokens: %.0f MiB working memory a device", label, shape[2], size)
-    return program
-
-
-def summed(window):
-    """Host sums over the steps of a log interval; loss and grad_norm as means."""
-    import jax
-
-    host = jax.device_get(window)
-    sums = {k: float(sum(float(m[k]) for m in host)) for k in host[0]}
-    good = [m for m in host if not m["bad"] and m["weight"] > 0]
-    for k in ("loss", "grad_norm"):
-        sums[k] = float(np.mean([m[k] for m in good])) if good else float("nan")
-    sums["skipped"] = int(sums["bad"])
-    sums["bad_in_row"] = max(int(m["bad_in_row"]) for m in host)
-    return sums
-
-
-def metrics_line(sums, lr, epoch, elapsed, waited, compile_seconds):
-    """One interval's line: loss, rates, what was left out, and where the time went."""
-    line = {
-        "loss": sums["loss"],
-        "grad_norm": sums["grad_norm"],
-        "lr": float(lr),
-        "epoch": epoch,
-        "audio_s_per_s": sums["audio_seconds"] / elapsed,
-        "input_bound": waited / elapsed,
-        "updates_per_utt": sums["updates"] / max(sums["utterances"], 1.0),
-    }
-    for name in ("infeasible", "skipped"):
-        if sums[name]:
-            line[name] = int(sums[name])
-    if compile_seconds:
-        line["compile_s"] = compile_seconds
-    return line
-
-
-def check_same(config, tokenizer, train_data, valid_data):
-    """Raises ValueError if the processes have different configs or see different data."""
-    from jasr import sharding
-
-    paths = {"train", "valid"}  # they may differ between hosts
-    facts = {
-        "config but for paths": json.dumps(
-            config | {"data": {k: v for k, v in config["data"].items() if k not in paths}},
-            sort_keys=True,
-        ),
-        "tokenizer": json.dumps(tokenizer.to_dict(), sort_keys=True),
-        "training data (its index or batch plan)": train_data.fingerprint,
-    }
-    valid = valid_data.loader.plan.fingerprint if valid_data is not None else "none"
-    facts["validation data (its index or batch plan)"] = valid
-    sharding.check_same(facts)
-
-
-def check_failed(loader):
-    """Raises on every process when too many utterances could not be decoded on all together."""
-    import jax
-
-    counts, processes = loader.tally(), jax.process_count()
-    if processes > 1:
-        from jax.experimental import multihost_utils
-
-        counts = multihost_utils.process_allgather(counts.astype(np.int32)).sum(0)
-    loader.judge(*counts.tolist(), processes)
-
-
-@contextlib.contextmanager
-def kept_on_failure(save):
-    """Calls `save` before passing on what is raised inside: steps are not lost with it.
-
-    Not with several processes: one that fails alone would wait for the others for ever.
-    """
-    import jax
-
-    try:
-        yield
-    except Exception:
-        if jax.process_count() == 1:
-            with contextlib.suppress(Exception):  # what was raised first says more
-                save()
-        raise
-
-
-def check_finite(sums, limit, step, workdir, save):
-    """Raises after too many non-finite steps in a row, with the state saved to look at."""
-    if limit and sums["bad_in_row"] >= limit:
-        save({}, wait=True)
-        raise FloatingPointError(
-            f"{sums['bad_in_row']} steps in a row up to step {step} had a loss, gradient or update "
-            "that is not finite (config.optim.max_bad_steps). The parameters are those before "
-            "them. To find the stage: "
-            f"python -m experiments.doctor numerics --checkpoint={workdir}"
-        )
-
-
-def asked_to_stop(stop, meeting):
-    """Whether to save and leave; several processes decide together, every few steps."""
-    import jax
-
-    if jax.process_count() == 1:
-        return stop()
-    if not meeting:
-        return False
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.asarray(stop())).any())
-
-
 if __name__ == "__main__":
+    huge_pages.use()
     flags.mark_flags_as_required(["config", "workdir"])
     sys.exit(in_one_line(app.run)(main))

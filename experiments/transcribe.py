@@ -15,6 +15,7 @@ import pathlib
 import sys
 import time
 
+from experiments import huge_pages
 from experiments.errors import in_one_line
 from jasr.formats import FORMATS, render
 
@@ -118,4 +119,5 @@ def say(line):
 
 
 if __name__ == "__main__":
+    huge_pages.use()
     sys.exit(main())

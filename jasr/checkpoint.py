@@ -17,9 +17,7 @@ of old steps is not used: it counts damaged steps, and does not delete in one go
 
 import contextlib
 import dataclasses
-import functools
 import itertools
-import json
 import pathlib
 import re
 import shutil
@@ -45,9 +43,9 @@ from jasr.checkpoint_files import (
     step_directories,
     sync_directory,
     verify,
-    write_json,
 )
-from jasr.checkpoint_read import is_key, leaves, load_meta, load_params, read_like
+from jasr.checkpoint_read import leaves, load_meta, load_params, read_like
+from jasr.checkpoint_write import about_storage, arguments, save_step, saver_of, temporaries
 
 __all__ = [
     "CheckpointConfig",
@@ -147,19 +145,19 @@ class Checkpoints:
         self.wait()
         if step in self._saved:
             return False
-        names, args = _arguments(state, meta, metrics)
+        names, args = arguments(state, meta, metrics)
         fault = self._make_way(step) if _primary() else None
         if not _agree(fault is None):
             self._save_failed(step, fault or CheckpointError("process 0 cannot write there"))
             return False
         if self._saver is None:
             # The seal is set on process 0 when all processes have written, before the rename.
-            self._saver = _saver(names, self._seal_temporary, self._done)
+            self._saver = saver_of(names, self._seal_temporary, self._done)
         self._saving, self._number, self._met = (step, names), next(_numbers), 0
         try:
             self._saver.save(self.directory / str(step), args=args)
         except Exception as e:
-            if not _about_storage(e):
+            if not about_storage(e):
                 raise
             fault = e
         self._thread = threading.Thread(
@@ -250,7 +248,7 @@ class Checkpoints:
     def _done(self, *, key, timeout_ms):
         """Orbax calls it when this process has written its part, and when process 0 is done."""
         if self._met == 0 and not _primary():
-            (temporary,) = _temporaries(self.directory / str(self._saving[0]))
+            (temporary,) = temporaries(self.directory / str(self._saving[0]))
             (temporary / f"{_WRITTEN}{jax.process_index()}").touch()
         self._meet()
 
@@ -262,7 +260,7 @@ class Checkpoints:
 
     def _seal_temporary(self):
         step, items = self._saving
-        (temporary,) = _temporaries(self.directory / str(step))
+        (temporary,) = temporaries(self.directory / str(step))
         for process in range(1, jax.process_count()):
             mark = temporary / f"{_WRITTEN}{process}"
             if not mark.exists():
@@ -320,98 +318,6 @@ class Checkpoints:
         for d in self.directory.iterdir():
             if d.is_dir() and _REMAINS.fullmatch(d.name):
                 shutil.rmtree(d, ignore_errors=True)
-
-
-def save_step(directory, state, meta=None, metrics=None, *, step=0, beside=None):
-    """Writes one step directory outside a run's series (an average, an import), sealed.
-
-    It is whole under its name or not there; what was there before is replaced.
-
-    Args:
-      directory: its path; state, meta, metrics: as in `Checkpoints.save`.
-      step: the number that its manifest names.
-      beside: {file name: JSON-able value} put into the directory.
-    """
-    directory = pathlib.Path(directory).absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    names, args = _arguments(state, meta, metrics, copy=False)
-
-    def before_rename():
-        (temporary,) = _temporaries(directory)
-        for name, value in (beside or {}).items():
-            write_json(temporary / name, value)
-        seal(temporary, step=step, items=names)
-
-    for old in _temporaries(directory):
-        shutil.rmtree(old)
-    saver = _saver(names, before_rename)
-    try:
-        delete(directory)
-        saver.save(directory, args=args)
-        saver.wait_until_finished()
-        sync_directory(directory.parent)
-    except Exception as e:
-        for old in _temporaries(directory):
-            shutil.rmtree(old, ignore_errors=True)
-        raise CheckpointError(f"{directory} could not be written: {first_line(e)}") from e
-    finally:
-        with contextlib.suppress(Exception):
-            saver.close()
-
-
-def _arguments(state, meta, metrics, copy=True):
-    """(item names, Orbax's arguments) of one save."""
-    metrics = {k: float(v) for k, v in (metrics or {}).items()}
-    json.dumps(meta)  # raises here, with a traceback that names the caller
-    encode = functools.partial(_encode, copy=copy)
-    encoded = {k: jax.tree.map(encode, v) for k, v in state.items() if jax.tree.leaves(v)}
-    reserved = {"meta", "metrics"} & encoded.keys()
-    if reserved:
-        raise ValueError(f"state items may not be called {sorted(reserved)}")
-    args = {k: ocp.args.PyTreeSave(v) for k, v in encoded.items()}
-    args |= {"meta": ocp.args.JsonSave(meta or {}), "metrics": ocp.args.JsonSave(metrics)}
-    return sorted(encoded), ocp.args.Composite(**args)
-
-
-def _temporaries(directory):
-    start = directory.name + ".orbax-checkpoint-tmp"
-    return [p for p in directory.parent.iterdir() if p.name.startswith(start)]
-
-
-def _saver(items, before_rename, barrier=None):
-    """Orbax's asynchronous writer of these trees, of `meta` and of `metrics`.
-
-    Not compressed: float weights shrink by 8 %, and are written 3x and read 4x slower. The file
-    name of the metrics is the one that Orbax's CheckpointManager looks for.
-    """
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for name in items:
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-        registry.add(name, ocp.args.PyTreeSave, handler)
-        registry.add(name, ocp.args.PyTreeRestore, handler)
-    handler = ocp.JsonCheckpointHandler("metrics")
-    registry.add("metrics", ocp.args.JsonSave, handler)
-    registry.add("metrics", ocp.args.JsonRestore, handler)
-    return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(handler_registry=registry),
-        async_options=ocp.options.AsyncOptions(
-            post_finalization_callback=before_rename, barrier_sync_fn=barrier
-        ),
-    )
-
-
-def _about_storage(error):
-    words = ("RESOURCE_EXHAUSTED", "No space", "PERMISSION_DENIED", "Read-only")
-    return isinstance(error, OSError) or any(w in str(error) for w in words)
-
-
-def _encode(x, copy=True):
-    """What Orbax is given for one leaf: raw key data, and a copy of what could be changed."""
-    if is_key(x):
-        return jax.random.key_data(x)
-    if isinstance(x, jax.Array):
-        return x
-    return np.array(x) if copy else np.asarray(x)
 
 
 def _primary():

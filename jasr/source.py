@@ -77,7 +77,7 @@ def read(source):
     stats = checkpoint.load_params(path, item="batch_stats", verify=False)
     origin = checkpoint.load_meta(path).get("frozen_from")
     if origin:
-        origin = locate(origin, path.parent, path.parent.parent)
+        origin = locate(origin, path, path.parent, path.parent.parent)
         try:
             whole = tree.flatten(read(origin)[0])
         except checkpoint.CheckpointError as e:
@@ -94,8 +94,9 @@ def read(source):
 def keep(source, workdir):
     """`source` as a copy in the run directory `workdir`, which its own run cannot delete.
 
-    A run lets old steps go; the frozen weights of another run must not go with them. The copy is
-    made of hard links where the file system can. An original's file is not copied.
+    A run lets old steps go; the frozen weights of another run must not go with them, nor those
+    that the other run was given by a third, which are kept inside the copy. The copy is made of
+    hard links where the file system can. An original's file is not copied.
     """
     from jasr.interop import lact
 
@@ -109,6 +110,8 @@ def keep(source, workdir):
 
 
 def _copy(source, directory):
+    from jasr.interop import lact
+
     wanted = (source["item"], "batch_stats", "frozen")
     step = checkpoint.find_step(source["path"], items=wanted)
     names = [name for name in checkpoint.items(step) if name in wanted]
@@ -116,6 +119,15 @@ def _copy(source, directory):
     shutil.rmtree(temporary, ignore_errors=True)
     for name in (*names, "meta"):
         shutil.copytree(step / name, temporary / name, copy_function=_link)
+    origin = checkpoint.load_meta(step).get("frozen_from")
+    if origin and not lact.is_lact(origin["path"]):  # as it is: its checksum names it
+        origin = locate(origin, step, step.parent, step.parent.parent)
+        if not _holds(origin["path"], origin["sha256"]):
+            raise checkpoint.CheckpointError(
+                f"{step} holds trained parameters only; its frozen ones, {origin['path']}, are "
+                "not there or are others"
+            )
+        shutil.copytree(origin["path"], temporary / KEPT, copy_function=_link)
     seal(temporary, step=read_manifest(step)["step"], items=names)
     delete(directory)
     temporary.rename(directory)
@@ -129,6 +141,16 @@ def _link(old, new):
 
 
 def locate(source, *near):
-    """`source`, or what `keep` made of it in one of the directories `near` if a run was moved."""
+    """`source`, or what `keep` made of it in one of the directories `near`: where its checksum
+    is right, else where something is."""
     places = [pathlib.Path(source["path"]), *(pathlib.Path(d) / KEPT for d in near)]
-    return source | {"path": str(next((p for p in places if p.exists()), places[0]))}
+    there = [p for p in places if p.exists()] or places[:1]
+    right = (p for p in there if len(there) > 1 and _holds(p, source["sha256"]))
+    return source | {"path": str(next(right, there[0]))}
+
+
+def _holds(path, sha256):
+    try:
+        return _checksum(path) == sha256
+    except checkpoint.CheckpointError:
+        return False

@@ -483,7 +483,7 @@ with Checkpoints(root, keep_latest=2, keep_best=0) as c:
         assert c.steps() == [2, 3] and not list(root.glob(f"{step}*")), list(root.iterdir())
 
     fails(4, "seal", 0, "the disk is full")
-    fails(5, "_temporaries", 1, "process 1 did not write its part")
+    fails(5, "temporaries", 1, "process 1 did not write its part")
     fails(6, "delete", 0, "the disk is full")
     assert c.save(4, {"params": {"w": put(w * 4)}}, {}, {}, wait=True)
     jax.experimental.multihost_utils.sync_global_devices("again")

@@ -274,10 +274,14 @@ def test_run_starts_from_given_weights_and_freezes_by_rule(tmp_path, one_device)
     kept = source.resolve(workdir / "frozen_from", "ema")
     assert checkpoint.load_meta(workdir)["frozen_from"] == kept
     assert checkpoint_check.check(workdir) == 0
+    third = tmp_path / "third"  # adapters on adapters
+    run(third, config(**{**_sections(c), "train__steps": 1, "init__path": str(workdir)}))
     other = {"params": {"ctc_head": {"kernel": np.zeros(3)}}, "ema": before}
     checkpoint.save_step(workdir / "frozen_from", other)
     with pytest.raises(checkpoint.CheckpointError, match="frozen ones .* checksum changed"):
         tasks.load(workdir)
+    shutil.rmtree(workdir)
+    same(tasks.load(third)[1]["params"]["model"], before["model"])
 
 
 def _sections(c):

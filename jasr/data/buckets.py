@@ -19,10 +19,10 @@ def best_edges(samples, count, multiple, limit):
     more than 512 of them). The last edge is `limit`.
     """
     step = multiple * -(-limit // (multiple * 512))
-    bins = -(-limit // step)
-    number = np.minimum((samples - 1) // step, bins - 1)
+    bins = limit // step + 1
+    number = np.minimum(samples // step, bins - 1)
     rows = np.append(0, np.cumsum(np.bincount(number, minlength=bins)))
-    tops = np.arange(1, bins + 1) * step
+    tops = np.arange(1, bins + 1) * step - 1
     cost = (rows[None, 1:] - rows[:, None]) * tops.astype(float)  # a bucket of bins i..j
     cost[np.arange(bins + 1)[:, None] > np.arange(bins)[None, :]] = np.inf
     best, choices = cost[0], []

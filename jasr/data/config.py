@@ -33,7 +33,8 @@ class DataConfig:
     bucket_batch_size: tuple = ()  # rows of each bucket, or one number for all
     batch_duration: float = 120.0  # else: padded seconds in one global batch
     batch_multiple: int = 1  # rows of a global batch are a multiple of it (devices)
-    length_multiple: int = 1280  # samples
+    # samples; edges are rounded up to one below a multiple, so that 1 + n // hop frames are round
+    length_multiple: int = 1280
     token_multiple: int = 8
     # variety
     speeds: tuple = (1.0,)

@@ -20,6 +20,7 @@ from jasr.data import buckets
 from jasr.data.config import DataError
 
 ORDER, SPEED, ALONE, GAP, ROWS, BATCHES = range(6)  # the random streams of an epoch
+VERSION = 2  # of the rules by which rows are joined; part of the fingerprint
 PERIOD = 64  # epochs after which the same rows come again, in other batches
 SPEED_SLACK = 32  # samples by which a stretched utterance may be longer than computed
 JOIN_AMONG = 256  # partners are looked for among so many utterances of the shuffled order
@@ -84,7 +85,7 @@ class Plan:
         self._epochs, self._ends = {}, []
         self.shapes = self._shapes()
         settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_IN_PLAN}
-        facts = (index.fingerprint(), self.seed, self.shapes, sorted(settings.items()))
+        facts = (VERSION, index.fingerprint(), self.seed, self.shapes, sorted(settings.items()))
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     # ---- positions ----
@@ -228,6 +229,7 @@ class Plan:
             limit = edges[-1]
         elif self.concat > 1:
             limit = max(limit, round(cfg.concat_duration * cfg.sample_rate))
+        limit = self._rounded(limit)
         enough = int(self.tokens.sum(dtype=np.int64)) + len(self.tokens)
         limits = limit, most[-1] if most else enough, self._joined_limit(limit)
         rows = self._rows(0, *limits)
@@ -243,11 +245,15 @@ class Plan:
                 f"the last of data.bucket_duration_bins holds {most[-1]} tokens, but a text has "
                 f"{self.tokens.max()}: raise it or set data.max_tokens={most[-1]}"
             )
-        lengths = [buckets.round_up(e, cfg.length_multiple) for e in edges]
+        lengths = [self._rounded(e) for e in edges]
         texts = [buckets.round_up(max(t, 1), cfg.token_multiple) for t in most]
         sizes = buckets.batch_sizes(cfg, lengths, self.evaluation)
         shapes = list(zip(sizes, lengths, texts, strict=True))
         return self._even(shapes, rows) if self.evaluation else shapes
+
+    def _rounded(self, samples):
+        """A bucket's length: with one sample more, a multiple."""
+        return buckets.round_up(samples + 1, self.cfg.length_multiple) - 1
 
     def _even(self, shapes, rows):
         """Shapes of a fixed set: as many batches as before, with as little padding as possible."""
@@ -313,22 +319,23 @@ def join(samples, gap, tokens, may, most, max_samples, max_tokens):
 
     Among each JOIN_AMONG utterances that `may` be joined, the longest one left takes the longest
     one that fits beside it, and so on up to `most`: rows come out near max_samples (best-fit
-    decreasing bin packing). Sizes count one token and the most silence that a gap can be.
+    decreasing bin packing). Sizes count one token and the gap of each utterance; which of a row's
+    gaps falls away, because it comes first, is not known yet, so that the least one is deducted.
     """
     label = np.arange(len(samples))
-    widest = int(gap.max(initial=0))
+    room = max_samples + int(gap.min(initial=max_samples))
     for begin in range(0, len(samples), JOIN_AMONG):
         free = begin + np.flatnonzero(may[begin : begin + JOIN_AMONG])
-        free = free[np.argsort(samples[free], kind="stable")].tolist()
-        lengths = samples[free].tolist()
+        free = free[np.argsort(samples[free] + gap[free], kind="stable")].tolist()
+        lengths = (samples[free] + gap[free]).tolist()
         while free:
             members, length = [free.pop()], lengths.pop()
             text = int(tokens[members[0]])
             while len(members) < most:
-                i = bisect.bisect_right(lengths, max_samples - length - widest) - 1
+                i = bisect.bisect_right(lengths, room - length) - 1
                 if i < 0 or text + 1 + tokens[free[i]] > max_tokens:
                     break
-                length += widest + lengths.pop(i)
+                length += lengths.pop(i)
                 members.append(free.pop(i))
                 text += 1 + int(tokens[members[-1]])
             label[members] = min(members)

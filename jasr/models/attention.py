@@ -122,107 +122,155 @@ def _groups(frames, causal, window, chunk):
         yield _Group(first, last, high if causal else frames, high if causal else frames)
 
 
-def _split(x, group):
-    """Rows of the group's blocks, [blocks,B,N,QUERY_BLOCK,H], zeros beyond the end."""
-    rows = x[:, :, group.first * QUERY_BLOCK : group.last * QUERY_BLOCK]
-    count = group.last - group.first
-    missing = count * QUERY_BLOCK - rows.shape[2]
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing), (0, 0)))
-    return jnp.moveaxis(rows.reshape(*x.shape[:2], count, QUERY_BLOCK, x.shape[3]), 2, 0)
+def _whole_blocks(x):
+    """x [B,T,...] with zeros after it, to a whole number of query blocks."""
+    missing = -x.shape[1] % QUERY_BLOCK
+    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
 
 
-def _join(blocks, frames):
-    """The inverse of `_split` for the blocks of all groups, [B,N,T,H]."""
-    x = jnp.moveaxis(jnp.concatenate(blocks, axis=0), 0, 2)
-    return x.reshape(*x.shape[:2], -1, x.shape[4])[:, :, :frames]
+def _whole_table(table):
+    """`table` with more frames, to a whole number of query blocks."""
+    if table is None:
+        return None
+    missing = -table[0].shape[0] % QUERY_BLOCK
+    return tuple(jnp.pad(t, ((0, missing), (0, 0))) for t in table)
 
 
-def _block(group, limits, number, k, v, key_mask):
-    """First key of query block `number`, its keys, values and bias."""
+def _rows(x, begin, count):
+    return jax.lax.dynamic_slice_in_dim(x, begin, count, axis=1)
+
+
+def _turned(x, table, begin, back=False):
+    """x [B,L,N,H] rotated as frames begin, begin + 1, ...; `back` turns it the other way."""
+    if table is None:
+        return x
+    cos, sin = (jax.lax.dynamic_slice_in_dim(t, begin, x.shape[1]) for t in table)
+    return rope(x, (cos, -sin if back else sin))
+
+
+def _queries(qkv, table, number):
+    """Queries of block `number`, [B,QUERY_BLOCK,N,H], rotated and scaled."""
+    begin = number * QUERY_BLOCK
+    q = _turned(_rows(qkv, begin, QUERY_BLOCK)[:, :, 0], table, begin)
+    return (q * (1 / np.sqrt(q.shape[-1]))).astype(qkv.dtype)
+
+
+def _near(group, limits, number, qkv, table, key_mask):
+    """First key of query block `number`, its rotated keys, values and bias."""
     causal, window, chunk = limits
     begin = number * QUERY_BLOCK
     start = jnp.clip(begin - window + 1, 0, group.high - group.span) if window else 0
-    k, v = (jax.lax.dynamic_slice_in_dim(x, start, group.span, axis=2) for x in (k, v))
+    near = _rows(qkv, start, group.span)
     if key_mask is not None:
-        key_mask = jax.lax.dynamic_slice_in_dim(key_mask, start, group.span, axis=1)
+        key_mask = _rows(key_mask, start, group.span)
     i, j = begin + jnp.arange(QUERY_BLOCK), start + jnp.arange(group.span)
     seen = visible(i, j, causal=causal, window=window, chunk=chunk)
-    return start, k, v, _bias(seen, key_mask)
+    return start, _turned(near[:, :, 1], table, start), near[:, :, 2], _bias(seen, key_mask)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blocked_attention(q, k, v, key_mask, limits):
-    """`softmax_attention` over blocks of queries and the keys within their reach, f32[B,N,T,H].
+def _join(blocks, frames):
+    """Blocks [count,B,QUERY_BLOCK,N,H] of all groups, one after the other: [B,T,N,H]."""
+    x = jnp.moveaxis(jnp.concatenate(blocks, axis=0), 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :frames]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def blocked_attention(qkv, table, key_mask, limits):
+    """`softmax_attention` over blocks of queries and the keys within their reach, f32[B,T,N,H].
 
     The backward pass recomputes a block's weights from the logarithm of their sum, so that memory
-    is that of one block of scores. (A scan, because XLA would run unrolled blocks side by side.)
+    is that of one block of scores. Blocks are cut out of the one array, rotated and transposed
+    inside a scan, because outside of one XLA keeps every such copy until the backward pass (and
+    would run unrolled blocks side by side).
 
     Args:
-      q, k, v: [B,N,T,H], q scaled already. key_mask: bool[B,T], True = may be read, or None.
+      qkv: [B,T,3,N,H]. table: `rope_table` that queries and keys are rotated by, or None; it gets
+      no gradient. key_mask: bool[B,T], True = may be read, or None.
       limits: (causal, window, chunk) of `visible`.
     """
-    return _blocked_forward(q, k, v, key_mask, limits)[0]
+    return _blocked_forward(qkv, table, key_mask, limits)[0]
 
 
-def _blocked_forward(q, k, v, key_mask, limits):
-    frames = q.shape[2]
+def _blocked_forward(qkv, table, key_mask, limits):
+    frames, dtype = qkv.shape[1], qkv.dtype
+    padded, turns = _whole_blocks(qkv), _whole_table(table)
     outs, logs = [], []
     for group in _groups(frames, *limits):
 
-        def block(_, x, group=group):
-            number, q = x
-            _, k_near, v_near, bias = _block(group, limits, number, k, v, key_mask)
-            scores = _product("bnth,bnsh->bnts", q, k_near, q.dtype) + bias
+        def block(_, number, group=group):
+            q = _queries(padded, turns, number)
+            _, k, v, bias = _near(group, limits, number, qkv, table, key_mask)
+            scores = _product("btnh,bsnh->bnts", q, k, dtype) + bias
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
-            out = _product("bnts,bnsh->bnth", weights, v_near, v.dtype) / total
+            out = _product("bnts,bsnh->btnh", weights, v, dtype) / total.transpose(0, 2, 1, 3)
             return None, (out, top + jnp.log(total))
 
-        numbers = jnp.arange(group.first, group.last)
-        _, (out, log) = jax.lax.scan(block, None, (numbers, _split(q, group)))
+        _, (out, log) = jax.lax.scan(block, None, jnp.arange(group.first, group.last))
         outs.append(out)
         logs.append(log)
-    out, log = _join(outs, frames), _join(logs, frames)
-    return out, (q, k, v, key_mask, out, log)
+    out, log = _join(outs, frames), jnp.concatenate(logs)  # log [blocks,B,N,QUERY_BLOCK,1]
+    return out, (qkv, table, key_mask, out, log)
 
 
 def _blocked_backward(limits, kept, d_out):
-    q, k, v, key_mask, out, log = kept
-    frames = q.shape[2]
-    drain = jnp.sum(d_out * out, axis=-1, keepdims=True)
-    d_qs, d_kv = [], (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    qkv, table, key_mask, out, log = kept
+    frames, dtype = qkv.shape[1], qkv.dtype
+    scale = 1 / np.sqrt(qkv.shape[-1])
+    padded, turns = _whole_blocks(qkv), _whole_table(table)
+    outs, d_outs = _whole_blocks(out), _whole_blocks(d_out)
+    d_qkv = jnp.zeros(padded.shape, jnp.float32)
     for group in _groups(frames, *limits):
 
-        def block(d_kv, x, group=group):
-            number, q, d_out, drain, log = x
-            start, k_near, v_near, bias = _block(group, limits, number, k, v, key_mask)
-            weights = jnp.exp(_product("bnth,bnsh->bnts", q, k_near, q.dtype) + bias - log)
-            d_weights = _product("bnth,bnsh->bnts", d_out, v_near, v.dtype)
-            d_scores = weights * (d_weights - drain)
-            near = (
-                _product("bnts,bnth->bnsh", d_scores, q, q.dtype),
-                _product("bnts,bnth->bnsh", weights, d_out, v.dtype),
-            )
-            sums = (
-                d + jax.lax.dynamic_slice_in_dim(all_, start, group.span, axis=2)
-                for d, all_ in zip(near, d_kv, strict=True)
-            )
-            d_kv = tuple(
-                jax.lax.dynamic_update_slice_in_dim(all_, d, start, axis=2)
-                for d, all_ in zip(sums, d_kv, strict=True)
-            )
-            return d_kv, _product("bnts,bnsh->bnth", d_scores, k_near, k.dtype)
+        def block(d_qkv, number, group=group):
+            begin = number * QUERY_BLOCK
+            q, d_out = _queries(padded, turns, number), _rows(d_outs, begin, QUERY_BLOCK)
+            start, k, v, bias = _near(group, limits, number, qkv, table, key_mask)
+            weights = jnp.exp(_product("btnh,bsnh->bnts", q, k, dtype) + bias - log[number])
+            d_weights = _product("btnh,bsnh->bnts", d_out, v, dtype)
+            drain = jnp.sum(d_out * _rows(outs, begin, QUERY_BLOCK), axis=-1).transpose(0, 2, 1)
+            d_scores = weights * (d_weights - drain[..., None])
+            d_q = scale * _product("bnts,bsnh->btnh", d_scores, k, dtype)
+            d_k = _product("bnts,btnh->bsnh", d_scores, q, dtype)
+            d_v = _product("bnts,btnh->bsnh", weights, d_out, dtype)
+            d_q, d_k = _turned(d_q, turns, begin, True), _turned(d_k, table, start, True)
+            place = (0, start, 1, 0, 0)
+            near = jnp.stack([d_k, d_v], axis=2)
+            near += jax.lax.dynamic_slice(d_qkv, place, near.shape)
+            d_qkv = jax.lax.dynamic_update_slice(d_qkv, near, place)
+            return jax.lax.dynamic_update_slice(d_qkv, d_q[:, :, None], (0, begin, 0, 0, 0)), None
 
-        numbers = jnp.arange(group.first, group.last)
-        rows = tuple(_split(x, group) for x in (q, d_out, drain, log))
-        d_kv, d_q = jax.lax.scan(block, d_kv, (numbers, *rows))
-        d_qs.append(d_q)
-    d_k, d_v = d_kv
-    return _join(d_qs, frames).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+        d_qkv, _ = jax.lax.scan(block, d_qkv, jnp.arange(group.first, group.last))
+    return d_qkv[:, :frames].astype(dtype), None, None
 
 
 blocked_attention.defvjp(_blocked_forward, _blocked_backward)
+
+
+def rotary_attention(qkv, table, *, causal, window=0, chunk=0, key_len=None):
+    """`attend` of queries and keys that are still to be rotated.
+
+    Args:
+      qkv: [B,T,3,N,H]. table: `rope_table` of T frames.
+      causal, window, chunk, key_len: see `attend`.
+    """
+    frames = qkv.shape[1]
+    blocked = frames > DENSE_FRAMES and not _flash(qkv, causal, window, chunk)
+    if blocked and 0 < window < frames:  # without a window keys would be rotated many times
+        key_mask = None if key_len is None else jnp.arange(frames) < key_len[:, None]
+        out = blocked_attention(qkv, table, key_mask, (causal, window, chunk))
+        return out.astype(qkv.dtype)
+    q, k, v = jnp.unstack(qkv, axis=2)
+    limits = dict(causal=causal, window=window, chunk=chunk, key_len=key_len)
+    return attend(rope(q, table), rope(k, table), v, **limits)
+
+
+def _flash(x, causal, window, chunk):
+    """Whether cuDNN's flash kernel takes it: 16 bit, and windows to the left only."""
+    gpu = jax.default_backend() == "gpu" and x.dtype.itemsize == 2
+    window = 0 if window >= x.shape[1] else window
+    return gpu and x.shape[-1] % 8 == 0 and not chunk and (causal or not window)
 
 
 def attend(q, k, v, *, causal, window=0, chunk=0, key_len=None):
@@ -240,8 +288,7 @@ def attend(q, k, v, *, causal, window=0, chunk=0, key_len=None):
     """
     frames, dim = q.shape[1], q.shape[3]
     window = 0 if window >= frames else window
-    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and dim % 8 == 0 and not chunk
-    if flash and (causal or not window):  # cuDNN has windows to the left only
+    if _flash(q, causal, window, chunk):
         return jax.nn.dot_product_attention(
             q,
             k,
@@ -254,14 +301,12 @@ def attend(q, k, v, *, causal, window=0, chunk=0, key_len=None):
             local_window_size=(window - 1, 0) if window else None,
         )
     dtype = v.dtype
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * (1 / np.sqrt(dim)), k, v))
-    q = q.astype(dtype)
     key_mask = None if key_len is None else jnp.arange(frames) < key_len[:, None]
-    limits = dict(causal=causal, window=window, chunk=chunk)
-    if frames <= DENSE_FRAMES:
-        every = np.arange(frames)
-        bias = _bias(jnp.asarray(visible(every, every, **limits)), key_mask)
-        out = softmax_attention(q, k, v, bias)
-    else:
-        out = blocked_attention(q, k, v, key_mask, (causal, window, chunk))
+    if frames > DENSE_FRAMES:
+        qkv = jnp.stack([q.astype(dtype), k.astype(dtype), v], axis=2)
+        return blocked_attention(qkv, None, key_mask, (causal, window, chunk)).astype(dtype)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * (1 / np.sqrt(dim)), k, v))
+    every = np.arange(frames)
+    seen = visible(every, every, causal=causal, window=window, chunk=chunk)
+    out = softmax_attention(q.astype(dtype), k, v, _bias(jnp.asarray(seen), key_mask))
     return out.transpose(0, 2, 1, 3).astype(dtype)

@@ -22,7 +22,7 @@ the dtype of q, k and v.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,9 @@ from jasr.models.newton_schulz import (  # noqa: F401  (part of this module's fa
     newton_schulz,
 )
 
-# What a rematerialised chunk step keeps: the results of its products. The rest is elementwise and
-# recomputed.
-KEPT = ("hidden", "back", "delta", "iterate")
+# What a rematerialised chunk step keeps: the results of its products, but for the gate and up
+# products, which are the largest. The rest is elementwise and recomputed.
+KEPT = ("back", "delta", "iterate")
 
 
 class FastWeights(NamedTuple):
@@ -134,8 +134,9 @@ def _product(equation, x, y):
 
 def _hidden(w, x):
     """Gate and up pre-activations of x [B,H,L,K] in one product: two f32[B,H,L,M]."""
-    both = _product("bhlk,bhmk->bhlm", x, jnp.concatenate([w.w0, w.w2], axis=2))
-    return jnp.split(checkpoint_name(both, "hidden"), 2, axis=-1)
+    return jnp.split(
+        _product("bhlk,bhmk->bhlm", x, jnp.concatenate([w.w0, w.w2], axis=2)), 2, axis=-1
+    )
 
 
 def _read(w, gate, up, dtype):
@@ -243,18 +244,42 @@ def _update_then_apply(state, q, k, v, lr, rule, momentum, mask):
     return state, apply(state.w, q)
 
 
-def _scan_chunks(step, state, arrays, count, chunk, rule):
-    """Scan `step` over `count` chunks of the [B,H,L,..] arrays (mask: [B,L]).
+class _Tokens(NamedTuple):
+    """What a sequence is cut into chunks of; axis 2 is time (axis 1 of the mask)."""
+
+    tokens: Any  # what `prepare` takes
+    lr: jax.Array
+    momentum: jax.Array | None
+    mask: jax.Array | None
+
+    def map(self, cut):
+        """Every array x as cut(x, axis of time)."""
+        timed = jax.tree.map(lambda x: cut(x, 2), self._replace(mask=None))
+        return timed._replace(mask=None if self.mask is None else cut(self.mask, 1))
+
+    def rest(self, begin):
+        """The tokens from `begin` on."""
+        return self.map(lambda x, axis: jax.lax.slice_in_dim(x, begin, None, axis=axis))
+
+
+def _as_tokens(q, k, v, lr, momentum, mask, prepare):
+    """The tokens and the function that makes (q, k, v) of a chunk of them."""
+    if prepare is None:
+        return _Tokens((q, k, v), lr, momentum, mask), lambda tokens: tokens
+    if k is not None or v is not None:
+        raise ValueError("with prepare, q holds all that a chunk is made of: k and v must be None")
+    return _Tokens(q, lr, momentum, mask), prepare
+
+
+def _scan_chunks(step, prepare, state, tokens, count, chunk, rule):
+    """Scan `step` over `count` chunks of `tokens`.
 
     Returns the state and out [B,H,count*chunk,V]. Only what changes is carried; each step is
-    rematerialised but for the results of its products (specification 4.2).
+    rematerialised but for what KEPT names (specification 4.2).
     """
-    has_momentum = arrays[4] is not None
+    has_momentum = tokens.momentum is not None
 
-    def split(x):
-        if x is None:
-            return None
-        axis = 1 if x.ndim == 2 else 2
+    def split(x, axis):
         x = jax.lax.slice_in_dim(x, 0, count * chunk, axis=axis)
         x = x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
@@ -267,26 +292,20 @@ def _scan_chunks(step, state, arrays, count, chunk, rule):
         return State(w, main or w, momentum or state.momentum, state.norm)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
-    def body(carry, xs):
-        q, k, v, lr, momentum, mask = xs
-        new, out = step(unpack(carry), q, k, v, lr, rule, momentum, mask)
+    def body(carry, part):
+        q, k, v = prepare(part.tokens)
+        new, out = step(unpack(carry), q, k, v, part.lr, rule, part.momentum, part.mask)
         return pack(new), out
 
-    carry, out = jax.lax.scan(body, pack(state), tuple(split(x) for x in arrays))
+    carry, out = jax.lax.scan(body, pack(state), tokens.map(split))
     out = jnp.moveaxis(out, 0, 2)
     return unpack(carry), out.reshape(*out.shape[:2], count * chunk, out.shape[-1])
 
 
-def _tail(arrays, begin):
-    def cut(x):
-        if x is None:
-            return None
-        return x[:, begin:] if x.ndim == 2 else x[:, :, begin:]
-
-    return tuple(cut(x) for x in arrays)
-
-
-def shifted(state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None, update_last=False):
+def shifted(
+    state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None, update_last=False,
+    prepare=None,
+):  # fmt: skip
     """Apply-then-update over chunks ("shifted block-causal", specification 1.6): the state and out
     f32[B,H,L,V].
 
@@ -301,35 +320,40 @@ def shifted(state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None, 
       mask: bool[B,L], True = valid; None when all tokens are.
       update_last: also learn from the last chunk, so that the returned state continues the stream
       at a chunk boundary.
+      prepare: a function that makes (q, k, v) of a chunk. q is then what it takes, any tree of
+      arrays with L in axis 2, and k and v are None. The backward pass prepares each chunk again,
+      so that the prepared arrays never exist as a whole.
     """
-    arrays = (q, k, v, lr, momentum, mask)
-    count = -(-q.shape[2] // chunk) - 1
+    tokens, prepare = _as_tokens(q, k, v, lr, momentum, mask, prepare)
+    count = max(-(-lr.shape[2] // chunk) - 1, 0)
     outs = []
     if count > 0:
-        state, out = _scan_chunks(_apply_then_update, state, arrays, count, chunk, rule)
+        state, out = _scan_chunks(_apply_then_update, prepare, state, tokens, count, chunk, rule)
         outs.append(out)
-    q, k, v, lr, momentum, mask = _tail(arrays, count * chunk)
+    last = tokens.rest(count * chunk)
+    q, k, v = jax.checkpoint(prepare)(last.tokens)
     if update_last:
-        state, out = _apply_then_update(state, q, k, v, lr, rule, momentum, mask)
+        state, out = _apply_then_update(state, q, k, v, last.lr, rule, last.momentum, last.mask)
     else:
         out = apply(state.w, q)
     outs.append(out)
     return state, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 
 
-def block_causal(state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None):
+def block_causal(state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None, prepare=None):
     """Update-then-apply over chunks: a token reads weights made from its own chunk and the earlier
     ones. As `shifted`."""
-    arrays = (q, k, v, lr, momentum, mask)
-    length = q.shape[2]
+    tokens, prepare = _as_tokens(q, k, v, lr, momentum, mask, prepare)
+    length = lr.shape[2]
     count = length // chunk
     outs = []
     if count > 0:
-        state, out = _scan_chunks(_update_then_apply, state, arrays, count, chunk, rule)
+        state, out = _scan_chunks(_update_then_apply, prepare, state, tokens, count, chunk, rule)
         outs.append(out)
     if count * chunk < length:
-        q, k, v, lr, momentum, mask = _tail(arrays, count * chunk)
-        state, out = _update_then_apply(state, q, k, v, lr, rule, momentum, mask)
+        last = tokens.rest(count * chunk)
+        q, k, v = jax.checkpoint(prepare)(last.tokens)
+        state, out = _update_then_apply(state, q, k, v, last.lr, rule, last.momentum, last.mask)
         outs.append(out)
     return state, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jasr.models import fast_weights as fw
-from jasr.models.attention import attend, rope
+from jasr.models.attention import rope, rotary_attention
 from jasr.models.lact_config import LactConfig
 
 # What ends a residual branch.
@@ -100,13 +100,16 @@ def heads(x, num):
     return x.reshape(*x.shape[:2], num, x.shape[2] // num)
 
 
-@functools.partial(jax.checkpoint, static_argnums=0)
-def arguments(config, q, k, v, scale, offset, table):
-    """Queries, keys and values of the fast weights, [B,H,T,d], from the layer's [B,T,D].
+def arguments(config, scale, offset, tokens):
+    """Queries, keys and values of the fast weights, [B,H,L,d].
 
-    Elementwise throughout, so the backward pass computes it again and keeps q, k and v alone.
+    Args:
+      scale, offset: f32[D,2], of queries and keys.
+      tokens: the projections [B,1,L,3D] and the rows of `rope_table` [1,1,L,.], two of them.
     """
     c, nh = config, config.num_lact_heads
+    qkv, *table = (y[:, 0] for y in tokens)
+    q, k, v = jnp.split(qkv, 3, axis=-1)
     q = q * scale[:, 0] + offset[:, 0]
     k = k * scale[:, 1] + offset[:, 1]
     if c.qkv_silu:
@@ -114,6 +117,7 @@ def arguments(config, q, k, v, scale, offset, table):
         v = v if c.no_v_silu else jax.nn.silu(v)
     q, k = fw.l2_normalise(heads(q, nh)), fw.l2_normalise(heads(k, nh))
     if not c.ttt_nope:  # the attention's rotation, by the attention's heads, after the norm
+        table = [t[0] for t in table]
         q, k = (
             rope(y.reshape(*y.shape[:2], c.num_attn_heads, c.head_dim), table).reshape(y.shape)
             for y in (q, k)
@@ -138,17 +142,18 @@ class LactLayer(nn.Module):
         c = self.config
         frames = x.shape[1]
         fast = self.fast and (c.lact_updates != "no_branch" or self.is_initializing())
-        q, k, v = jnp.split(linear(c, 3 * c.hidden_size, "qkv", c.qkv_bias)(x), 3, axis=-1)
+        qkv = linear(c, 3 * c.hidden_size, "qkv", c.qkv_bias)(x)
+        q, k, v = jnp.split(qkv, 3, axis=-1)
         if c.attn_qk_norm:
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
+            qkv = jnp.concatenate([q, k, v], axis=-1)
         record(self, "q", q)
         record(self, "k", k)
         record(self, "v", v)
         block = c.lact_chunk_size if c.lact_mode == "block" else 0
-        out = attend(
-            rope(heads(q, c.num_attn_heads), table),
-            rope(heads(k, c.num_attn_heads), table),
-            heads(v, c.num_attn_heads),
+        out = rotary_attention(
+            qkv.reshape(*x.shape[:2], 3, c.num_attn_heads, c.head_dim),
+            table,
             causal=c.causal,
             window=c.window_size,
             chunk=block,
@@ -157,7 +162,7 @@ class LactLayer(nn.Module):
         record(self, "attn_out", out)
         if fast:
             valid = jnp.arange(frames) < length[:, None]
-            branch = self.fast_branch(x, q, k, v, valid, table)
+            branch = self.fast_branch(x, qkv, valid, table)
             record(self, "fast_branch_out", branch)
             if c.lact_updates != "no_branch":
                 out = out + branch
@@ -204,55 +209,56 @@ class LactLayer(nn.Module):
             scale = jax.nn.silu(y[..., -nh:])[..., None]
         return lr, momentum, scale
 
-    def fast_branch(self, x, q, k, v, valid, table):
+    def fast_branch(self, x, qkv, valid, table):
         """What the fast weights read out, [B,T,D]."""
         c = self.config
         scale = self.param("qk_scale", nn.initializers.ones, (c.hidden_size, 2))
         offset = self.param("qk_offset", nn.initializers.zeros, (c.hidden_size, 2))
-        q, k, v = arguments(c, q, k, v, scale, offset, table)
+        tokens = (qkv[:, None], *(t[None, None] for t in table))
+        prepare = functools.partial(arguments, c, scale, offset)
         lr, momentum, gate = self.token_rates(x)
         record(self, "eta", lr)
         if momentum is not None:
             record(self, "beta", momentum)
-        out = self.run(q, k, v, lr, momentum, valid).transpose(0, 2, 1, 3)
+        out = self.run(tokens, prepare, lr, momentum, valid).transpose(0, 2, 1, 3)
         record(self, "fast_out", out)
         out = nn.remat(RMSNorm)(name="ttt_norm")(out)
         if gate is not None:
             out = out * gate
         return out.reshape(x.shape).astype(c.dtype)
 
-    def run(self, q, k, v, lr, momentum, valid):
-        """The operator that the mode asks for: out f32[B,H,T,V].
+    def run(self, tokens, prepare, lr, momentum, valid):
+        """The operator that the mode asks for: out f32[B,H,T,V]; prepare(tokens) is (q, k, v).
 
         The state comes from the collection "fast_weights" if that is given and goes back to it if
         that is mutable; the last chunk is then learnt from as well.
         """
         c = self.config
         rule = fw.Rule(muon=fw.MUON_TUNED if c.use_muon else None, prenorm=c.ttt_prenorm)
-        initial = state = fw.start(self.initial_weights(), rule, batch=q.shape[0])
+        initial = state = fw.start(self.initial_weights(), rule, batch=lr.shape[0])
         if self.has_variable("fast_weights", "state"):
             state = self.get_variable("fast_weights", "state")
         keep = self.is_mutable_collection("fast_weights") and not self.is_initializing()
         options = dict(rule=rule, momentum=momentum)
         if c.lact_updates == "off":
-            state, out = fw.apply_only(state, q)
+            state, out = fw.apply_only(state, jax.checkpoint(prepare)(tokens)[0])
         elif c.lact_mode == "bidirectional":
-            state, out = fw.full(state, q, k, v, lr, mask=valid, **options)
+            state, out = fw.full(state, *jax.checkpoint(prepare)(tokens), lr, mask=valid, **options)
         elif c.lact_mode == "block":
-            options["chunk"] = c.lact_chunk_size
-            state, out = fw.block_causal(state, q, k, v, lr, mask=valid, **options)
+            options |= dict(chunk=c.lact_chunk_size, prepare=prepare)
+            state, out = fw.block_causal(state, tokens, None, None, lr, mask=valid, **options)
         else:  # right padding cannot reach a valid frame in this order: a mask is for the state
-            options |= dict(chunk=c.lact_chunk_size, update_last=keep)
+            options |= dict(chunk=c.lact_chunk_size, update_last=keep, prepare=prepare)
             mask = valid if keep else None
-            state, out = fw.shifted(state, q, k, v, lr, mask=mask, **options)
+            state, out = fw.shifted(state, tokens, None, None, lr, mask=mask, **options)
         if keep:
             self.put_variable("fast_weights", "state", state)
         if self.is_mutable_collection("stages") and not self.is_initializing():
-            record(self, "delta_norm", self.first_direction(initial, k, v, lr, valid))
+            record(self, "delta_norm", self.first_direction(initial, *prepare(tokens), lr, valid))
             record(self, "w_norm", jnp.stack([fw.size(w) for w in state.w]))
         return out
 
-    def first_direction(self, state, k, v, lr, valid):
+    def first_direction(self, state, _, k, v, lr, valid):
         """f32[3,B,H]: sizes of the first chunk's ascent directions of w0, w1, w2."""
         c = self.config
         first = slice(0, k.shape[2] if c.lact_mode == "bidirectional" else c.lact_chunk_size)

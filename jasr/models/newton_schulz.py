@@ -82,7 +82,7 @@ def _iterate_forward(x, coefficients):
         x = checkpoint_name(x, "iterate")
         kept.append(x)
         x = _step(x, abc)
-    return x, kept
+    return checkpoint_name(x, "iterate"), kept
 
 
 def _iterate_backward(coefficients, kept, d_x):

@@ -33,6 +33,9 @@ def load(path, step=None, item="", model=None):
 
     Returns:
       (task, {"params", "batch_stats"} of numpy arrays, meta dict).
+
+    Raises:
+      checkpoint.CheckpointError: nothing good is there, or it does not say what model it is.
     """
     from jasr import checkpoint, source, text
     from jasr.interop import lact
@@ -43,6 +46,12 @@ def load(path, step=None, item="", model=None):
         # One step for all parts: each load by itself could fall back to another one.
         path = checkpoint.find_step(path, step, items=("params", "ema", "batch_stats", "frozen"))
         meta = checkpoint.load_meta(path)
+        for key in ("config", "tokenizer"):
+            if key not in meta:
+                raise checkpoint.CheckpointError(
+                    f"{path} has no {key!r} beside its weights, so no model can be built: it was "
+                    "not saved by experiments.train. jasr.load_params reads its weights."
+                )
         params, stats = source.read(source.resolve(path, item))
         variables = {"params": params, "batch_stats": stats}
     config = dict(meta["config"])

@@ -152,7 +152,7 @@ def test_best_edges_have_the_least_padding_of_all():
     best = min(padded([a, b, 30]) for a in range(1, 29) for b in range(a + 1, 30))
     assert found[-1] == 30 and len(found) == 3 and padded(found) == best
     assert buckets.best_edges(samples, 1, 1, 30) == [30]
-    assert buckets.best_edges(np.array([7, 7]), 4, 2, 8) == [8]
+    assert buckets.best_edges(np.array([7, 7]), 4, 2, 7) == [7]
 
 
 def test_rows_with_much_text_move_to_a_longer_bucket(corpus):

@@ -93,6 +93,23 @@ def test_blocks_have_the_gradients_of_one_piece(name, monkeypatch):
         assert error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_rotation_inside_the_blocks_equals_rotation_before_them(name, monkeypatch):
+    qkv, d_out = jnp.stack(tokens(), axis=2), jnp.asarray(tokens(1)[0]).at[1, 7:].set(0)
+    table, length = attention.rope_table(10, 4, 100.0), jnp.array([10, 7])
+
+    def run(qkv):
+        out = attention.rotary_attention(qkv, table, key_len=length, **CASES[name][0])
+        return jnp.where((jnp.arange(10) < length[:, None])[..., None, None], out, 0)
+
+    with jax.disable_jit():
+        want, want_grad = jax.vjp(run, qkv)
+        monkeypatch.setattr(attention, "DENSE_FRAMES", 4)
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
+        got, got_grad = jax.vjp(run, qkv)
+        assert error(got, want) < 1e-6 and error(got_grad(d_out)[0], want_grad(d_out)[0]) < 1e-5
+
+
 def test_a_window_on_both_sides_beyond_a_block_reads_no_more_than_its_span():
     """2 * (QUERY_BLOCK + 2 * (window - 1)) keys at most, whatever the length; lowered, not run."""
     frames, window = 4 * attention.DENSE_FRAMES, 100
