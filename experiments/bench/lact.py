@@ -7,8 +7,9 @@
 The layer is LaCT ASR's of the Base size: projections, sliding-window attention (window = chunk) and
 fast weights with momentum, chunks apply-then-update, with and without Muon. PyTorch's attention is
 its own fused kernel with the band as a mask. Both sides take the same arrays to the output and the
-gradients of input and parameters; these are compared first. Peak memory is the growth of the
-resident set over one call, each side in a process of its own.
+gradients of input and parameters; these are compared first. Each side is timed, in turns with the
+other, in a process of its own: once PyTorch has run in a process, jasr is slower there. Peak
+memory is the growth of the resident set over one call, again in a process of each side.
 """
 
 import argparse
@@ -183,28 +184,84 @@ def growth(call):
     return high - before
 
 
+def thunk(side, args, frames):
+    """The step of one side on so many frames."""
+    config = settings(args, args.muon == "on")
+    make = torch_side if side == "torch" else lambda *a: jasr_side(*a)[0]
+    return make(config, *problem(config, args.batch, frames))
+
+
 def memory_of(side, args):
     """Prints JSON: growth of the resident set over one step of one side, without its warm-up.
 
     The warm-up is the same step on three chunks: libraries, thread pools and code are loaded then.
     """
-    config = settings(args, args.muon == "on")
-    make = torch_side if side == "torch" else lambda *a: jasr_side(*a)[0]
-    make(config, *problem(config, 1, 3 * args.chunk))()
-    call = make(config, *problem(config, args.batch, args.frames))
-    print(json.dumps({"bytes": growth(call)}))
+    thunk(side, args, 3 * args.chunk)()
+    print(json.dumps({"bytes": growth(thunk(side, args, args.frames))}))
+
+
+def command(task, side, args, muon):
+    """The command line of this module that does `task` ("memory_of", "serve") for a side."""
+    options = ("frames", "batch", "hidden", "heads", "lact_heads", "chunk", "dtype")
+    line = [sys.executable, "-m", "experiments.bench.lact", f"--{task}={side}"]
+    line += [f"--{k}={getattr(args, k)}" for k in options]
+    return [*line, f"--muon={'on' if muon else 'off'}"]
 
 
 def memory(side, args, muon):
     """Bytes of `memory_of` in a fresh process."""
-    options = ("frames", "batch", "hidden", "heads", "lact_heads", "chunk", "dtype")
-    command = [sys.executable, "-m", "experiments.bench.lact", f"--memory_of={side}"]
-    command += [f"--{k}={getattr(args, k)}" for k in options]
-    command += [f"--muon={'on' if muon else 'off'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = command("memory_of", side, args, muon)
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(line)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])["bytes"]
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def serve(side, args):
+    """One step, then one for every line of standard input; "done" on standard output after each."""
+    call = thunk(side, args, args.frames)
+    call()
+    print("done", flush=True)
+    for _ in sys.stdin:
+        call()
+        print("done", flush=True)
+
+
+class Worker:
+    """A process that serves one side; a call returns when it has done one step more."""
+
+    def __init__(self, side, args, muon):
+        self.line = command("serve", side, args, muon)
+        pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(self.line, **pipe)
+
+    def wait(self):
+        if self.process.stdout.readline().strip() != "done":
+            raise SystemExit(f"{' '.join(self.line)} failed")
+
+    def __call__(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.wait()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def in_turns(args, muon):
+    """Seconds of both sides' steps, as `timing.interleave` gives them."""
+    workers = {"jasr": Worker("jasr", args, muon), "torch eager": Worker("torch", args, muon)}
+    try:
+        for worker in workers.values():
+            worker.wait()
+        return timing.interleave(workers, rounds=args.rounds)
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 # ---- reports -------------------------------------------------------------------------------------
@@ -220,7 +277,8 @@ def cpu_report(args):
         ours, compiled_bytes = jasr_side(config, *arrays)
         theirs = torch_side(config, *arrays)
         compare(ours, theirs, muon)
-        times = timing.interleave({"jasr": ours, "torch eager": theirs}, rounds=args.rounds)
+        del ours, theirs
+        times = in_turns(args, muon)
         flops = forward_flops(config, args.batch, args.frames)
         extra = [f"forward GFLOP: {', '.join(f'{k} {v / 1e9:.1f}' for k, v in flops.items())}"]
         if os.path.exists("/proc/self/clear_refs"):
@@ -294,13 +352,16 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device-report", action="store_true", help="GPU, bf16, several sizes")
     parser.add_argument("--peak_flops", type=float, default=PEAK_FLOPS)
-    parser.add_argument("--memory_of", choices=("jasr", "torch"), help=argparse.SUPPRESS)
+    for task in ("memory_of", "serve"):
+        parser.add_argument(f"--{task}", choices=("jasr", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     chunk = max(DEVICE_CHUNKS) if args.device_report else args.chunk
     if args.frames <= chunk:
         parser.error(f"--frames must be above the chunk, {chunk}: else nothing is ever updated")
     if args.memory_of:
         return memory_of(args.memory_of, args)
+    if args.serve:
+        return serve(args.serve, args)
     return device_report(args) if args.device_report else cpu_report(args)
 
 

@@ -36,8 +36,10 @@ from jasr.models.newton_schulz import (  # noqa: F401  (part of this module's fa
 )
 
 # What a rematerialised chunk step keeps: the results of its products, but for the gate and up
-# products, which are the largest. The rest is elementwise and recomputed.
+# products, which are the largest, and on accelerators for Muon's Gram matrices. The rest is
+# elementwise and recomputed.
 KEPT = ("back", "delta", "iterate")
+KEPT_ON_CPU = (*KEPT, "gram")
 
 
 class FastWeights(NamedTuple):
@@ -291,7 +293,10 @@ def _scan_chunks(step, prepare, state, tokens, count, chunk, rule):
         w, main, momentum = carry
         return State(w, main or w, momentum or state.momentum, state.norm)
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
+    kept = KEPT_ON_CPU if jax.default_backend() == "cpu" else KEPT
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+
+    @functools.partial(jax.checkpoint, policy=policy)
     def body(carry, part):
         q, k, v = prepare(part.tokens)
         new, out = step(unpack(carry), q, k, v, part.lr, rule, part.momentum, part.mask)

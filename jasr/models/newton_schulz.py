@@ -64,41 +64,43 @@ def _gram(x):
     return _outer(x, x)
 
 
-def _step(x, abc):
+def _polynomial(x, abc):
+    """A = XX' and aI + bA + cAA."""
     a, b, c = abc
     gram = _gram(x)
-    return a * x + _product(b * gram + c * _product(gram, gram), x)
+    return gram, a * jnp.eye(gram.shape[-1]) + b * gram + c * _product(gram, gram)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _iterate(x, coefficients):
-    return functools.reduce(_step, coefficients, x)
+    for abc in coefficients:
+        x = _product(_polynomial(x, abc)[1], x)
+    return x
 
 
 def _iterate_forward(x, coefficients):
     kept = []
     for abc in coefficients:
-        # named, so that a surrounding jax.checkpoint can keep the iterates
+        # named, so that a surrounding jax.checkpoint can keep the iterates, or all three
         x = checkpoint_name(x, "iterate")
-        kept.append(x)
-        x = _step(x, abc)
+        gram, poly = (checkpoint_name(y, "gram") for y in _polynomial(x, abc))
+        kept.append((x, gram, poly))
+        x = _product(poly, x)
     return checkpoint_name(x, "iterate"), kept
 
 
 def _iterate_backward(coefficients, kept, d_x):
-    """Six products an iteration, as the derived pass, but from the iterates alone.
+    """Four products an iteration, where the derived pass has six.
 
-    A, AA and P = bA + cAA are symmetric, so with S = dP + dP' the Gram's gradient and its transpose
-    add up to bS + c(SA + (SA)'): the derived pass multiplies each of these on its own.
+    A and P = aI + bA + cAA are symmetric, so with S = dP + dP' the Gram's gradient and its
+    transpose add up to bS + c(SA + (SA)'): the derived pass multiplies each of these on its own.
     """
-    for (a, b, c), x in zip(reversed(coefficients), reversed(kept), strict=True):
-        gram = _gram(x)
-        poly = b * gram + c * _product(gram, gram)
+    for (_, b, c), (x, gram, poly) in zip(reversed(coefficients), reversed(kept), strict=True):
         d_poly = _outer(d_x, x)
         both = d_poly + _transposed(d_poly)
         product = _product(both, gram)
         d_gram = b * both + c * (product + _transposed(product))
-        d_x = a * d_x + _product(poly, d_x) + _product(d_gram, x)
+        d_x = _product(poly, d_x) + _product(d_gram, x)
     return (d_x,)
 
 
