@@ -4,7 +4,7 @@
     python -m experiments.train --config=configs/lact_an4.py --workdir=runs/an4 \\
         --config.data.train=data/an4/train.jsonl --config.data.valid=data/an4/valid.jsonl
 
-One run: 29 minutes on 2 shared CPU cores, 9.8 % WER and 4.8 % CER on `valid` (log in the README).
+One run: 27 minutes on 2 CPU cores, 8.8 % WER and 4.9 % CER on `valid` (log in the README).
 
 Six blocks of bidirectional attention, depthwise convolution and gated MLP, with a LaCT
 fast-weight branch in every second one; 25 frames a second; characters.
