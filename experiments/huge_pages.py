@@ -14,9 +14,10 @@ def use():
 
     XLA's CPU programs take their working memory from malloc at every step and give it back, and
     with pages of 4 KiB the kernel hands out tens of thousands of them each time: a quarter of the
-    step of a small model. Only the environment of a new process can change it, so this process is
-    replaced (its number stays). Nothing happens where the kernel decides by itself ("always",
-    "never"), without glibc 2.35, where GLIBC_TUNABLES settles it, or with JASR_HUGE_PAGES=off.
+    processor time of training the AN4 recipe. Only the environment of a new process can change it,
+    so this process is replaced (its number stays). Nothing happens where the kernel decides by
+    itself ("always", "never"), without glibc 2.35, where GLIBC_TUNABLES settles it, or with
+    JASR_HUGE_PAGES=off.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE in tunables or os.environ.get("JASR_HUGE_PAGES", "").lower() in ("off", "0"):

@@ -97,7 +97,8 @@ def check_same(config, tokenizer, train_data, valid_data):
 
 
 def check_failed(loader):
-    """Raises on every process when too many utterances could not be decoded on all together."""
+    """Raises DataError on every process when too many utterances, of all processes together, could
+    not be decoded (config.data.max_bad_share)."""
     import jax
 
     counts, processes = loader.tally(), jax.process_count()
@@ -112,7 +113,8 @@ def check_failed(loader):
 def kept_on_failure(save):
     """Calls `save` before passing on what is raised inside: steps are not lost with it.
 
-    Not with several processes: one that fails alone would wait for the others for ever.
+    Where that save fails too, it is logged, and what was raised first is what is passed on. Not
+    with several processes: one that fails alone would wait for the others for ever.
     """
     import jax
 
@@ -120,8 +122,10 @@ def kept_on_failure(save):
         yield
     except Exception:
         if jax.process_count() == 1:
-            with contextlib.suppress(Exception):  # what was raised first says more
+            try:
                 save()
+            except Exception as e:
+                log.error("the steps since the last save are lost, saving them failed: %s", e)
         raise
 
 

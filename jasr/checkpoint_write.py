@@ -74,6 +74,7 @@ def arguments(state, meta, metrics, copy=True):
 
 
 def temporaries(directory):
+    """The directories that Orbax is writing, or has left, for the step directory `directory`."""
     start = directory.name + ".orbax-checkpoint-tmp"
     return [p for p in directory.parent.iterdir() if p.name.startswith(start)]
 
@@ -101,6 +102,7 @@ def saver_of(items, before_rename, barrier=None):
 
 
 def about_storage(error):
+    """Whether an exception is about disk space or permission, and not a mistake of the caller."""
     words = ("RESOURCE_EXHAUSTED", "No space", "PERMISSION_DENIED", "Read-only")
     return isinstance(error, OSError) or any(w in str(error) for w in words)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SEGMENT = 512  # frames: a segment's spectra are 1 MB
+_SEGMENT = 1024  # frames: a segment's spectra are 2 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +122,12 @@ def _blocks(audio, audio_len, cfg: FrontEndConfig, n_fft: int, edge: int):
     return audio.reshape(audio.shape[0], -1, cfg.hop)
 
 
-def _frames(blocks, cfg: FrontEndConfig):
-    """Frames f32[..., T, win]: shifted blocks side by side, which is cheaper than a gather."""
-    copies = -(-cfg.win // cfg.hop)
+def _frames(blocks, hop: int, size: int):
+    """Frames f32[..., T, size]: shifted blocks side by side, which is cheaper than a gather."""
+    copies = -(-size // hop)
     frames = blocks.shape[-2] - copies + 1
     parts = [blocks[..., i : i + frames, :] for i in range(copies)]
-    parts[-1] = parts[-1][..., : cfg.win - (copies - 1) * cfg.hop]
+    parts[-1] = parts[-1][..., : size - (copies - 1) * hop]
     return jnp.concatenate(parts, axis=-1)
 
 
@@ -136,19 +136,22 @@ def _mel_by_fft(blocks, cfg: FrontEndConfig, n_fft: int):
 
     On two cores 2.5 to 4 times as fast as one FFT of everything.
     """
-    halo = -(-cfg.win // cfg.hop) - 1
-    batch, frames = blocks.shape[0], blocks.shape[1] - halo
+    batch, frames = blocks.shape[0], blocks.shape[1] + 1 - -(-cfg.win // cfg.hop)
     segments = -(-frames // _SEGMENT)
     size = -(-frames // segments)
-    blocks = jnp.pad(blocks, ((0, 0), (0, segments * size - frames), (0, 0)))
-    parts = [blocks[:, i * size : (i + 1) * size + halo] for i in range(segments)]
-    window, bank = _window(cfg), _filter_bank(cfg, n_fft)
+    # Frames of n_fft samples under a window that ends in zeros: cheaper than padding each frame.
+    halo = -(-n_fft // cfg.hop) - 1
+    blocks = jnp.pad(blocks, ((0, 0), (0, segments * size + halo - blocks.shape[1]), (0, 0)))
+    window = np.pad(_window(cfg), (0, n_fft - cfg.win))
+    bank = _filter_bank(cfg, n_fft)
 
-    def segment(blocks):
-        spectrum = jnp.fft.rfft(_frames(blocks, cfg) * window, n_fft)
+    def segment(i):
+        start = (i // segments, i % segments * size, 0)
+        part = jax.lax.dynamic_slice(blocks, start, (1, size + halo, cfg.hop))[0]
+        spectrum = jnp.fft.rfft(_frames(part, cfg.hop, n_fft) * window)
         return _mel(jnp.square(spectrum.real) + jnp.square(spectrum.imag), cfg, bank)
 
-    mel = jax.lax.map(segment, jnp.stack(parts, axis=1).reshape(-1, size + halo, cfg.hop))
+    mel = jax.lax.map(segment, jnp.arange(batch * segments))
     return mel.reshape(batch, segments * size, -1)[:, :frames]
 
 
@@ -159,7 +162,7 @@ def _mel_by_product(blocks, cfg: FrontEndConfig, n_fft: int):
     """
     angle = 2 * np.pi / n_fft * np.outer(np.arange(cfg.win), np.arange(n_fft // 2 + 1))
     window = _window(cfg)[:, None]
-    frames, highest = _frames(blocks, cfg), jax.lax.Precision.HIGHEST
+    frames, highest = _frames(blocks, cfg.hop, cfg.win), jax.lax.Precision.HIGHEST
     real = jnp.dot(frames, (window * np.cos(angle)).astype(np.float32), precision=highest)
     imaginary = jnp.dot(frames, (window * np.sin(angle)).astype(np.float32), precision=highest)
     return _mel(jnp.square(real) + jnp.square(imaginary), cfg, _filter_bank(cfg, n_fft))

@@ -3,12 +3,14 @@
     python -m experiments.benchmark features [--batch 16] [--seconds 10] [--rounds 15] [--files ...]
 
 Both get the same list of utterances of unequal length as numpy arrays and return padded features;
-ours pads on the host, moves the batch and runs one jitted function. `--files` takes recordings in
-place of generated speech-like noise. Two more rows time decoding and resampling.
+ours pads on the host, moves the batch and runs one jitted function. After the comparison each side
+is timed, in turns with the other, in a process of its own. `--files` takes recordings in place of
+generated speech-like noise. Two more rows time decoding and resampling.
 """
 
 import argparse
 import io
+import sys
 
 import numpy as np
 
@@ -24,15 +26,20 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--mels", type=int, default=80)
     parser.add_argument("--files", nargs="*", default=(), help="recordings to use as the batch")
+    parser.add_argument("--serve", choices=("jasr", "transformers"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     from jasr import audio
 
-    print(timing.machine())
     if args.files:
         utterances = [audio.read(path) for path in args.files]
     else:
         utterances = speech_like(args.batch, args.seconds)
-    log_mel_row(utterances, args.mels, args.rounds)
+    sides = {"jasr": jasr_side, "transformers": transformers_side}
+    if args.serve:
+        return timing.serve(sides[args.serve](utterances, args.mels))
+    print(timing.machine())
+    compare(*(make(utterances, args.mels)() for make in sides.values()))
+    log_mel_row(utterances, args)
     host_rows(utterances[0], args.rounds)
 
 
@@ -57,41 +64,51 @@ def pad(utterances):
     return batch, lengths
 
 
-def log_mel_row(utterances, mels, rounds):
-    """Compares, times and reports; the ratio of the medians is the result."""
+def jasr_side(utterances, mels):
+    """Thunk -> features f32[B, T, F]."""
     import jax
-    import torch
-    from transformers import ParakeetFeatureExtractor
 
     from jasr import audio
 
-    torch.set_num_threads(timing.threads())
-    extractor = ParakeetFeatureExtractor(feature_size=mels)
     config = audio.FrontEndConfig(n_mels=mels)
-    function = jax.jit(lambda x, n: audio.log_mel(x, n, config))
+    function = jax.jit(lambda x, n: audio.log_mel(x, n, config)[0])
+    return lambda: jax.block_until_ready(function(*pad(utterances)))
 
-    def ours():
-        return jax.block_until_ready(function(*pad(utterances)))
 
-    def peer():
-        return extractor(utterances, sampling_rate=16000, return_tensors="pt")
+def transformers_side(utterances, mels):
+    """Thunk -> features f32[B, T, F]."""
+    import torch
+    from transformers import ParakeetFeatureExtractor
 
-    (mel, _), theirs = ours(), peer()
-    theirs = theirs["input_features"].numpy()
-    worst = float(np.abs(np.asarray(mel) - theirs).max())
+    torch.set_num_threads(timing.threads())
+    extract = ParakeetFeatureExtractor(feature_size=mels)
+    return lambda: extract(utterances, sampling_rate=16000, return_tensors="pt")["input_features"]
+
+
+def compare(ours, theirs):
+    """Prints the largest difference; raises where the two are not the same features."""
+    worst = float(np.abs(np.asarray(ours) - theirs.numpy()).max())
+    print(f"largest difference of the outputs {worst:.1e}")
     if worst > 1e-3:
-        raise SystemExit(f"outputs differ by {worst:.2e}: nothing to time")
+        raise SystemExit("nothing to time")
+
+
+def log_mel_row(utterances, args):
+    """Times and reports; the ratio of the medians is the result."""
+    options = [f"--{name}={getattr(args, name)}" for name in ("batch", "seconds", "mels")]
+    options += ["--files", *args.files] if args.files else []
+    line = [sys.executable, "-m", "experiments.bench.features", *options]
+    sides = ("transformers", "jasr")
+    times = timing.in_turns({side: [*line, f"--serve={side}"] for side in sides}, args.rounds)
     seconds = sum(map(len, utterances)) / 16000
-    times = timing.interleave({"transformers": peer, "jasr": ours}, rounds)
     speeds = {name: seconds / timing.quartiles(values)[1] for name, values in times.items()}
     return timing.report(
-        f"log-mel, {len(utterances)} utterances, {seconds:.0f} s, {mels} mels, "
+        f"log-mel, {len(utterances)} utterances, {seconds:.0f} s, {args.mels} mels, "
         f"{timing.threads()} threads",
         times,
         ours="jasr",
         peer="transformers",
-        extra=[f"largest difference of the outputs {worst:.1e}"]
-        + [f"{name}: {speed:.0f}x real time" for name, speed in speeds.items()],
+        extra=[f"{name}: {speed:.0f}x real time" for name, speed in speeds.items()],
     )
 
 
@@ -127,3 +144,7 @@ def host_rows(x, rounds):
     times = timing.interleave({"speed 1.1": lambda: audio.speed(x, 1.1)}, rounds)
     speed = seconds / timing.quartiles(times["speed 1.1"])[1]
     timing.report("speed", times, ours="speed 1.1", extra=[f"{speed:.0f}x real time"])
+
+
+if __name__ == "__main__":
+    main()

@@ -217,53 +217,6 @@ def memory(side, args, muon):
     return json.loads(done.stdout.splitlines()[-1])["bytes"]
 
 
-# ---- time ----------------------------------------------------------------------------------------
-
-
-def serve(side, args):
-    """One step, then one for every line of standard input; "done" on standard output after each."""
-    call = thunk(side, args, args.frames)
-    call()
-    print("done", flush=True)
-    for _ in sys.stdin:
-        call()
-        print("done", flush=True)
-
-
-class Worker:
-    """A process that serves one side; a call returns when it has done one step more."""
-
-    def __init__(self, side, args, muon):
-        self.line = command("serve", side, args, muon)
-        pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(self.line, **pipe)
-
-    def wait(self):
-        if self.process.stdout.readline().strip() != "done":
-            raise SystemExit(f"{' '.join(self.line)} failed")
-
-    def __call__(self):
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.wait()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def in_turns(args, muon):
-    """Seconds of both sides' steps, as `timing.interleave` gives them."""
-    workers = {"jasr": Worker("jasr", args, muon), "torch eager": Worker("torch", args, muon)}
-    try:
-        for worker in workers.values():
-            worker.wait()
-        return timing.interleave(workers, rounds=args.rounds)
-    finally:
-        for worker in workers.values():
-            worker.close()
-
-
 # ---- reports -------------------------------------------------------------------------------------
 
 
@@ -278,7 +231,9 @@ def cpu_report(args):
         theirs = torch_side(config, *arrays)
         compare(ours, theirs, muon)
         del ours, theirs
-        times = in_turns(args, muon)
+        sides = {"jasr": "jasr", "torch eager": "torch"}
+        lines = {name: command("serve", side, args, muon) for name, side in sides.items()}
+        times = timing.in_turns(lines, args.rounds)
         flops = forward_flops(config, args.batch, args.frames)
         extra = [f"forward GFLOP: {', '.join(f'{k} {v / 1e9:.1f}' for k, v in flops.items())}"]
         if os.path.exists("/proc/self/clear_refs"):
@@ -361,7 +316,7 @@ def main(argv=None):
     if args.memory_of:
         return memory_of(args.memory_of, args)
     if args.serve:
-        return serve(args.serve, args)
+        return timing.serve(thunk(args.serve, args, args.frames))
     return device_report(args) if args.device_report else cpu_report(args)
 
 

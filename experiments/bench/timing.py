@@ -3,6 +3,8 @@
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 
 
@@ -11,10 +13,14 @@ def threads():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def interleave(thunks, rounds=7, warmup=1):
+SETTLE = 0.4  # seconds: OpenMP's idle threads keep a core busy for 0.2 after each call
+
+
+def interleave(thunks, rounds=7, warmup=1, apart=False):
     """Seconds of every call, `{name: [s, ...]}`: A B A B ..., the order reversed every other round.
 
     A thunk must return only when its work is done (block_until_ready / synchronize inside).
+    `apart`: calls that are not timed, for SETTLE seconds, precede every one that is.
     """
     for _ in range(warmup):
         for thunk in thunks.values():
@@ -23,10 +29,62 @@ def interleave(thunks, rounds=7, warmup=1):
     for i in range(rounds):
         names = list(thunks) if i % 2 == 0 else list(thunks)[::-1]
         for name in names:
+            begin = time.perf_counter()
+            while apart and time.perf_counter() < begin + SETTLE:
+                thunks[name]()
             start = time.perf_counter()
             thunks[name]()
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def serve(call):
+    """One call, then one for every line of standard input; "done" on standard output after each."""
+    call()
+    print("done", flush=True)
+    for _ in sys.stdin:
+        call()
+        print("done", flush=True)
+
+
+class Worker:
+    """A process whose command line ends in `serve`; a call returns when it has done one more."""
+
+    def __init__(self, line):
+        self.line = line
+        self.process = subprocess.Popen(
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def wait(self):
+        if self.process.stdout.readline().strip() != "done":
+            raise SystemExit(f"{' '.join(self.line)} failed")
+
+    def __call__(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.wait()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def in_turns(lines, rounds):
+    """What `interleave` gives for the `serve` processes of command lines {name: line}.
+
+    For rivals that disturb one another in one process. A turn begins with calls that are not
+    timed: until the other's idle threads have stopped spinning, and until memory is back that a
+    virtual machine gave to its host in the meantime. In training a step follows another, too.
+    """
+    workers = {name: Worker(line) for name, line in lines.items()}
+    try:
+        for worker in workers.values():
+            worker.wait()
+        return interleave(workers, rounds, apart=True)
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 def quartiles(values):

@@ -254,11 +254,12 @@ class LactLayer(nn.Module):
         if keep:
             self.put_variable("fast_weights", "state", state)
         if self.is_mutable_collection("stages") and not self.is_initializing():
-            record(self, "delta_norm", self.first_direction(initial, *prepare(tokens), lr, valid))
+            _, k, v = prepare(tokens)
+            record(self, "delta_norm", self.first_direction(initial, k, v, lr, valid))
             record(self, "w_norm", jnp.stack([fw.size(w) for w in state.w]))
         return out
 
-    def first_direction(self, state, _, k, v, lr, valid):
+    def first_direction(self, state, k, v, lr, valid):
         """f32[3,B,H]: sizes of the first chunk's ascent directions of w0, w1, w2."""
         c = self.config
         first = slice(0, k.shape[2] if c.lact_mode == "bidirectional" else c.lact_chunk_size)

@@ -252,6 +252,32 @@ def test_scanned_orders_equal_the_entry_by_entry_order(rule):
             assert error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("op", ["shifted", "block_causal"])
+def test_chunks_that_prepare_their_own_tokens_equal_prepared_ones(op):
+    w, q, k, v, lr, momentum = tokens()
+    run = functools.partial(getattr(fw, op), chunk=8, rule=fw.Rule(), momentum=momentum)
+    mask = np.arange(22) < np.array([[22], [17], [9]])
+
+    def prepare(both):
+        return jnp.tanh(both["q"]), *both["kv"]
+
+    def before(q, k, v, lr):
+        return run(fw.start(w), jnp.tanh(q), k, v, lr, mask=mask)[1]
+
+    def inside(q, k, v, lr):
+        both = {"q": q, "kv": (k, v)}
+        return run(fw.start(w), both, None, None, lr, mask=mask, prepare=prepare)[1]
+
+    want, want_grad = jax.vjp(before, q, k, v, lr)
+    got, got_grad = jax.vjp(inside, q, k, v, lr)
+    assert error(got, want) < 1e-6
+    d_out = np.random.default_rng(1).normal(size=want.shape).astype(np.float32)
+    for a, b in zip(got_grad(d_out), want_grad(d_out), strict=True):
+        assert error(a, b) < 1e-5
+    with pytest.raises(ValueError, match="k and v must be None"):
+        run(fw.start(w), q, k, v, lr, prepare=prepare)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("op", ["shifted", "block_causal"])
 def test_carried_state_makes_two_calls_equal_one(op, rule):
