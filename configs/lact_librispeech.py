@@ -1,8 +1,10 @@
 """LaCT ASR on LibriSpeech at the sizes of the original (source document 004).
 
-    python -m experiments.prepare_data librispeech --help
-    python -m experiments.train --config=configs/lact_librispeech.py:improved --workdir=runs/ls \\
-        --config.data.train=shar/train-clean-100 --config.data.valid=shar/dev-clean
+    python -m experiments.prepare_data librispeech LIBRISPEECH data/libri --parts \\
+        train-clean-100 dev-clean                # --download fetches them into LIBRISPEECH
+    python -m experiments.train --config=configs/lact_librispeech.py:improved --workdir=runs/ls
+
+It reads data/libri/shar/train-clean-100 and dev-clean; other places: --config.data.train, .valid.
 
 Variants: `base` (88.6 M parameters, the default), `improved` (311.2 M), `large` (316.9 M); a suffix
 `_reference` (`base_reference`) trains what the original trained: causal attention and chunks of
@@ -32,8 +34,8 @@ def get_config(arg="base"):
             f"_reference behind it, not {arg!r}"
         )
     config = common.default()
-    config.data.train = ("shar/train-clean-100",)
-    config.data.valid = ("shar/dev-clean",)
+    config.data.train = ("data/libri/shar/train-clean-100",)
+    config.data.valid = ("data/libri/shar/dev-clean",)
     config.data.max_duration = 20.0
     config.data.num_buckets = 6
     config.data.bucket_batch_size = (24,)

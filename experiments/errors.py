@@ -5,6 +5,7 @@ import linecache
 import os
 import sys
 import traceback
+import warnings
 
 OURS = ("jasr", "configs", "experiments", "__main__")
 KINDS = (ValueError, FloatingPointError, ImportError, ModuleNotFoundError)
@@ -18,6 +19,8 @@ def in_one_line(command):
 
     @functools.wraps(command)
     def run(*args, **settings):
+        # jasr's reports of checkpoints that are not used are logged as well
+        warnings.filterwarnings("ignore", "checkpoint .* is not used", RuntimeWarning)
         try:
             return command(*args, **settings)
         except Exception as e:
@@ -32,10 +35,23 @@ def in_one_line(command):
 def report(error):
     """Says an error on standard error: in one line, or with the traceback of a fault."""
     if mendable(error):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {said(error)}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
         sys.stderr.flush()
+
+
+def said(error):
+    """The message of an error; of a setting that ml_collections does not know, with its flag."""
+    if error.args and isinstance(error.args[0], KeyError):
+        error = error.args[0]  # the AttributeError of config.optim.lrr
+    if not isinstance(error, KeyError) or not error.args:
+        return str(error)
+    key, _, hint = str(error.args[0]).partition("\n")
+    key = key.strip("'")
+    flags = (a.split("=")[0].lstrip("-") for a in sys.argv if a.startswith("--"))
+    flag = next((f for f in flags if key in f.split(".")), key)
+    return f"there is no setting {flag}. {hint}".rstrip()
 
 
 def mendable(error):

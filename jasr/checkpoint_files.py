@@ -146,6 +146,8 @@ def find_step(path, step=None, items=None, checksums=True):
         faults.append(f"{directory}: " + "; ".join(damage))
         if len(candidates) > 1:
             report(f"checkpoint {faults[-1]}. It is not used.")
+    if len(faults) == 1:
+        raise CheckpointError(f"damaged checkpoint {faults[0]}")
     raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(faults))
 
 

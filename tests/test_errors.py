@@ -27,6 +27,21 @@ def test_settings_files_and_checkpoints_are_said_in_one_line(capsys, tmp_path):
         assert said.startswith("error: ") and text in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("wrong, right", [("optim.lrr", "lr"), ("optm.lr", "optim")])
+def test_misspelt_flags_are_named_with_the_nearest_setting(wrong, right, root, tmp_path):
+    train = [sys.executable, "-m", "experiments.train", "--config=tests/tiny.py"]
+    ran = subprocess.run(
+        [*train, f"--workdir={tmp_path}", f"--config.{wrong}=1"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.count("\n") == 1
+    assert ran.stderr.startswith(f"error: there is no setting config.{wrong}. Did you mean")
+    assert f'"{right}"' in ran.stderr
+
+
 def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     for fault, kind in ((lambda: 1 + "1", TypeError), (lambda: json.loads("{"), ValueError)):
         with pytest.raises(kind):

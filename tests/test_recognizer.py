@@ -1,12 +1,14 @@
 """Transcription: exact texts and times of coded signals, any length, any batch, bad recordings."""
 
 import io
+import tracemalloc
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
 
 from jasr.decoding.ctc import ctc_greedy
 from jasr.recognizer import WAITING_JOBS, Recognizer, find_recordings
@@ -88,6 +90,24 @@ def test_long_recordings_equal_the_whole(window, overlap):
     assert cut["duration"] == 100.0 and cut["updates"] > 9
     clock = [t for w in cut["words"] for t in (w["start"], w["end"])]
     assert clock == sorted(clock)
+
+
+def test_three_hours_are_covered_to_the_last_word_in_bounded_memory(tmp_path):
+    ids = [*sentence(0, 2480), *[0] * 9, 1, *[0] * 10]  # 100 s that end between two words
+    piece = recognizer(window=8.0).transcribe(coded(ids))
+    path = tmp_path / "three hours.flac"
+    with soundfile.SoundFile(path, "w", RATE, 1) as file:
+        for _ in range(108):
+            file.write(coded(ids))
+    tracemalloc.start()
+    result = recognizer(window=30.0).transcribe(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result["duration"] == 10800.0 and result["warnings"] == []
+    assert result["text"] == " ".join([piece["text"]] * 108)
+    last, want = result["words"][-1], piece["words"][-1]
+    assert last["end"] == pytest.approx(10700 + want["end"], abs=1e-3)
+    assert peak < 10800 * RATE * 4 / 8  # f32 samples of the whole: 691 MB
 
 
 def test_alone_or_in_any_batch_the_result_is_the_same_and_order_is_kept():
