@@ -23,6 +23,7 @@ CORE = (
     "grain>=0.2.12",
     "soundfile>=0.13",  # its wheels carry libsndfile: WAV, FLAC, OGG and MP3 without ffmpeg
     "sentencepiece>=0.2.1",
+    "pyyaml>=6.0",
     "jiwer>=4.0",
     "tqdm>=4.66",
 )

@@ -5,6 +5,12 @@
     python -m experiments.average --checkpoints runs/a/checkpoints/300 runs/b/checkpoints/300 \\
         --output=runs/soup --evaluate an4/valid.jsonl
 
+NeMo's checkpoints, named step=14000-val_wer=0.0652-val_loss=1.50.ckpt, and its zarr directories:
+
+    python -m experiments.average --checkpoint_dir=ckpts --top_n=3 \\
+        --input_nemo=model.nemo --output_nemo=averaged.nemo        # or --output=averaged.ckpt
+    python -m experiments.average --checkpoint_dir=zarr_ckpts --name_prefix=avg --steps 1000 2000
+
 Weights: given ones; else, where every member has the metric, in proportion to 1 / metric; else
 equal. The result is written to <checkpoint_dir>/average-<name> with jasr_average.json (members,
 weights, metrics, checksums) in it. Directories named "...-last" are left out.
@@ -38,12 +44,28 @@ def parse(argv=None):
     parser.add_argument("--item", default="", help="params or ema; ema where all have it")
     parser.add_argument("--name", default="", help="the result is average-<name>")
     parser.add_argument("--output", default="", help="the result's directory, instead of --name")
+    parser.add_argument("--input_nemo", default="", help=".ckpt files: the .nemo they belong to")
+    parser.add_argument("--output_nemo", default="", help="it, with the averaged weights")
+    parser.add_argument("--name_prefix", default="", help="zarr: of the result's name")
     parser.add_argument(
         "--evaluate", metavar="MANIFEST", default="", help="print WER beside the members'"
     )
     args = parser.parse_args(argv)
-    if args.checkpoint_dir and not (args.top_n or args.steps):
+    args.foreign = foreign_kind(args.checkpoint_dir) if args.checkpoint_dir else ""
+    if args.checkpoint_dir and not (args.top_n or args.steps or args.foreign):
         parser.error("--checkpoint_dir needs --top_n or --steps")
+    if bool(args.input_nemo) != bool(args.output_nemo):
+        parser.error("--input_nemo and --output_nemo go together")
+    if args.input_nemo and args.foreign != "ckpt":
+        parser.error("--output_nemo is for a --checkpoint_dir of .ckpt files")
+    if args.foreign == "ckpt" and not (args.output_nemo or args.output):
+        parser.error("name the result: --input_nemo with --output_nemo, or --output=x.ckpt")
+    if args.foreign == "zarr" and not (args.name_prefix or args.output):
+        parser.error("name the result: --name_prefix or --output")
+    if args.foreign == "zarr" and args.top_n:
+        parser.error("zarr checkpoints have no metrics in their names: --steps, or none for all")
+    if args.foreign and (args.evaluate or args.item):
+        parser.error("--evaluate and --item are for runs of jasr")
     if args.checkpoints and (args.top_n or args.steps):
         parser.error("--checkpoints names its members: no --top_n or --steps")
     if args.checkpoints and not (args.name or args.output):
@@ -51,6 +73,51 @@ def parse(argv=None):
     if args.weights and args.equal:
         parser.error("--weights or --equal, not both")
     return args
+
+
+def foreign_kind(folder):
+    """ "ckpt" or "zarr" for a folder of NeMo's checkpoints, "" for one of jasr's."""
+    folder = pathlib.Path(folder)
+    if any(folder.glob("*.ckpt")):
+        return "ckpt"
+    return "zarr" if any(folder.glob("*/*/.zarray")) else ""
+
+
+def average_foreign(args):
+    """Averages NeMo's .ckpt files or zarr directories into the files that `args` names."""
+    from jasr import averaging
+    from jasr.interop import foreign_averages
+
+    if args.foreign == "zarr":
+        chosen = foreign_averages.find_directories(args.checkpoint_dir, args.steps)
+        name = foreign_averages.directory_name(args.name_prefix, args.steps)
+        output = args.output or pathlib.Path(args.checkpoint_dir) / name
+        how = "given" if args.weights else "equal"
+        made = foreign_averages.average_directories(chosen, output, args.weights, how=how)
+        return show(output, made)
+    found = foreign_averages.find_files(args.checkpoint_dir)
+    chosen = found
+    if args.top_n or args.steps:
+        chosen = averaging.select(found, args.top_n, args.steps, args.metric, args.mode)
+    weights, how = averaging.weigh(chosen, args.weights, args.metric, args.mode)
+    if args.equal:
+        weights, how = None, "equal"
+    best = foreign_averages.best_of(chosen, args.metric, args.mode)
+    average = foreign_averages.average_files(chosen, weights, how=how, best=best)
+    if args.output:
+        foreign_averages.write_ckpt(args.output, average)
+    if args.output_nemo:
+        foreign_averages.write_nemo(args.output_nemo, average.state, args.input_nemo)
+    return show(args.output_nemo or args.output, average.provenance)
+
+
+def show(output, made):
+    """Prints an average's members and weights."""
+    print(f"{output}: {len(made['members'])} checkpoints, weights: {made['weights_from']}")
+    for m in made["members"]:
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in m["metrics"].items())
+        print(f"  {m['weight']:.4f} x step {m['step']:<8} {shown}  {m['path']}")
+    return 0
 
 
 def choose(args):
@@ -70,6 +137,8 @@ def main(argv=None):
     args = parse(argv)
     from jasr import averaging
 
+    if args.foreign:
+        return average_foreign(args)
     if args.evaluate:
         check_manifest(args.evaluate)
     members, name = choose(args)

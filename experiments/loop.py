@@ -68,8 +68,9 @@ def metrics_line(sums, lr, epoch, elapsed, waited, compile_seconds):
         "epoch": epoch,
         "audio_s_per_s": sums["audio_seconds"] / elapsed,
         "input_bound": waited / elapsed,
-        "updates_per_utt": sums["updates"] / max(sums["utterances"], 1.0),
     }
+    if "updates" in sums:
+        line["updates_per_utt"] = sums["updates"] / max(sums["utterances"], 1.0)
     for name in ("infeasible", "skipped"):
         if sums[name]:
             line[name] = int(sums[name])

@@ -324,9 +324,10 @@ def check_keys(config):
     """Raises for a top-level key that nothing reads."""
     from jasr.settings import SettingsError
 
+    known = [*KNOWN, "decoding"] if config.get("task") == "parakeet" else KNOWN
     for key in config:
-        if key not in KNOWN:
-            near = difflib.get_close_matches(key, KNOWN, n=1) or KNOWN
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1) or known
             raise SettingsError(f"config.{key} is not known; did you mean {' or '.join(near)}?")
 
 

@@ -18,14 +18,30 @@ from jasr.resample import resample
 
 @dataclasses.dataclass(frozen=True)
 class SpecAugmentConfig:
-    """Settings of `spec_augment`; the defaults are NeMo's FastConformer recipe without warp."""
+    """Settings of `spec_augment`; the defaults are NeMo's FastConformer recipe without warp.
 
+    Raises:
+      ValueError: an unknown style or fill, or a setting that NeMo's style does not have.
+    """
+
+    style: str = "jasr"  # jasr | nemo (cell for cell its vectorised code, see `nemo_masks`)
     freq_masks: int = 2
     freq_width: int = 27  # bins, exclusive
     time_masks: int = 10
-    time_width: float = 0.05  # below 1: share of the utterance's frames; from 1: frames, exclusive
+    time_width: float = 0.05  # up to 1: share of the utterance's frames; above: frames, exclusive
     fill: str = "zero"  # zero | mean (of each bin over the utterance)
     warp: float = 0.0  # largest relative stretch of the frequency axis
+    mask_value: float = 0.0  # what NeMo's style fills with
+
+    def __post_init__(self):
+        if self.style not in ("jasr", "nemo"):
+            raise ValueError(f"spec_augment.style={self.style!r}: choose jasr or nemo")
+        if self.fill not in ("zero", "mean"):
+            raise ValueError(f"spec_augment.fill={self.fill!r}: choose zero or mean")
+        if self.style == "nemo" and (self.fill != "zero" or self.warp):
+            raise ValueError("spec_augment.style='nemo' has mask_value, but no fill and no warp")
+        if self.style == "jasr" and self.mask_value:
+            raise ValueError("spec_augment.mask_value is of style='nemo'; style='jasr' has fill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +64,24 @@ def spec_augment(mel, mel_len, keys, cfg: SpecAugmentConfig, scale=1.0):
     """Log-mel f32[B, T, F] with its frequency axis stretched and bands of bins and frames masked.
 
     Masks as NeMo's SpectrogramAugmentation (vectorised): width = floor(u * largest width), start =
-    floor(u' * (extent - width)), so time masks stay inside mel_len. `scale` in [0, 1] shrinks
-    widths and warp, to ramp them in. Frames after mel_len are left alone. keys [B], see `row_keys`;
-    one key is split by row position.
+    floor(u' * (extent - width)). `scale` in [0, 1] shrinks widths and warp, to ramp them in. keys
+    [B], see `row_keys`; one key is split by row position. In jasr's style time masks stay inside
+    mel_len, and frames after it are left alone.
     """
-    if cfg.fill not in ("zero", "mean"):
-        raise ValueError(f"fill={cfg.fill!r}: choose zero or mean")
     batch, time, bins = mel.shape
     valid = jnp.arange(time) < mel_len[:, None]
     count = 1 + 2 * (cfg.time_masks + cfg.freq_masks)
     draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(_each_row(keys, batch))
     warp, time_draws, freq_draws = jnp.split(draws, (1, 1 + 2 * cfg.time_masks), axis=1)
+    if cfg.style == "nemo":
+        draws = (*jnp.split(time_draws, 2, axis=1), *jnp.split(freq_draws, 2, axis=1))
+        masked = nemo_masks(mel.shape, mel_len, draws, cfg, scale)
+        return jnp.where(masked, jnp.asarray(cfg.mask_value, mel.dtype), mel)
     original = mel
     if cfg.warp:
         mel = warp_mel(mel, 1 + scale * cfg.warp * (2 * warp[:, 0] - 1))
     extent = mel_len.astype(jnp.float32)[:, None]
-    widest = cfg.time_width * extent if cfg.time_width < 1 else float(cfg.time_width)
+    widest = cfg.time_width * extent if cfg.time_width <= 1 else float(cfg.time_width)
     widest = scale * jnp.minimum(widest, extent)
     masked = bands(*jnp.split(time_draws, 2, axis=1), widest, extent, time)[:, :, None]
     widest = scale * float(min(cfg.freq_width, bins))
@@ -78,10 +96,32 @@ def spec_augment(mel, mel_len, keys, cfg: SpecAugmentConfig, scale=1.0):
 def bands(width_draw, start_draw, widest, extent, size: int):
     """bool[B, size], True in the union of the masks drawn by two uniforms [B, masks]."""
     width = jnp.floor(width_draw * widest)
-    start = jnp.floor(start_draw * (extent - width))
+    start = jnp.trunc(start_draw * (extent - width))  # may be negative in NeMo's style
     position = jnp.arange(size, dtype=jnp.float32)[None, None, :]
     inside = (position >= start[..., None]) & (position < (start + width)[..., None])
     return inside.any(axis=1)
+
+
+def nemo_masks(shape, mel_len, draws, cfg: SpecAugmentConfig, scale=1.0):
+    """bool[B, T, F], True where NeMo's vectorised SpecAugment masks a batch, from the same draws.
+
+    Other than jasr's own style: masks of bins reach over the padding, and masks whose width is
+    given in frames are not narrowed to a short utterance, so they may reach over its end.
+
+    Args:
+      shape: (B, T, F); T is the padded length.
+      draws: uniforms in the order in which NeMo draws them: time widths and starts
+        [B, time_masks], frequency widths and starts [B, freq_masks].
+    """
+    batch, time, bins = shape
+    extent = mel_len.astype(jnp.float32)[:, None]
+    if cfg.time_width <= 1:
+        widest = jnp.minimum(cfg.time_width * extent, float(time))
+    else:
+        widest = jnp.full((batch, 1), float(cfg.time_width))
+    over_time = bands(*draws[:2], scale * widest, extent, time)
+    over_bins = bands(*draws[2:], scale * float(cfg.freq_width), float(bins), bins)
+    return over_time[:, :, None] | over_bins[:, None, :]
 
 
 def warp_mel(mel, factor):

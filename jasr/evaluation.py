@@ -39,7 +39,7 @@ def hypotheses(task, programs, data, mesh, variables, batches=0):
       batches: stop after so many batches; 0 = all.
 
     Returns:
-      {index number: (hypothesis text, fast-weight updates)}.
+      {index number: (hypothesis text, fast-weight updates or None if the model has none)}.
     """
     found = {}
     stream = data.iterate(jax.process_index(), jax.process_count())
@@ -48,23 +48,24 @@ def hypotheses(task, programs, data, mesh, variables, batches=0):
             break
         batch = sharding.put_batch(batch, mesh)
         out = programs[*batch["audio"].shape, batch["tokens"].shape[1]](variables, batch)
-        rows = {k: out[k] for k in ("tokens", "token_len", "updates")} | {"index": batch["index"]}
+        rows = {k: out[k] for k in ("tokens", "token_len", "updates") if k in out}
+        rows["index"] = batch["index"]
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             rows = multihost_utils.process_allgather(rows, tiled=True)
         rows = jax.device_get(rows)
-        for tokens, length, updates, index in zip(
-            rows["tokens"], rows["token_len"], rows["updates"], rows["index"], strict=True
-        ):
+        for row, index in enumerate(rows["index"]):
             if index >= 0:
-                words = task.tokenizer.decode([int(t) for t in tokens[:length]])
-                found[int(index)] = (words, int(updates))
+                tokens = rows["tokens"][row, : rows["token_len"][row]]
+                words = task.tokenizer.decode([int(t) for t in tokens])
+                found[int(index)] = words, int(rows["updates"][row]) if "updates" in rows else None
     return found
 
 
 def evaluate(task, programs, data, mesh, variables, batches=0):
-    """Validation metrics: val_wer, val_cer, val_updates (mean), and `sample` (True, Pred) texts.
+    """Validation metrics: val_wer, val_cer, `sample` (True, Pred) texts, and of models with fast
+    weights val_updates, the mean.
 
     Both sides go through the tokenizer's normalisation, as in `experiments.evaluate`.
     """
@@ -74,9 +75,10 @@ def evaluate(task, programs, data, mesh, variables, batches=0):
     refs = [text.normalise(data.texts[i], kind) for i in order]
     hyps = [text.normalise(found[i][0], kind) for i in order]
     result = metrics.wer(refs, hyps)
+    updates = [found[i][1] for i in order if found[i][1] is not None]
     return {
         "val_wer": result["wer"],
         "val_cer": result["cer"],
-        "val_updates": float(np.mean([found[i][1] for i in order])) if order else 0.0,
+        **({"val_updates": float(np.mean(updates))} if updates else {}),
         "sample": (refs[0], hyps[0]) if order else ("", ""),
     }

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the optax chain of a run, from plain settings."""
+"""The optax chain of a run, from plain settings."""
 
 import dataclasses
 
@@ -7,18 +7,25 @@ import jax.numpy as jnp
 import optax
 
 from jasr import tree
+from jasr.adamw8bit import scale_by_adam8bit
+from jasr.schedules import make as schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """Settings of optimizer and schedule; steps are optimizer steps."""
 
-    name: str = "adamw"  # "adamw" | "sgd"
-    lr: float = 1e-3  # the peak
-    schedule: str = "cosine"  # "cosine" | "linear" | "noam" | "constant"
+    name: str = "adamw"  # "adamw" | "adamw8bit" (moments in 8 bits) | "sgd"
+    lr: float = 1e-3  # the peak; NoamAnnealing's is lr / sqrt(d_model * warmup_steps)
+    schedule: str = "cosine"  # "cosine" | "linear" | "noam" | "constant" | NeMo's, see schedules.py
     warmup_steps: int = 0
     decay_steps: int = 0  # where the decay ends; 0 = config.train.steps
     min_lr: float = 0.0
+    hold_steps: int = 0  # at the peak, after the warm-up (NeMo's ...Hold...)
+    constant_steps: int = 0  # at min_lr, the last of the decay steps (CosineAnnealing)
+    d_model: int = 0  # of NoamAnnealing
+    power: float = 1.0  # of Polynomial(Hold)DecayAnnealing
+    decay_rate: float = 0.5  # of NoamHoldAnnealing
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
@@ -33,51 +40,14 @@ class OptimConfig:
     def __post_init__(self):
         if self.accumulate < 1:
             raise ValueError("config.optim.accumulate must be at least 1")
-        lengths = ("warmup_steps", "decay_steps", "max_bad_steps")
-        for name in ("lr", "min_lr", "eps", "weight_decay", "clip_norm", *lengths):
+        lengths = ("warmup_steps", "decay_steps", "hold_steps", "constant_steps", "max_bad_steps")
+        others = ("d_model", "power", "decay_rate")
+        for name in ("lr", "min_lr", "eps", "weight_decay", "clip_norm", *lengths, *others):
             if getattr(self, name) < 0:
                 raise ValueError(f"config.optim.{name} must not be negative")
         for name in ("b1", "b2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config.optim.{name} must be at least 0 and below 1")
-
-
-def schedule(config, total_steps):
-    """The learning rate as a function of the step number (0 = the first update).
-
-    The warm-up rises linearly and reaches `lr` after `warmup_steps` updates; "noam" then falls
-    with 1/sqrt(step), as Vaswani et al. 2017 eq. 3, scaled so that its peak is `lr`.
-
-    Raises:
-      ValueError: an unknown schedule, or a warm-up that is longer than the decay.
-    """
-    end = config.decay_steps or total_steps
-    warm = config.warmup_steps
-    if config.schedule not in ("cosine", "linear", "noam", "constant"):
-        raise ValueError(
-            f"config.optim.schedule {config.schedule!r}: choose cosine, linear, noam or constant"
-        )
-    if config.schedule in ("cosine", "linear") and warm >= end:
-        raise ValueError(f"config.optim.warmup_steps {warm} must be below the {end} decay steps")
-
-    def rate(step):
-        step = jnp.asarray(step, jnp.float32)
-        rise = jnp.minimum(1.0, (step + 1) / max(warm, 1)) if warm else 1.0
-        if config.schedule == "constant":
-            return config.lr * rise
-        if config.schedule == "noam":
-            peak = max(warm, 1)
-            fall = jnp.sqrt(peak / jnp.maximum(step + 1, peak))
-            return jnp.maximum(config.lr * rise * fall, jnp.where(rise < 1, 0.0, config.min_lr))
-        share = jnp.clip((step - warm) / max(end - warm, 1), 0.0, 1.0)
-        if config.schedule == "cosine":
-            fall = 0.5 * (1 + jnp.cos(jnp.pi * share))
-        else:
-            fall = 1 - share
-        rate = config.min_lr + (config.lr - config.min_lr) * fall
-        return jnp.where(rise < 1, config.lr * rise, rate)
-
-    return rate
 
 
 def _scale_by_tree(factors):
@@ -110,10 +80,12 @@ def make(config, params, total_steps, frozen=()):
     chain = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     if config.name == "adamw":
         chain.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    elif config.name == "adamw8bit":
+        chain.append(scale_by_adam8bit(config.b1, config.b2, config.eps))
     elif config.name == "sgd":
         chain.append(optax.trace(config.b1) if config.b1 else optax.identity())
     else:
-        raise ValueError(f"config.optim.name {config.name!r}: choose adamw or sgd")
+        raise ValueError(f"config.optim.name {config.name!r}: choose adamw, adamw8bit or sgd")
     if config.weight_decay:
         decay = tree.match(config.decay_rules, whole, what="config.optim.decay_rules rule")
         mask = tree.unflatten({p: decay[p] != 0 for p in paths})

@@ -95,8 +95,8 @@ class Recognizer:
 
         Returns:
           [{"audio_filepath", "duration" in s, "text", "words": [{"word", "start", "end"} in s],
-          "warnings": [str], "updates": fast-weight updates}]; a recording that could not be used
-          has "error" too and is also announced by a Python warning.
+          "warnings": [str]}], with "updates" if the model has fast weights; a recording that could
+          not be used has "error" too and is also announced by a Python warning.
         """
         if getattr(inputs, "ndim", 1) != 1:
             raise ValueError(
@@ -174,7 +174,7 @@ class Recognizer:
         for row, (job, first, _) in enumerate(items):
             length = int(out["token_len"][row])
             columns = [out[k][row, :length] for k in ("tokens", "start_frame", "end_frame")]
-            job.take(first, columns, int(out["updates"][row]))
+            job.take(first, columns, int(out["updates"][row]) if "updates" in out else None)
         self.run_seconds += time.perf_counter() - start
 
     def _result(self, job):
@@ -182,7 +182,7 @@ class Recognizer:
         result = {"audio_filepath": job.name, "duration": round(job.seconds, 4)}
         self.audio_seconds += job.seconds
         if job.error:
-            empty = {"duration": 0.0, "text": "", "words": [], "updates": 0}
+            empty = {"duration": 0.0, "text": "", "words": []}
             return {**result, **empty, "warnings": [job.error], "error": job.error}
         tokenizer = self.task.tokenizer
         columns = longform.join(sorted(job.pieces, key=lambda p: p[0]), self.windows, tokenizer)
@@ -192,7 +192,7 @@ class Recognizer:
             word["end"] = min(word["end"], result["duration"])
         result["text"], result["words"] = tokenizer.decode(columns[0]), found
         result["warnings"] = job.notes + doubts(found, np.concatenate(job.levels), job.seconds)
-        return {**result, "updates": job.updates}
+        return result if job.updates is None else {**result, "updates": job.updates}
 
 
 @dataclasses.dataclass
@@ -203,7 +203,7 @@ class Job:
     name: str
     error: str = ""
     seconds: float = 0.0
-    updates: int = 0
+    updates: int | None = None  # of fast weights, if the model has any
     waiting: int = 0  # windows read but not decoded
     ended: bool = False
     notes: list = dataclasses.field(default_factory=list)
@@ -233,7 +233,8 @@ class Job:
     def take(self, first, columns, updates):
         """Receives the tokens of one window."""
         self.pieces.append((first, *columns))
-        self.updates += updates
+        if updates is not None:
+            self.updates = (self.updates or 0) + updates
         self.waiting -= 1
 
     def _blocks(self, sample_rate, array_rate):

@@ -28,8 +28,8 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
 
     Returns:
       dict, JSON-able but for NaN: wer, cer, their 95 % intervals, counts, by_duration, speed,
-      updates_per_utterance, window (s), cut (utterances longer than it), left_out and `utterances`
-      (one dict each, in the manifest's order).
+      updates_per_utterance (of models with fast weights), window (s), cut (utterances longer than
+      it), left_out and `utterances` (one dict each, in the manifest's order).
     """
     from jasr import data
 
@@ -54,14 +54,15 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
         kind,
     )
     for row, n in zip(report["utterances"], kept, strict=True):
-        row.update(id=source.ids[n], updates=results[n]["updates"])
+        row.update(id=source.ids[n])
+        if "updates" in results[n]:
+            row["updates"] = results[n]["updates"]
+    updates = [r["updates"] for r in report["utterances"] if "updates" in r]
     seconds = sum(r["duration"] for r in results.values())
     window = recognizer.windows.length / recognizer.sample_rate
     return {
         **{k: v for k, v in report.items() if k != "utterances"},
-        "updates_per_utterance": float(np.mean([results[n]["updates"] for n in kept]))
-        if kept
-        else 0.0,
+        **({"updates_per_utterance": float(np.mean(updates))} if updates else {}),
         "window": round(window, 3),
         "cut": sum(results[n]["duration"] > window for n in kept),
         "left_out": [f"{source.ids[n]}: {reason}" for n, reason in sorted(failed.items())]
@@ -175,8 +176,12 @@ def lines(report):
             f"{row['utterances']} utterances, {row['words']} words"
         )
     yield (
-        f"normalisation {report['normalisation']}, {report['empty']} empty hypotheses, "
-        f"{report['updates_per_utterance']:.1f} fast-weight updates an utterance and layer"
+        f"normalisation {report['normalisation']}, {report['empty']} empty hypotheses"
+        + (
+            f", {report['updates_per_utterance']:.1f} fast-weight updates an utterance and layer"
+            if "updates_per_utterance" in report
+            else ""
+        )
     )
     yield (
         f"{report['audio_seconds']:.0f} s of audio in {report['seconds']:.1f} s: real-time factor "

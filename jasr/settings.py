@@ -29,7 +29,7 @@ def _convert(value, default, where):
     return value
 
 
-def build(cls, mapping, where="config"):
+def build(cls, mapping, where="config", base=None):
     """An instance of the settings dataclass `cls` from a plain mapping.
 
     Fields that the mapping lacks keep their defaults; nested settings dataclasses are built from
@@ -39,6 +39,7 @@ def build(cls, mapping, where="config"):
       cls: a dataclass whose fields all have defaults.
       mapping: dict or ConfigDict of field name -> value, or an instance of `cls`.
       where: the config path used in errors, e.g. "config.model".
+      base: an instance whose values are the defaults, in place of the class's own.
 
     Raises:
       SettingsError: an unknown key (with the nearest known one) or a value of another type.
@@ -53,14 +54,14 @@ def build(cls, mapping, where="config"):
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {sorted(fields)}"
             raise SettingsError(f"{where}.{key} is not a field of {cls.__name__}{hint}")
         field = fields[key]
-        default = field.default
+        default = field.default if base is None else getattr(base, key)
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if dataclasses.is_dataclass(default):
-            values[key] = build(type(default), mapping[key], f"{where}.{key}")
+            values[key] = build(type(default), mapping[key], f"{where}.{key}", default)
         else:
             values[key] = _convert(mapping[key], default, f"{where}.{key}")
-    return cls(**values)
+    return cls(**values) if base is None else dataclasses.replace(base, **values)
 
 
 def to_dict(settings):

@@ -9,6 +9,7 @@ import jax
 
 from jasr import checkpoint, sharding, tree
 from jasr.checkpoint_files import delete, read_manifest, seal
+from jasr.interop import originals
 
 KEPT = "frozen_from"  # beside a run's checkpoints: the frozen weights that it was given
 
@@ -20,10 +21,8 @@ def resolve(path, item=""):
     path an absolute one, and an item that was left open ("") the one that is read: a run that
     trains on does not change what was taken from it.
     """
-    from jasr.interop import lact
-
-    if lact.is_lact(path):
-        path, item = os.path.abspath(lact.weights_file(path)), "params"
+    if original := originals.find(path):
+        path, item = os.path.abspath(original.weights_file(path)), "params"
     else:
         path = str(checkpoint.find_step(path, items=()))
         if not item:
@@ -49,10 +48,8 @@ def load_meta(source, tokens=True):
       source: what `resolve` made.
       tokens: False: the tokenizer is not asked for, and an original's vocabulary may be missing.
     """
-    from jasr.interop import lact
-
-    if lact.is_lact(source["path"]):
-        return lact.load_meta(source["path"], tokens)
+    if original := originals.find(source["path"]):
+        return original.load_meta(source["path"], tokens)
     return checkpoint.load_meta(source["path"])
 
 
@@ -62,15 +59,13 @@ def read(source):
     Raises:
       checkpoint.CheckpointError: the weights are not there any more, are others, or are damaged.
     """
-    from jasr.interop import lact
-
     path, item = source["path"], source["item"]
     if _checksum(path) != source["sha256"]:
         raise checkpoint.CheckpointError(
             f"{path} does not hold the weights that were taken from it (its checksum changed)"
         )
-    if lact.is_lact(path):
-        _, variables = lact.read_weights(path)
+    if original := originals.find(path):
+        _, variables = original.load(path)
         return variables["params"], variables["batch_stats"]
     path = checkpoint.find_step(path, items=("params", "ema", "batch_stats", "frozen"))
     params = checkpoint.load_params(path, item=item, verify=False)
@@ -98,9 +93,7 @@ def keep(source, workdir):
     that the other run was given by a third, which are kept inside the copy. The copy is made of
     hard links where the file system can. An original's file is not copied.
     """
-    from jasr.interop import lact
-
-    if lact.is_lact(source["path"]):
+    if originals.find(source["path"]):
         return source
     directory = pathlib.Path(workdir).absolute() / KEPT
     if jax.process_index() == 0:
@@ -110,8 +103,6 @@ def keep(source, workdir):
 
 
 def _copy(source, directory):
-    from jasr.interop import lact
-
     wanted = (source["item"], "batch_stats", "frozen")
     step = checkpoint.find_step(source["path"], items=wanted)
     names = [name for name in checkpoint.items(step) if name in wanted]
@@ -120,7 +111,7 @@ def _copy(source, directory):
     for name in (*names, "meta"):
         shutil.copytree(step / name, temporary / name, copy_function=_link)
     origin = checkpoint.load_meta(step).get("frozen_from")
-    if origin and not lact.is_lact(origin["path"]):  # as it is: its checksum names it
+    if origin and not originals.find(origin["path"]):  # as it is: its checksum names it
         origin = locate(origin, step, step.parent, step.parent.parent)
         if not _holds(origin["path"], origin["sha256"]):
             raise checkpoint.CheckpointError(

@@ -43,6 +43,47 @@ def test_masks_are_nemos_for_the_same_draws(goldens):
     )
     freq = augment.bands(golden["freq_width_u"], golden["freq_start_u"], 27.0, 80.0, shape[1])
     np.testing.assert_array_equal(time[:, None, :] | freq[:, :, None], want)
+    draws = [golden[f"{axis}_{what}_u"] for axis in ("time", "freq") for what in ("width", "start")]
+    mel_shape = (shape[0], shape[2], shape[1])
+    config = SpecAugmentConfig(style="nemo")
+    masked = jax.jit(augment.nemo_masks, static_argnums=(0, 3))
+    got = masked(mel_shape, golden["length"], draws, config)
+    np.testing.assert_array_equal(got, want.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("time_width", [0.05, 1.0, 30.0, 250.0])
+def test_nemo_style_is_torchs_arithmetic_for_any_width_and_length(time_width):
+    torch = pytest.importorskip("torch")
+    config = SpecAugmentConfig(style="nemo", time_width=time_width, time_masks=4, mask_value=-2.0)
+    lengths = np.array([300, 180, 7, 0] * 8, np.int32)
+    mel = np.random.default_rng(2).normal(size=(32, 300, 80)).astype(np.float32)
+    keys = augment.row_keys(jax.random.key(1), np.arange(32))
+    draws = jax.vmap(lambda k: jax.random.uniform(k, (13,)))(keys)
+    u = torch.tensor(np.array(draws)[:, 1:])
+    length = torch.tensor(lengths, dtype=torch.long)[:, None]
+    widest = torch.clamp(time_width * length, max=300) if time_width <= 1 else int(time_width)
+    masked = torch.zeros(32, 300, 80, dtype=torch.bool)
+    for width, start, extent, size, view in (
+        ((u[:, :4] * widest).long(), u[:, 4:8], length, 300, lambda x: x[:, :, None]),
+        ((u[:, 8:10] * 27).long(), u[:, 10:], 80, 80, lambda x: x[:, None, :]),
+    ):
+        start = (start * (extent - width)).long()[..., None]
+        at = torch.arange(size)
+        masked |= view(((at >= start) & (at < start + width[..., None])).any(1))
+    got = spec_augment(mel, lengths, keys, config)
+    np.testing.assert_array_equal(got, np.where(masked.numpy(), np.float32(-2.0), mel))
+
+
+def test_nemo_style_masks_as_often_as_nemo_does(shared_dir):
+    golden = np.load(shared_dir / "goldens" / "nemo" / "specaugment.npz")
+    lengths = np.tile(golden["det/length"], 400).astype(np.int32)
+    keys = augment.row_keys(jax.random.key(0), np.arange(800))
+    out = spec_augment(jnp.ones((800, 300, 80)), lengths, keys, SpecAugmentConfig(style="nemo"))
+    masked = np.asarray(out == 0).reshape(400, 2, 300, 80).mean(0)
+    for axis, name in ((2, "time"), (1, "freq")):
+        want = golden[f"adaptive/mask_frequency_by_{name}"]  # of 400 runs
+        np.testing.assert_allclose(masked.mean(axis), want, atol=0.1)
+        np.testing.assert_allclose(masked.mean(axis).mean(1), want.mean(1), atol=0.015)
 
 
 @pytest.mark.parametrize(("time_width", "widest"), [(0.05, 14), (0.2, 59), (30.0, 29), (1e4, 299)])
@@ -118,6 +159,20 @@ def test_pad_frames_stay_zero_and_the_utterance_alone_gets_the_same(fill):
 def test_unknown_fill_raises():
     with pytest.raises(ValueError, match="fill"):
         augment.spec_augment(ones(), LENGTHS, KEYS, SpecAugmentConfig(fill="noise"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(style="Nemo"),
+        dict(style="nemo", warp=0.1),
+        dict(style="nemo", fill="mean"),
+        dict(mask_value=-2.0),
+    ],
+)
+def test_settings_of_another_style_are_refused(fields):
+    with pytest.raises(ValueError, match="spec_augment"):
+        SpecAugmentConfig(**fields)
 
 
 # ---- waveforms ---------------------------------------------------------------------------------

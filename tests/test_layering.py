@@ -23,14 +23,19 @@ BELOW = {
     "jasr.rundir": "",
     "jasr.compilation_cache": "",
     "jasr.sharding": "jasr.tree jasr.settings",
-    "jasr.optim": "jasr.tree jasr.settings",
+    "jasr.adamw8bit": "",
+    "jasr.schedules": "",
+    "jasr.optim": "jasr.tree jasr.settings jasr.adamw8bit jasr.schedules",
     "jasr.state": "jasr.tree",
     "jasr.checkpoint": "jasr.tree jasr.settings",
     "jasr.meaning": "jasr.settings jasr.features jasr.models",
     "jasr.averaging": "jasr.checkpoint jasr.tree jasr.settings jasr.meaning",
     "jasr.source": "jasr.checkpoint jasr.tree jasr.interop jasr.sharding",
     "jasr.decoding": "jasr.losses jasr.text",
-    "jasr.interop": "jasr.tree jasr.settings jasr.models jasr.text",
+    "jasr.interop": "jasr.tree jasr.settings jasr.models jasr.text jasr.features jasr.averaging"
+    " jasr.sentencepiece_model",
+    "jasr.sentencepiece_model": "",
+    "jasr.vocab": "jasr.sentencepiece_model jasr.tree jasr.text jasr.data",
     "jasr.data": "jasr.audio jasr.resample jasr.augment jasr.text jasr.settings",
     "jasr.tasks": "jasr.models jasr.losses jasr.decoding jasr.audio jasr.augment jasr.text"
     " jasr.metrics jasr.tree jasr.settings jasr.sharding jasr.checkpoint jasr.interop"

@@ -1,6 +1,5 @@
-import dataclasses
-
 from jasr import meaning
+from jasr.features import FrontEndConfig
 
 
 def config(**model):
@@ -15,10 +14,8 @@ def test_harmless_fields_are_not_differences():
 
 
 def test_fields_that_change_the_arithmetic_are_listed_with_both_values():
-    found = meaning.differences(config(), config(rope_theta=5e5, norm_eps=1e-5) | {"task": "x"})
-    assert found == {
-        "task": ("ctc", "x"), "model.rope_theta": (1e4, 5e5), "model.norm_eps": (1e-6, 1e-5),
-    }  # fmt: skip
+    found = meaning.differences(config(), config(rope_theta=5e5, norm_eps=1e-5))
+    assert found == {"model.rope_theta": (1e4, 5e5), "model.norm_eps": (1e-6, 1e-5)}
     assert "model.rope_theta (10000.0 -> 500000.0)" in meaning.listed(found)
 
 
@@ -28,9 +25,24 @@ def test_a_field_that_a_config_lacks_has_its_default_and_json_lists_are_tuples()
 
 
 def test_every_harmless_name_is_a_field():
-    fields = {
-        f"{section}.{f.name}"
-        for section, cls in meaning.SECTIONS.items()
-        for f in dataclasses.fields(cls)
-    }
+    classes = [("front_end", FrontEndConfig), *(("model", cls) for cls in meaning.MODELS.values())]
+    fields = {name for section, cls in classes for name, _ in meaning.leaves(section, cls())}
     assert fields >= meaning.HARMLESS
+
+
+def test_another_task_is_the_only_difference_that_is_said():
+    assert meaning.differences(config(), config() | {"task": "x"}) == {"task": ("ctc", "x")}
+
+
+def test_nested_settings_and_the_durations_of_tdt_are_compared():
+    tdt = {"task": "parakeet", "model": {"encoder": {"d_model": 64, "dropout": 0.3}}}
+    ours = {"task": "parakeet", "model": {"encoder": {"d_model": 32}}}
+    ours["loss"] = {"durations": [0, 1, 2]}
+    assert meaning.differences(tdt, ours) == {
+        "model.encoder.d_model": (64, 32),
+        "loss.durations": ((0, 1, 2, 3, 4), (0, 1, 2)),
+    }
+    ctc = {"task": "parakeet", "model": {"kind": "ctc"}, "loss": {"kind": "ctc"}}
+    assert set(meaning.differences(tdt, ctc)) == {
+        "model.kind", "model.encoder.d_model", "loss.kind"
+    }  # fmt: skip

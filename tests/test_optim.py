@@ -8,42 +8,32 @@ from jasr import optim, tree
 PARAMS = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 
 
-def lr(step, **kw):
-    return float(optim.schedule(optim.OptimConfig(**kw), 100)(step))
-
-
-def test_warmup_reaches_the_peak_and_cosine_ends_at_min_lr():
-    kw = dict(lr=2.0, warmup_steps=10, min_lr=0.5)
-    rates = [lr(s, **kw) for s in (0, 4, 9, 10)]
-    np.testing.assert_allclose(rates, [0.2, 1.0, 2.0, 2.0], rtol=1e-6)
-    np.testing.assert_allclose(lr(55, **kw), 1.25, rtol=1e-6)
-    np.testing.assert_allclose([lr(100, **kw), lr(500, **kw)], [0.5, 0.5], rtol=1e-6)
-
-
-def test_linear_falls_in_a_line_and_decay_steps_replace_the_total():
-    kw = dict(schedule="linear", lr=1.0, decay_steps=50)
-    np.testing.assert_allclose([lr(s, **kw) for s in (0, 25, 50)], [1.0, 0.5, 0.0], atol=1e-6)
-
-
-def test_noam_falls_with_the_square_root_after_its_peak():
-    kw = dict(schedule="noam", lr=1.0, warmup_steps=4)
-    np.testing.assert_allclose([lr(1, **kw), lr(3, **kw), lr(15, **kw)], [0.5, 1.0, 0.5], rtol=1e-6)
-
-
-def test_warmup_longer_than_the_decay_is_refused():
-    with pytest.raises(ValueError, match="warmup_steps"):
-        lr(0, warmup_steps=100)
-    with pytest.raises(ValueError, match="schedule"):
-        lr(0, schedule="cosin")
-
-
-def test_one_step_equals_adamw_by_hand():
-    cfg = optim.OptimConfig(lr=0.1, schedule="constant", weight_decay=0.5, clip_norm=0.0, eps=1e-8)
-    tx, _ = optim.make(cfg, PARAMS, 10)
-    grads = jax.tree.map(lambda x: jnp.full_like(x, 0.3), PARAMS)
-    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("rows", [2, 2000])
+def test_one_step_equals_adamw_by_hand(name, rows):
+    params = {"a": {"kernel": jnp.ones((rows, 3)), "bias": jnp.ones(3)}}
+    cfg = optim.OptimConfig(
+        name=name, lr=0.1, schedule="constant", weight_decay=0.5, clip_norm=0.0, eps=1e-8
+    )
+    tx, _ = optim.make(cfg, params, 10)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 0.3), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["a"]["kernel"], -0.1 * (1 + 0.5), rtol=1e-5)
     np.testing.assert_allclose(updates["a"]["bias"], -0.1, rtol=1e-5)  # biases do not decay
+
+
+def test_lr_rules_and_the_last_rate_hold_with_moments_in_8_bits():
+    params = {"a": {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)}}
+    cfg = optim.OptimConfig(
+        name="adamw8bit", lr=1.0, schedule="WarmupPolicy", warmup_steps=3, weight_decay=0.0,
+        lr_rules=((".*/kernel", 0.1),),
+    )  # fmt: skip
+    tx, rate = optim.make(cfg, params, 10)
+    updates, state = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["a"]["kernel"], -0.025, rtol=1e-3)
+    np.testing.assert_allclose(updates["a"]["bias"], -0.25, rtol=1e-3)
+    _, state = tx.update(params, state, params)
+    assert optim.last_rate(rate, state) == pytest.approx(0.5)
 
 
 def test_lr_rules_multiply_and_dead_rules_raise():
@@ -82,3 +72,8 @@ def test_rules_hold_for_frozen_parameters_too():
 def test_values_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"config.optim.{next(iter(wrong))}"):
         optim.OptimConfig(**wrong)
+
+
+def test_unknown_optimizers_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="adamw, adamw8bit or sgd"):
+        optim.make(optim.OptimConfig(name="adam"), PARAMS, 10)

@@ -14,6 +14,7 @@ import pytest
 DISTRIBUTION = {
     "orbax": "orbax-checkpoint",
     "absl": "absl-py",
+    "yaml": "pyyaml",
     "ml_collections": "ml-collections",
     "espeakng_loader": "espeakng-loader",
     "IPython": "ipykernel",

@@ -6,6 +6,7 @@ view (offset, shape, strides) of a storage, and NAME/data/KEY, the storages' byt
 """
 
 import collections
+import io
 import math
 import os
 import struct
@@ -33,8 +34,9 @@ OPAQUE = (
     "transformers",
     "typing",
     *(
-        f"builtins.{name}"
-        for name in "bool bytes complex dict float int list set str tuple".split()
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")  # protocol 2, which torch uses, says the latter
+        for name in "bool bytes complex dict float int list long set str tuple unicode".split()
     ),
 )
 DTYPES = {
@@ -71,7 +73,7 @@ class TorchFileError(ValueError):
     """The file is damaged, is not torch.save's, or asks for what weights do not need."""
 
 
-def read(path, *, opaque=()):
+def read(path, *, opaque=(), start=0, size=None):
     """What was given to torch.save, with tensors as read-only numpy arrays mapped from the file.
 
     Pages are read when they are used, so a large file costs no memory before; copy what must
@@ -82,14 +84,17 @@ def read(path, *, opaque=()):
     Args:
       path: a file of torch.save, torch >= 1.6.
       opaque: more module names, or "module.name"s, whose objects are read as inert data.
+      start, size: where in `path` the file lies, in bytes: a member of an uncompressed tar is
+        read, and mapped, inside the archive.
 
     Raises:
       TorchFileError: with the path, what is wrong and what to do.
     """
     path = os.fspath(path)
+    part = _part(path, start, size)
     try:
-        members, pickle_name = _members(path)
-        archive = _Archive(path, members, pickle_name)
+        members, pickle_name = _members(path, part)
+        archive = _Archive(path, part, members, pickle_name)
         return pickles.loads(
             archive.bytes("data.pkl"),
             functions=archive.functions(),
@@ -105,7 +110,9 @@ class _Damage(pickles.PickleError):
     """What is wrong, without the path."""
 
 
-class _Member(typing.NamedTuple):
+class _Part(typing.NamedTuple):
+    """Bytes of a file."""
+
     start: int
     size: int
 
@@ -114,10 +121,42 @@ class _Storage(typing.NamedTuple):
     array: np.ndarray  # one-dimensional; bytes where the dtype comes with the tensor
 
 
-def _members(path):
-    """({name: where its bytes lie}, name of the pickle) of the zip, with every claim checked."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+def _part(path, start=0, size=None):
+    """The part of a file from `start` on, all of it without `size`."""
+    return _Part(start, os.path.getsize(path) - start if size is None else size)
+
+
+class _Reader(io.RawIOBase):
+    """A part of an open file as a file, since a zip is found by its end."""
+
+    def __init__(self, file, part):
+        self.file, self.part, self.position = file, part, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.part.size}
+        if origin[whence] + offset < 0:
+            raise ValueError("a position before the file")
+        self.position = origin[whence] + offset
+        return self.position
+
+    def readinto(self, buffer):
+        count = max(0, min(len(buffer), self.part.size - self.position))
+        self.file.seek(self.part.start + self.position)
+        data = self.file.read(count)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def _members(path, part):
+    """({name: where in the zip its bytes lie}, name of the pickle), with every claim checked."""
+    with open(path, "rb") as whole, io.BufferedReader(_Reader(whole, part)) as file:
         start = file.read(512)
         if start[:4] != b"PK\x03\x04":
             raise _Damage(_what_else(start))
@@ -125,7 +164,9 @@ def _members(path):
             with zipfile.ZipFile(file) as archive:
                 infos, end = archive.infolist(), archive.start_dir
         except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
-            raise _Damage(f"a cut or damaged zip file of {size} bytes ({e}); copy it again") from e
+            raise _Damage(
+                f"a cut or damaged zip file of {part.size} bytes ({e}); copy it again"
+            ) from e
         if len(infos) > MOST_MEMBERS:
             raise _Damage(f"the zip lists {len(infos)} members")
         members = {}
@@ -155,7 +196,7 @@ def _members(path):
             first = info.header_offset + 30 + name_size + extra_size
             if info.compress_size != info.file_size or first + info.file_size > end:
                 raise _Damage(f"{name!r} claims {info.file_size} bytes that the file does not have")
-            members[name] = _Member(first, info.file_size)
+            members[name] = _Part(first, info.file_size)
             done = first + info.file_size
     names = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
     if len(names) != 1:
@@ -190,10 +231,10 @@ def _what_else(start):
 class _Archive:
     """The storages and tensors of one file."""
 
-    def __init__(self, path, members, pickle_name):
+    def __init__(self, path, part, members, pickle_name):
         self.members = members
         self.prefix = pickle_name[: -len("data.pkl")]
-        self.map = np.asarray(np.memmap(path, np.uint8, "r"))
+        self.map = np.asarray(np.memmap(path, np.uint8, "r", part.start, part.size))
         if self.prefix + "byteorder" in members and self.bytes("byteorder") != b"little":
             raise _Damage("written on a big-endian machine; save it again on a little-endian one")
 
@@ -315,9 +356,8 @@ def write(path, tree):
             _add(archive, "archive/data.pkl", bytes(out))
             _add(archive, "archive/byteorder", b"little")
             for number, array in enumerate(storages):
-                _add(
-                    archive, f"archive/data/{number}", memoryview(array.reshape(-1).view(np.uint8))
-                )
+                flat = np.ascontiguousarray(array).reshape(-1)  # one copy at a time
+                _add(archive, f"archive/data/{number}", memoryview(flat.view(np.uint8)))
             _add(archive, "archive/version", b"3\n")
         os.replace(partial, path)
     finally:
@@ -372,7 +412,7 @@ def _emit(out, value, storages, names, where):
         out += b"tQ"
         for part in (0, array.shape, strides, False):
             _emit(out, part, storages, names, where)
-        storages.append(np.ascontiguousarray(array))
+        storages.append(array)
         out += b"ccollections\nOrderedDict\n)RtR"
     else:
         raise TorchFileError(f"{where or 'the tree'}: a torch file holds no {type(value).__name__}")

@@ -5,8 +5,12 @@ A task is a frozen dataclass without base class: `build(config, tokenizer)`, `in
 """
 
 import importlib
+import pathlib
 
-TASKS = {"ctc": ("jasr.tasks.ctc", "CtcTask")}
+TASKS = {
+    "ctc": ("jasr.tasks.ctc", "CtcTask"),
+    "parakeet": ("jasr.tasks.parakeet", "ParakeetTask"),
+}
 
 
 def build(config, tokenizer):
@@ -26,7 +30,8 @@ def load(path, step=None, item="", model=None):
     """A task, its variables and the checkpoint's meta.
 
     Args:
-      path: a run directory, a checkpoint step, an average, or a directory or .pt of original LaCT.
+      path: a run directory, a checkpoint step, an average, or a model of an original system
+        (`interop.originals`).
       step: the step of a run; None = the newest good one.
       item: "params" or "ema"; "" = the moving average if the checkpoint has one.
       model: mapping of model settings to change, e.g. {"lact_updates": "off"}.
@@ -38,10 +43,10 @@ def load(path, step=None, item="", model=None):
       checkpoint.CheckpointError: nothing good is there, or it does not say what model it is.
     """
     from jasr import checkpoint, source, text
-    from jasr.interop import lact
+    from jasr.interop import originals
 
-    if lact.is_lact(path):
-        meta, (_, variables) = lact.load_meta(path), lact.read_weights(path)
+    if original := originals.find(path):
+        meta, variables = original.load(path)
     else:
         # One step for all parts: each load by itself could fall back to another one.
         path = checkpoint.find_step(path, step, items=("params", "ema", "batch_stats", "frozen"))
@@ -58,3 +63,19 @@ def load(path, step=None, item="", model=None):
     if model:
         config["model"] = {**config["model"], **model}
     return build(config, text.from_dict(meta["tokenizer"])), variables, meta
+
+
+def save(path, meta, variables):
+    """A run directory at `path` that holds one step, 0: variables with their meta, as `load` gives
+    them. Training starts from it through config.init.path.
+
+    Raises:
+      checkpoint.CheckpointError: there are checkpoints already.
+    """
+    from jasr import checkpoint
+
+    checkpoints = pathlib.Path(path) / "checkpoints"
+    if checkpoints.exists() and any(checkpoints.iterdir()):
+        raise checkpoint.CheckpointError(f"{checkpoints} holds a run already; name another place")
+    items = {name: tree for name, tree in variables.items() if tree}
+    checkpoint.save_step(checkpoints / "0", items, {**meta, "step": 0})

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jasr import audio, augment, settings
 from jasr.decoding.ctc import ctc_greedy
 from jasr.losses.ctc import ctc_loss
 from jasr.models.lact import LactConfig, LactCtc, check_updates, sharding
+from jasr.tasks import inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ class CtcTask:
           ValueError: settings that contradict each other.
         """
         model = settings.build(LactConfig, config["model"], "config.model")
-        front_end = settings.build(audio.FrontEndConfig, config["front_end"], "config.front_end")
+        given = inputs.sections(config)
+        front_end = given["front_end"]
         model = dataclasses.replace(
             model,
             ctc_vocab_size=tokenizer.vocab_size,
@@ -61,13 +62,7 @@ class CtcTask:
         return cls(
             tokenizer=tokenizer,
             model=LactCtc(model),
-            front_end=front_end,
-            spec_augment=settings.build(
-                augment.SpecAugmentConfig, config.get("spec_augment", {}), "config.spec_augment"
-            ),
-            wave_augment=settings.build(
-                augment.WaveAugmentConfig, config.get("wave_augment", {}), "config.wave_augment"
-            ),
+            **given,
             loss_config=settings.build(CtcLossConfig, config.get("loss", {}), "config.loss"),
         )
 
@@ -101,26 +96,13 @@ class CtcTask:
 
     def features(self, batch):
         """Log-mel frames f32[B,T,F] and their lengths i32[B] of a batch's audio."""
-        return audio.log_mel(batch["audio"], batch["audio_len"], self.front_end)
+        return inputs.features(self, batch)
 
     def init(self, rng, batch):
         """Fresh variables {"params", "batch_stats"} for a batch's shapes."""
         mel, mel_len = self.features(batch)
         variables = self.model.init({"params": rng}, mel, mel_len, train=False)
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-
-    def augmented_features(self, batch, rng, step):
-        """As `features`, with noise, gain and SpecAugment; row r knows only (rng, index[r])."""
-        ramp = self.loss_config.ramp_steps
-        scale = jnp.minimum(1.0, (step + 1) / ramp) if ramp else jnp.float32(1.0)
-        keys = augment.row_keys(rng, batch["index"])
-        split = jax.vmap(lambda k: jax.random.split(k, 3))(keys)
-        wave_keys, mel_keys, dither_keys = jnp.unstack(split, axis=1)
-        wave = augment.augment_waveform(
-            batch["audio"], batch["audio_len"], wave_keys, self.wave_augment, scale
-        )
-        mel, mel_len = audio.log_mel(wave, batch["audio_len"], self.front_end, keys=dither_keys)
-        return augment.spec_augment(mel, mel_len, mel_keys, self.spec_augment, scale), mel_len
 
     def loss(self, variables, batch, keys, step):
         """Summed training loss, and what to divide it by.
@@ -132,7 +114,7 @@ class CtcTask:
           (f32[] loss sum, (batch_stats, metrics)); metrics are sums: "weight" is the divisor of
           the loss, the others are counts or sums over utterances.
         """
-        mel, mel_len = self.augmented_features(batch, keys["augment"], step)
+        mel, mel_len = inputs.augmented_features(self, batch, keys["augment"], step)
         out, changed = self.model.apply(
             variables,
             mel,
@@ -151,25 +133,10 @@ class CtcTask:
             share = self.loss_config.intermediate_weight
             inner = [score(x, out["logit_len"], tokens, token_len)[0] for x in out["intermediate"]]
             total = (1 - share) * losses + share * sum(inner) / len(inner)
-        total = jnp.where(good, total, 0.0)
-        length = jnp.maximum(token_len, 1).astype(jnp.float32)
-        if self.loss_config.reduction == "mean":
-            total, weight = jnp.sum(total / length), jnp.sum(good)
-        elif self.loss_config.reduction == "mean_batch":
-            total, weight = jnp.sum(total), jnp.sum(good)
-        elif self.loss_config.reduction == "mean_volume":
-            total, weight = jnp.sum(total), jnp.sum(jnp.where(good, token_len, 0))
-        else:
-            raise ValueError(
-                f"config.loss.reduction {self.loss_config.reduction!r}: choose mean, mean_batch "
-                "or mean_volume"
-            )
+        total, weight = inputs.reduced(total, token_len, good, self.loss_config.reduction)
         metrics = {
-            "weight": weight.astype(jnp.float32),
-            "utterances": jnp.sum(present).astype(jnp.float32),
-            "infeasible": jnp.sum(present & ~feasible).astype(jnp.float32),
-            "audio_seconds": jnp.sum(batch["audio_len"]).astype(jnp.float32)
-            / self.front_end.sample_rate,
+            "weight": weight,
+            **inputs.counts(self, batch, feasible),
             "updates": jnp.sum(jnp.where(present, out["updates"], 0)).astype(jnp.float32),
         }
         return total, (changed.get("batch_stats", {}), metrics)

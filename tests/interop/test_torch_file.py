@@ -40,6 +40,10 @@ def assert_same(got, want):
         assert got[name].tobytes() == array.tobytes(), name
 
 
+def members_of(path):
+    return torch_file._members(str(path), torch_file._part(path))[0]
+
+
 # ---- what honest files hold ----------------------------------------------------------------------
 
 
@@ -68,7 +72,7 @@ def test_torch_loads_what_is_written(tmp_path):
 
 def test_storages_begin_at_multiples_of_64_bytes(tmp_path):
     torch_file.write(tmp_path / "a.pt", arrays())
-    members, _ = torch_file._members(str(tmp_path / "a.pt"))
+    members = members_of(tmp_path / "a.pt")
     assert all(member.start % 64 == 0 for member in members.values())
 
 
@@ -113,9 +117,22 @@ def test_tensors_are_mapped_from_the_file_and_read_only(tmp_path):
     x = torch_file.read(path)["x"]
     assert not x.flags.writeable and not x.flags.owndata
     with open(path, "r+b") as file:  # the array is the file
-        file.seek(torch_file._members(str(path))[0]["archive/data/0"].start)
+        file.seek(members_of(path)["archive/data/0"].start)
         file.write(np.float32(2).tobytes())
     assert x[0, 0] == 2
+
+
+def test_a_file_inside_another_is_mapped_where_it_lies(tmp_path):
+    torch_file.write(tmp_path / "a.pt", {"model": arrays()})
+    data = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "b").write_bytes(b"PK\x05\x06" * 500 + data + b"PK\x05\x06" * 500)
+    got = torch_file.read(tmp_path / "b", start=2000, size=len(data))["model"]
+    assert_same(got, arrays())
+    assert not got["f32"].flags.owndata
+    with pytest.raises(TorchFileError, match="cut or damaged"):
+        torch_file.read(tmp_path / "b", start=2000, size=len(data) - 1)
+    with pytest.raises(TorchFileError, match="empty"):
+        torch_file.read(tmp_path / "a.pt", start=len(data))
 
 
 def test_what_a_file_cannot_hold_is_named_and_nothing_is_left_behind(tmp_path):

@@ -1,0 +1,98 @@
+"""Gives a model's vocabulary the pieces of another tokenizer, and its heads rows for them.
+
+    python -m experiments.expand_vocab --checkpoint=parakeet.nemo --tokenizer=hi.model \
+        --output=runs/en_hi_init                       # --replace: only the new vocabulary stays
+
+Old pieces keep ids, rows and segmentation; blank and durations move behind the new pieces; the loss
+stays what it was. The output is a run directory: train it with config.init.path (and the tokenizer
+that stands in it as config.text.path), transcribe with it, convert it.
+"""
+
+import argparse
+import base64
+import pathlib
+import sys
+
+from experiments.errors import in_one_line
+
+
+@in_one_line
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="what transcribe takes")
+    parser.add_argument("--tokenizer", required=True, help="the other SentencePiece .model")
+    parser.add_argument("--output", required=True, help="run directory of the result")
+    parser.add_argument("--replace", action="store_true", help="drop the old vocabulary")
+    parser.add_argument(
+        "--rows", default="", help="rule of new rows: low (default), mean, zero_bias, normal"
+    )
+    parser.add_argument("--scores", choices=("below", "keep"), default="below")
+    parser.add_argument(
+        "--keep_base_characters", action="store_true",
+        help="also add pieces made of the old vocabulary's characters only: they can change how "
+        "old texts are cut",
+    )  # fmt: skip
+    parser.add_argument("--texts", default="", help="manifest or .txt: how its sentences are cut")
+    parser.add_argument("--seed", type=int, default=0, help="of rows that are drawn")
+    args = parser.parse_args(argv)
+    import jax
+
+    from jasr import tasks
+    from jasr.sentencepiece_model import Model, write_directory
+    from jasr.vocab import expand, merge
+
+    task, variables, meta = tasks.load(args.checkpoint)
+    heads, durations = heads_of(task)
+    description = task.tokenizer.to_dict()
+    if description["kind"] != "sentencepiece":
+        raise ValueError(f"{args.checkpoint} has a tokenizer of kind {description['kind']!r}")
+    old = Model.from_bytes(base64.b64decode(description["model"]))
+    new = merged = Model.from_file(args.tokenizer)
+    if not args.replace:
+        result = merge.merge(
+            old, new, scores=args.scores, filter_base_characters=not args.keep_base_characters
+        )
+        merged = result.model
+        print("\n".join(result.lines()))
+    rule = args.rows or ("normal" if args.replace else "low")
+    params = expand.expand(
+        variables["params"],
+        heads,
+        old.texts,
+        merged.texts,
+        durations=durations,
+        rows=rule,
+        key=jax.random.key(args.seed),
+        replace=args.replace,
+    )
+    if args.texts:
+        from jasr.vocab.train import _texts
+
+        print("\n".join(merge.segmentation(old, merged, _texts([args.texts])).lines()))
+    tokenizer = {**description, "model": base64.b64encode(merged.to_bytes()).decode("ascii")}
+    meta = {**meta, "tokenizer": tokenizer}
+    tasks.save(args.output, meta, {**variables, "params": params})
+    folder = pathlib.Path(args.output) / "tokenizer"
+    write_directory(folder, merged)
+    print(f"{args.output}: {len(old.pieces)} -> {len(merged.pieces)} pieces, rows by rule {rule}")
+    flags = {
+        "init.path": args.output,
+        "text.kind": "sentencepiece",
+        "text.path": folder / "tokenizer.model",
+        "text.normalisation": description["normalisation"],
+    }
+    print("train with " + " ".join(f"--config.{name}={value}" for name, value in flags.items()))
+    return 0
+
+
+def heads_of(task):
+    """(heads, durations) of a task's model as `vocab.expand` names them."""
+    kind, loss = getattr(task.config, "kind", None), task.loss_config
+    if kind is None:
+        raise ValueError("only FastConformer models with SentencePiece vocabularies are expanded")
+    heads = {"ctc": ("ctc",), "hybrid": (loss.kind, "ctc")}.get(kind, (kind,))
+    return heads, loss.durations if "tdt" in heads else ()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

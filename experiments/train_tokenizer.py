@@ -1,0 +1,44 @@
+"""Trains a SentencePiece tokenizer on the texts of manifests, Shar directories or .txt files.
+
+    python -m experiments.train_tokenizer data/an4/train.jsonl --vocab_size=64 \
+        --output=data/an4/tokenizer
+
+The output directory is NeMo's: tokenizer.model, tokenizer.vocab, vocab.txt; recipes take the
+.model as config.text.path. The flags are those of NeMo's own script.
+"""
+
+import argparse
+import sys
+
+from experiments.errors import in_one_line
+
+
+@in_one_line
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", nargs="+", help="manifest, CutSet, Shar directory or .txt")
+    parser.add_argument("--vocab_size", type=int, required=True, help="pieces, <unk> included")
+    parser.add_argument("--output", required=True, help="directory of the tokenizer")
+    parser.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
+    parser.add_argument("--normalisation", default="lower", help="none, lower, whisper_english")
+    parser.add_argument("--character_coverage", type=float, default=1.0)
+    parser.add_argument("--allow_smaller", action="store_true", help="take fewer pieces if need be")
+    args = parser.parse_args(argv)
+    from jasr.vocab import train
+
+    model = train.train_directory(
+        args.output,
+        args.sources,
+        args.vocab_size,
+        args.kind,
+        normalisation=args.normalisation,
+        character_coverage=args.character_coverage,
+        allow_smaller=args.allow_smaller,
+    )
+    shown = " ".join(model.texts[1:21])
+    print(f"{args.output}/tokenizer.model: {len(model.pieces)} pieces: {shown} ...")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

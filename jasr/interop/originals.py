@@ -1,0 +1,162 @@
+"""Models of original systems by path: which system a file or directory is of, and how it is read.
+
+An `Original` answers what a run of jasr's own would: its weights file, its config and tokenizer as
+a checkpoint's meta has them, its variables.
+"""
+
+import base64
+import dataclasses
+import os
+import pathlib
+import typing
+
+import numpy as np
+
+from jasr import settings
+from jasr.interop import hf_parakeet, lact, nemo
+from jasr.models.parakeet import JointSettings, PredictionSettings
+
+
+class Original(typing.NamedTuple):
+    """How a system's files are read; every function takes their path.
+
+    weights_file: the file that holds the weights.
+    load_meta: (path, tokens) -> {"config", "tokenizer", "step"}; with tokens=False the tokenizer
+      may be missing.
+    load: (meta, {"params", "batch_stats"} of numpy arrays).
+    """
+
+    weights_file: typing.Callable
+    load_meta: typing.Callable
+    load: typing.Callable
+
+
+def find(path):
+    """The Original at `path`, or None where it is none of these: a NeMo archive or checkpoint
+    (.nemo, .ckpt), a Hugging Face Parakeet directory, original LaCT ASR (.pt or directory)."""
+    if nemo.is_nemo(path) or hf_parakeet.is_parakeet(_directory(path)):
+        return _NEMO
+    if lact.is_lact(path):
+        return Original(lact.weights_file, lact.load_meta, _load_lact)
+    return None
+
+
+def read_parakeet(path):
+    """The NemoModel of a .nemo, a .ckpt with its config, or a Hugging Face Parakeet directory."""
+    if os.path.isdir(path):
+        return hf_parakeet.read(path)
+    return nemo.read(path)
+
+
+def run_config(model):
+    """A run's config ({"task", "model", "front_end", "loss", "decoding"}) of a NemoModel.
+
+    Raises:
+      nemo.NemoError: a kind that is not a recogniser of its own (Canary's encoder).
+    """
+    sections = model.config
+    if model.kind == "encoder":
+        raise nemo.NemoError("only the encoder of this model is known, and it gives no text alone")
+    parts = {"encoder": dict(sections["encoder"])}
+    for name, cls in (("decoder", PredictionSettings), ("joint", JointSettings)):
+        if name in sections:  # sizes that follow from tokenizer and encoder are left out
+            fields = {f.name for f in dataclasses.fields(cls)}
+            parts[name] = {k: v for k, v in sections[name].items() if k in fields}
+    loss = dict(sections["loss"])
+    decoding = dict(sections.get("decoding", {}))
+    if decoding.get("strategy") not in ("greedy", "greedy_batch"):
+        decoding.pop("strategy", None)  # a beam of NeMo's: decoded greedily
+    if decoding.get("max_symbols", 10) is None:
+        decoding["max_symbols"] = 0
+    return {
+        "task": "parakeet",
+        "model": {"kind": model.kind, **parts},
+        "front_end": dict(sections["front_end"]),
+        "loss": loss,
+        "decoding": decoding,
+    }
+
+
+def nemo_model(task, variables, meta):
+    """The NemoModel of a ParakeetTask, with what `meta` keeps of the file it was read from.
+
+    Raises:
+      nemo.NemoError: the task is of another kind of model.
+    """
+    if not hasattr(task.config, "joint"):
+        raise nemo.NemoError(f"{type(task).__name__} is no model of NeMo's")
+    c = task.config
+    loss = {k: v for k, v in settings.to_dict(task.loss_config).items() if k != "ramp_steps"}
+    unread = ["durations", "sigma", "omega"] if loss["kind"] != "tdt" else []
+    unread += ["fastemit_lambda", "clamp"] if loss["kind"] == "ctc" else []
+    unread += ["ctc_weight", "ctc_reduction"] if c.kind != "hybrid" else []
+    config = {
+        "front_end": settings.to_dict(task.front_end),
+        "encoder": settings.to_dict(c.encoder),
+        "loss": {k: v for k, v in loss.items() if k not in unread},
+    }
+    if c.is_transducer:
+        config["decoder"] = settings.to_dict(c.prediction_config)
+        config["joint"] = settings.to_dict(c.joint_config)
+        config["decoding"] = {
+            "strategy": task.decoding.strategy,
+            "max_symbols": task.decoding.max_symbols or None,
+        }
+    kept = meta.get("nemo", {})
+    return nemo.NemoModel(
+        kind=c.kind,
+        config=config,
+        tokenizer=task.tokenizer.to_dict(),
+        variables=variables,
+        nemo_config=kept.get("config", {}),
+        buffers={k: _array(v) for k, v in kept.get("buffers", {}).items()},
+    )
+
+
+def _array(kept):
+    data = np.frombuffer(base64.b64decode(kept["data"]), np.dtype(kept["dtype"]))
+    return data.reshape(kept["shape"])
+
+
+def _kept(array):
+    """A small array as JSON keeps it."""
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+def _load_lact(path):
+    return lact.load_meta(path), lact.read_weights(path)[1]
+
+
+def _meta(model, path, tokens=True):
+    buffers = {key: _kept(array) for key, array in model.buffers.items()}
+    meta = {"config": run_config(model), "step": 0, "task": "parakeet"}
+    meta["nemo"] = {"config": model.nemo_config, "buffers": buffers}
+    if tokens:
+        if model.tokenizer is None:
+            raise nemo.NemoError(f"{path} has no tokenizer, which its texts need")
+        meta["tokenizer"] = model.tokenizer
+    return meta
+
+
+def _load_nemo(path):
+    model = read_parakeet(path)
+    return _meta(model, path), model.variables
+
+
+def _nemo_weights(path):
+    path = pathlib.Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+_NEMO = Original(
+    weights_file=_nemo_weights,
+    load_meta=lambda path, tokens=True: _meta(read_parakeet(_directory(path)), path, tokens),
+    load=lambda path: _load_nemo(_directory(path)),
+)
+
+
+def _directory(path):
+    """A Parakeet's directory, where `path` is the weights file in it."""
+    path = pathlib.Path(path)
+    return path.parent if path.name == "model.safetensors" else path

@@ -1,0 +1,313 @@
+"""Settings of NeMo's ConformerEncoder, read from its own configs, and the lengths that follow."""
+
+import dataclasses
+import math
+
+SUBSAMPLING = ("dw_striding", "striding", "stacking", "stacking_norm")
+ATTENTION = ("rel_pos", "rel_pos_local_attn", "abs_pos")
+# Keys of NeMo's that choose a kernel, serve several machines or save memory, and change no number.
+WITHOUT_MEANING = (
+    "_target_",
+    "pos_emb_max_len",
+    "subsampling_conv_chunking_factor",
+    "sync_max_audio_length",
+    "use_pytorch_sdpa",
+    "use_pytorch_sdpa_backends",
+)
+# Keys of younger NeMo versions that are accepted with the value that changes nothing.
+ONLY_AS = {
+    "att_chunk_context_size": (None,),
+    "conv_context_style": (None, "regular"),
+    "rope_base": (None, 10000.0),
+    "rotary_fraction": (None, 1.0),
+}
+
+
+class FastConformerConfigError(ValueError):
+    """An encoder that is not NeMo's ConformerEncoder as known here, with the key and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FastConformerConfig:
+    """NeMo's ConformerEncoder: its keys and defaults, then our own.
+
+    Contexts count encoder frames to the left and to the right, -1 = all. A key that only chooses a
+    kernel upstream has no field. Lists become tuples.
+    """
+
+    feat_in: int = 80
+    n_layers: int = 17
+    d_model: int = 512
+    feat_out: int = -1  # a projection after the last layer, if above 0 and not d_model
+    # subsampling
+    subsampling: str = "striding"
+    subsampling_factor: int = 4  # 1 = a linear map of every frame
+    subsampling_conv_channels: int = -1  # -1 = d_model
+    causal_downsampling: bool = False
+    reduction: str | None = None  # "pooling" | "striding": fewer frames after a layer
+    reduction_position: int | None = None  # after which layer; -1 = after everything
+    reduction_factor: int = 1
+    # layers
+    ff_expansion_factor: int = 4
+    n_heads: int = 4
+    self_attention_model: str = "rel_pos"
+    att_context_size: tuple = (-1, -1)  # or several pairs: drawn in training, the first otherwise
+    att_context_probs: tuple = ()
+    att_context_style: str = "regular"
+    xscaling: bool = True
+    untie_biases: bool = True
+    conv_kernel_size: int = 31
+    conv_norm_type: str = "batch_norm"  # layer_norm, instance_norm, group_normN
+    conv_context_size: str | tuple | None = None  # "causal" or (left, right); None = centred
+    use_bias: bool = True
+    global_tokens: int = 0  # in local attention: frames that read all and are read by all
+    global_tokens_spacing: int = 1
+    global_attn_separate: bool = False
+    dropout: float = 0.1
+    dropout_pre_encoder: float = 0.1
+    dropout_emb: float = 0.1
+    dropout_att: float = 0.0
+    stochastic_depth_drop_prob: float = 0.0
+    stochastic_depth_mode: str = "linear"
+    stochastic_depth_start_layer: int = 1
+    # ours
+    masked_subsampling: bool = True  # NeMo >= 2.5; False lets padding into the last 1-3 frames
+    # As NeMo, padded frames count in the statistics of a convolution's norm (batch norm while it
+    # trains, group and instance norm always) and in the lengths of stacked frames. False makes
+    # results independent of padding there too.
+    padding_counts: bool = True
+    dtype: str = "float32"
+    remat: bool = False  # recompute each layer in the backward pass
+
+    @classmethod
+    def from_nemo(cls, encoder, nemo_version=""):
+        """The config of the `encoder` section of a NeMo model config.
+
+        Args:
+          encoder: dict with NeMo's keys; those it lacks take NeMo's defaults.
+          nemo_version: of the file, "2.4.0"; "" = the newest. Below 2.5 the subsampling does not
+          mask its padding.
+
+        Raises:
+          FastConformerConfigError: a key or value that this encoder does not know.
+        """
+        target = str(encoder.get("_target_") or "ConformerEncoder")
+        if target.rpartition(".")[2] != "ConformerEncoder":
+            raise FastConformerConfigError(f"the encoder is a {target}, not a ConformerEncoder")
+        names = set(_FIELDS) - set(OURS)
+        fields = {key: encoder[key] for key in names & set(encoder)}
+        unknown = [
+            f"{key}: {encoder[key]!r}"
+            for key in sorted(set(encoder) - names - set(WITHOUT_MEANING))
+            if encoder[key] not in ONLY_AS.get(key, ())
+        ]
+        if unknown:
+            raise FastConformerConfigError(
+                f"the encoder has settings that jasr does not know: {', '.join(unknown)}"
+            )
+        if "subsampling" in fields and not fields["subsampling"]:  # NeMo: a linear map then
+            fields |= {"subsampling": cls.subsampling, "subsampling_factor": 1}
+        for key in ("att_context_size", "att_context_probs"):
+            fields[key] = fields.get(key) or getattr(cls, key)
+        return cls(**fields, masked_subsampling=_version(nemo_version) >= (2, 5))
+
+    def to_nemo(self):
+        """The `encoder` section that NeMo builds this encoder from."""
+        section = {key: _lists(getattr(self, key)) for key in _FIELDS if key not in OURS}
+        section["att_context_probs"] = section["att_context_probs"] or None
+        return {"_target_": "nemo.collections.asr.modules.ConformerEncoder", **section}
+
+    def __post_init__(self):
+        for name in ("att_context_size", "att_context_probs", "conv_context_size"):
+            object.__setattr__(self, name, _tuples(getattr(self, name)))
+        checks = {
+            "subsampling": SUBSAMPLING,
+            "self_attention_model": ATTENTION,
+            "att_context_style": ("regular", "chunked_limited"),
+            "reduction": (None, "pooling", "striding"),
+            "stochastic_depth_mode": ("linear", "uniform"),
+            "dtype": ("float32", "bfloat16"),
+        }
+        for name, allowed in checks.items():
+            if name == "subsampling" and self.subsampling_factor == 1:
+                continue  # NeMo ignores it then
+            self._check(name, getattr(self, name) in allowed, f"one of {allowed}")
+        for name in ("feat_in", "n_layers", "d_model", "n_heads", "ff_expansion_factor"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("subsampling_factor", "reduction_factor"):
+            self._check(name, _is_power_of_2(getattr(self, name)), "a power of 2")
+        for name in (f.name for f in dataclasses.fields(self) if f.name.startswith("dropout")):
+            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        p = self.stochastic_depth_drop_prob
+        self._check("stochastic_depth_drop_prob", 0 <= p < 1, "at least 0 and below 1")
+        self._check("stochastic_depth_start_layer", self.stochastic_depth_start_layer >= 1, ">= 1")
+        self._check("d_model", self.d_model % self.n_heads == 0, "a multiple of n_heads")
+        self._check("d_model", self.d_model % 2 == 0, "even")
+        self._check("conv_kernel_size", self.conv_kernel_size % 2 == 1, "odd")
+        if self.has_reduction:
+            good = self.reduction_position in range(-1, self.n_layers)
+            self._check("reduction_position", good, "-1 or the number of a layer")
+        self._check_norm()
+        self._check_contexts()
+
+    def _check(self, name, good, wanted):
+        if not good:
+            raise FastConformerConfigError(
+                f"FastConformerConfig.{name} must be {wanted}, got {getattr(self, name)!r}"
+            )
+
+    def _check_norm(self):
+        kind = self.conv_norm_type
+        if kind.startswith("group_norm") and kind[10:].isdigit():
+            good = int(kind[10:]) > 0 and self.d_model % int(kind[10:]) == 0
+            self._check("conv_norm_type", good, "group_normN with N a divisor of d_model")
+        else:
+            allowed = ("batch_norm", "layer_norm", "instance_norm")
+            self._check("conv_norm_type", kind in allowed, f"one of {allowed} or group_normN")
+
+    def _check_contexts(self):
+        around = self.conv_context
+        good = isinstance(around, tuple) and len(around) == 2 and min(around) >= 0
+        good = good and sum(around) + 1 == self.conv_kernel_size
+        wanted = "'causal', or (left, right) with left + right + 1 = conv_kernel_size"
+        self._check("conv_context_size", good, wanted)
+        probs = self.att_context_probs
+        good = not probs or (len(probs) == len(self.contexts) and abs(sum(probs) - 1) < 1e-6)
+        self._check("att_context_probs", good, "one probability per context, with sum 1")
+        local = self.is_local
+        for context in self.contexts:
+            good = len(context) == 2 and min(context) >= -1
+            self._check("att_context_size", good, "(left, right), each at least -1")
+            left, right = context
+            if local:
+                good = min(left, right) >= 0 and max(left, right) > 0
+                self._check("att_context_size", good, "limited to both sides in local attention")
+            elif self.att_context_style == "chunked_limited" and right >= 0 and left > 0:
+                wanted = "(left, right) with left a multiple of right + 1 in the chunked style"
+                self._check("att_context_size", left % (right + 1) == 0, wanted)
+        self._check("global_tokens", self.global_tokens == 0 or local, "0 without local attention")
+        self._check("global_tokens_spacing", self.global_tokens_spacing >= 1, "at least 1")
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.n_heads
+
+    @property
+    def out_dim(self):
+        """Channels of the encoder's output."""
+        return self.feat_out if self.feat_out > 0 else self.d_model
+
+    @property
+    def conv_channels(self):
+        """Channels of the subsampling's convolutions."""
+        given = self.subsampling_conv_channels
+        return self.d_model if given == -1 else given
+
+    @property
+    def contexts(self):
+        """All (left, right) contexts of the attention; evaluation uses the first."""
+        size = self.att_context_size
+        return size if isinstance(size[0], tuple) else (size,)
+
+    @property
+    def context_probs(self):
+        """With what probability training draws each of `contexts`."""
+        return self.att_context_probs or (1 / len(self.contexts),) * len(self.contexts)
+
+    @property
+    def conv_context(self):
+        """Frames before and after a frame that the depthwise convolution reads."""
+        if self.conv_context_size == "causal":
+            return self.conv_kernel_size - 1, 0
+        if self.conv_context_size is None:
+            return ((self.conv_kernel_size - 1) // 2,) * 2
+        return self.conv_context_size
+
+    @property
+    def is_local(self):
+        """Whether the attention is a band (NeMo's Longformer style)."""
+        return self.self_attention_model == "rel_pos_local_attn"
+
+    @property
+    def tied_biases(self):
+        """Whether all layers share the position biases; they are layer 0's then."""
+        return not self.untie_biases and self.self_attention_model == "rel_pos"
+
+    @property
+    def has_reduction(self):
+        return self.reduction is not None and self.reduction_factor > 1
+
+    def drop_layer(self, layer):
+        """With what probability training skips layer number `layer` (stochastic depth)."""
+        start, p = self.stochastic_depth_start_layer, self.stochastic_depth_drop_prob
+        if layer < start:
+            return 0.0
+        if self.stochastic_depth_mode == "uniform":
+            return p
+        return p * (layer - start + 1) / (self.n_layers - start)
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(FastConformerConfig))
+OURS = _FIELDS[_FIELDS.index("masked_subsampling") :]  # not in NeMo's config
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _lists(value):
+    return list(map(_lists, value)) if isinstance(value, tuple) else value
+
+
+def _version(text):
+    """(major, minor) of "2.4.0", "2.5.0rc1" ...; "" is newer than all."""
+    parts = []
+    for part in str(text or "").split(".")[:2]:
+        digits = "".join(c for c in part if c.isdigit())
+        if not digits:
+            break
+        parts.append(int(digits))
+    return tuple(parts) if parts else (math.inf,)
+
+
+def _is_power_of_2(n):
+    return n >= 1 and n & (n - 1) == 0
+
+
+def halved(length, times, causal=False):
+    """Frames that `times` convolutions of stride 2 leave of `length` (numbers or arrays).
+
+    ceil(length / 2) each, or length // 2 + 1 of a causal one; nothing stays nothing.
+    """
+    for _ in range(times):
+        length = (length // 2 + 1) * (length > 0) if causal else -(-length // 2)
+    return length
+
+
+def subsampled_lengths(config, mel_len, frames=None):
+    """Frames after the subsampling; the arguments of `output_lengths`."""
+    factor = config.subsampling_factor
+    if factor == 1:
+        return mel_len
+    if config.subsampling.startswith("stacking"):
+        if config.padding_counts and frames is not None:
+            return (mel_len + -frames % factor) // factor * (mel_len > 0)
+        return -(-mel_len // factor)
+    return halved(mel_len, factor.bit_length() - 1, config.causal_downsampling)
+
+
+def reduced_lengths(config, length):
+    """Frames that the reduction leaves of `length` encoder frames."""
+    if config.reduction == "pooling":
+        return length // config.reduction_factor
+    return halved(length, config.reduction_factor.bit_length() - 1)
+
+
+def output_lengths(config, mel_len, frames=None):
+    """Encoder frames of `mel_len` mel frames (a number or i32[B]).
+
+    frames: width of the mel array they lie in. Only stacked frames need it, where NeMo's count
+    depends on it (`padding_counts`); without it an utterance counts as if it were alone.
+    """
+    length = subsampled_lengths(config, mel_len, frames)
+    return reduced_lengths(config, length) if config.has_reduction else length

@@ -1,0 +1,210 @@
+"""Parakeet directories: transformers loads what is written, and gives NeMo's numbers with it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jasr import text, tree
+from jasr.interop import hf_parakeet, nemo, nemo_config, safetensors_file
+from jasr.interop.hf_parakeet import HfError
+from tests.interop.nemo_models import build, config_of, state_of, tokenizer_of
+
+KINDS = ("ctc", "rnnt", "tdt")
+
+
+@pytest.fixture(scope="module")
+def models(goldens, tmp_path_factory):
+    """kind -> a NemoModel of random weights with the prediction network as wide as the joint."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = tokenizer_of(goldens, folder)
+    made = {}
+    for kind in KINDS:
+        path = build(
+            folder / "a.nemo", config_of(goldens, kind), state_of(goldens, kind), tokenizer
+        )
+        model = nemo.read(path)
+        if kind != "ctc":
+            joint = {**model.config["joint"], "joint_hidden": 48}
+            config = {**model.config, "joint": joint}
+            rng = np.random.default_rng(1)
+            variables = jax.tree.map(
+                lambda s, rng=rng: rng.uniform(0.1, 0.9, s.shape).astype(np.float32),
+                nemo.shapes(nemo_config.Settings(kind, config), 64),
+            )
+            model = dataclasses.replace(model, config=config, variables=variables)
+        made[kind] = model
+    return made
+
+
+@pytest.fixture
+def transformers():
+    pytest.importorskip("torch")
+    return pytest.importorskip("transformers", minversion="5.0")
+
+
+def assert_same(got, want):
+    got, want = (tree.flatten(x) for x in (got, want))
+    assert got.keys() == want.keys()
+    for path, array in want.items():
+        assert got[path].dtype == array.dtype and got[path].shape == array.shape, path
+        assert got[path].tobytes() == array.tobytes(), path
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        target = content[section] if section else content
+        target.pop(name, None) if value is None else target.update({name: value})
+    path.write_text(json.dumps(content))
+
+
+# ---- both ways -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_read_back_bit_for_bit(models, tmp_path, kind):
+    hf_parakeet.write(tmp_path, models[kind])
+    assert hf_parakeet.is_parakeet(tmp_path) and not hf_parakeet.is_parakeet(tmp_path / "x")
+    again = hf_parakeet.read(tmp_path)
+    assert again.kind == kind
+    assert_same(again.variables, models[kind].variables)
+    assert again.config == models[kind].config and again.tokenizer == models[kind].tokenizer
+    count = "encoder.layers.0.conv.batch_norm.num_batches_tracked"
+    assert again.buffers[count] == 7
+    nemo.write(tmp_path / "a.nemo", again)  # and on to NeMo
+    assert_same(nemo.read(tmp_path / "a.nemo").variables, models[kind].variables)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_loads_what_is_written_strictly(transformers, models, tmp_path, kind):
+    hf_parakeet.write(tmp_path, models[kind])
+    load = getattr(transformers, hf_parakeet.CLASSES[kind]).from_pretrained
+    loaded, info = load(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    state = safetensors_file.read(tmp_path / "model.safetensors")
+    assert loaded.state_dict().keys() == state.keys()
+    for key, tensor in loaded.state_dict().items():
+        assert tensor.numpy().tobytes() == np.ascontiguousarray(state[key]).tobytes(), key
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert processor.tokenizer.pad_token_id == 64
+    inputs = processor([np.zeros(4000, np.float32)], sampling_rate=16000)
+    assert inputs["input_features"].shape == (1, 26, 80)
+    loaded.generate(**inputs, **({} if kind == "ctc" else {"max_new_tokens": 5}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_transformers_saved_is_read(transformers, models, tmp_path, kind):
+    hf_parakeet.write(tmp_path, models[kind])
+    load = getattr(transformers, hf_parakeet.CLASSES[kind]).from_pretrained
+    load(tmp_path).save_pretrained(tmp_path / "again")
+    transformers.AutoProcessor.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "tokenizer.model").exists()
+    edit(tmp_path / "again" / "config.json", jasr=None)
+    model = hf_parakeet.read(tmp_path / "again")
+    assert_same(model.variables, models[kind].variables)
+    assert model.config["front_end"] == {**models[kind].config["front_end"], "dither": 0.0}
+    ours, theirs = (text.from_dict(m.tokenizer) for m in (models[kind], model))
+    for sentence in ("the man", "Is it so?", "we  saw, 'then'"):
+        assert theirs.encode(sentence) == ours.encode(sentence)
+    assert theirs.decode(ours.encode("the man")) == "the man"
+
+
+def test_transformers_encodes_and_transcribes_as_nemo(transformers, shared_dir, tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = shared_dir / "goldens" / "nemo"
+    hf_parakeet.write(tmp_path, nemo.read(folder / "tiny_ctc.nemo"))
+    loaded = transformers.ParakeetForCTC.from_pretrained(tmp_path).eval()
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    texts = json.loads((folder / "tiny_ctc.json").read_text())["transcribe"]
+    texts = [t["text"] if isinstance(t, dict) else t for t in texts]
+    with np.load(folder / "tiny_ctc.npz") as z:
+        mel, length = torch.from_numpy(z["mel"]).transpose(1, 2), torch.from_numpy(z["mel_len"])
+        want, want_len = z["encoded"].transpose(0, 2, 1), z["encoded_len"]
+        audio = [row[:n] for row, n in zip(z["audio"], z["audio_len"])]
+    mask = torch.arange(mel.shape[1])[None] < length[:, None]
+    with torch.no_grad():
+        got = loaded.encoder(mel, attention_mask=mask).last_hidden_state.numpy()
+        ids = loaded.generate(**processor(audio, sampling_rate=16000))
+    for row in range(len(want)):
+        n = want_len[row]
+        np.testing.assert_allclose(got[row, :n], want[row, :n], atol=1e-5)
+    assert [t.strip() for t in processor.batch_decode(ids, skip_special_tokens=True)] == texts
+
+
+# ---- what does not fit ---------------------------------------------------------------------------
+
+
+def test_what_transformers_does_not_have_is_listed(models, tmp_path):
+    model = models["tdt"]
+    config = {
+        **model.config,
+        "front_end": {**model.config["front_end"], "kind": "nemo_legacy", "pad_to": 16},
+        "encoder": {**model.config["encoder"], "conv_norm_type": "layer_norm",
+                    "att_context_size": (8, 8), "masked_subsampling": False},
+        "joint": {**model.config["joint"], "joint_hidden": 40},
+        "loss": {**model.config["loss"], "durations": (0, 1, 2, 4, 8)},
+    }  # fmt: skip
+    with pytest.raises(HfError) as error:
+        hf_parakeet.write(tmp_path / "out", dataclasses.replace(model, config=config))
+    for reason in (
+        "front_end.kind 'nemo_legacy'",
+        "front_end.pad_to 16",
+        "encoder.conv_norm_type 'layer_norm'",
+        "encoder.att_context_size (8, 8)",
+        "encoder.masked_subsampling False",
+        "decoder.pred_hidden 48 other than joint.joint_hidden 40",
+        "loss.durations (0, 1, 2, 4, 8)",
+    ):
+        assert reason in str(error.value)
+    with pytest.raises(HfError, match="the kind 'hybrid'"):
+        hf_parakeet.write(tmp_path / "out", dataclasses.replace(model, kind="hybrid"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        ("config.json", {"model_type": "parakeet_encoder"}, "'parakeet_encoder' is not a Parakeet"),
+        ("config.json", {"vocab_size": None}, "malformed: KeyError 'vocab_size'"),
+        ("config.json", {"vocab_size": 1 << 40}, "the tokenizer has 64 pieces"),
+        ("config.json", {"encoder_config": None}, "KeyError 'encoder_config'"),
+        ("config.json", {"encoder_config__hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("config.json", {"encoder_config__convolution_bias": False}, "convolution_bias is False"),
+        ("config.json", {"encoder_config__intermediate_size": 100}, "intermediate_size is 100"),
+        ("config.json", {"encoder_config__num_hidden_layers": 10**9}, "n_layers is 1000000000"),
+        ("config.json", {"encoder_config__num_hidden_layers": 3}, "the weights have 2 layers"),
+        ("config.json", {"encoder_config__scale_input": 7, "jasr": {"encoder": 3}}, "malformed"),
+        ("processor_config.json", {"feature_extractor": None}, "preprocessor_config.json cannot"),
+    ],
+)
+def test_a_directory_that_does_not_fit_is_refused(models, tmp_path, file, changes, reason):
+    hf_parakeet.write(tmp_path, models["ctc"])
+    edit(tmp_path / file, **changes)
+    with pytest.raises(HfError) as error:
+        hf_parakeet.read(tmp_path)
+    assert str(tmp_path) in str(error.value) and reason in str(error.value)
+
+
+def test_weights_in_several_files_are_read_and_only_from_the_directory(models, tmp_path):
+    hf_parakeet.write(tmp_path, models["ctc"])
+    state = safetensors_file.read(tmp_path / "model.safetensors")
+    state = {key: np.array(value) for key, value in state.items()}
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(state)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for part, held in parts.items():
+        safetensors_file.write(tmp_path / part, {name: state[name] for name in held})
+    weight_map = {name: part for part, held in parts.items() for name in held}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(hf_parakeet.read(tmp_path).variables, models["ctc"].variables)
+    index.write_text(json.dumps({"weight_map": {**weight_map, names[0]: "../a.safetensors"}}))
+    with pytest.raises(HfError, match="outside of the directory"):
+        hf_parakeet.read(tmp_path)
+    index.unlink()
+    with pytest.raises(HfError, match="model.safetensors cannot be read"):
+        hf_parakeet.read(tmp_path)

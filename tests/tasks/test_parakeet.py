@@ -1,0 +1,167 @@
+"""The task of NeMo's recognisers: losses and transcripts of every head, in any batch."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from jasr import tasks, text, tree
+
+KINDS = ("ctc", "rnnt", "tdt", "hybrid")
+SOME = ("rnnt", "hybrid")  # every loss is in one of them: a hybrid has TDT and CTC
+RATE = 16000
+TOKENIZER = text.CharTokenizer((*" abcd", text.BLANK))
+
+
+def config(kind, **changes):
+    """A plain config of a tiny model without random parts."""
+    c = common.default("parakeet")
+    c.model.kind = kind
+    c.model.encoder.update(
+        n_layers=1, d_model=16, n_heads=2, subsampling_factor=4, subsampling_conv_channels=4,
+        conv_norm_type="layer_norm", dropout=0.0, dropout_pre_encoder=0.0, dropout_emb=0.0,
+        dropout_att=0.0, padding_counts=False,
+    )  # fmt: skip
+    c.model.decoder.update(pred_hidden=8, dropout=0.0)
+    c.model.joint.update(joint_hidden=8, dropout=0.0)
+    c.loss.update(kind="tdt" if kind == "hybrid" else kind, omega=0.0)
+    c.spec_augment.update(freq_masks=0, time_masks=0)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        c[section][key] = value
+    return json.loads(c.to_json())
+
+
+def batch(lengths=(1.0, 0.6, 0.8), longest=1.0, tokens=((1, 2, 3), (4, 4), (2,))):
+    """Noise of so many seconds as a batch of `longest` seconds; rows hold their own index."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.1, (3, 2 * RATE)).astype(np.float32)
+    audio = np.zeros((len(lengths), int(longest * RATE)), np.float32)
+    ids = np.zeros((len(lengths), 4), np.int32)
+    for row, seconds in enumerate(lengths):
+        audio[row, : int(seconds * RATE)] = noise[row, : int(seconds * RATE)]
+        ids[row, : len(tokens[row])] = tokens[row]
+    return {
+        "audio": audio,
+        "audio_len": np.array([int(s * RATE) for s in lengths], np.int32),
+        "tokens": ids,
+        "token_len": np.array([len(t) for t in tokens[: len(lengths)]], np.int32),
+        "index": np.arange(len(lengths), dtype=np.int32),
+    }
+
+
+def keys():
+    return {"augment": jax.random.key(1), "dropout": jax.random.key(2)}
+
+
+@functools.cache
+def made(kind):
+    """(task, variables) of a tiny model."""
+    task = tasks.build(config(kind), TOKENIZER)
+    return task, jax.jit(task.init)(jax.random.key(0), batch())
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_losses_do_not_depend_on_padding_or_batch_mates(kind):
+    task, variables = made(kind)
+    loss = jax.jit(task.loss)
+    total, (_, metrics) = loss(variables, batch(), keys(), 0)
+    assert metrics["weight"] == 3 and metrics["infeasible"] == 0
+    longer, _ = loss(variables, batch(longest=1.5), keys(), 0)
+    alone = [
+        loss(variables, jax.tree.map(lambda x, r=r: x[r : r + 1], batch()), keys(), 0)[0]
+        for r in range(3)
+    ]
+    np.testing.assert_allclose(longer, total, rtol=1e-5)
+    np.testing.assert_allclose(sum(alone), total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_gradients_are_finite_and_reach_every_parameter(kind):
+    task, variables = made(kind)
+    rows = batch()
+    rows["audio_len"][2] = rows["token_len"][2] = 0  # padding of the batch
+
+    def loss(params):
+        return task.loss({**variables, "params": params}, rows, keys(), 0)[0]
+
+    grads = tree.flatten(jax.jit(jax.grad(loss))(variables["params"]))
+    assert all(np.all(np.isfinite(g)) for g in grads.values())
+    dead = [path for path, g in grads.items() if not np.any(g)]
+    # one key bias moves all scores of a query alike
+    assert all("linear_k/bias" in path for path in dead), dead
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_of_sharding_cover_every_parameter(kind):
+    task = tasks.build(config(kind), TOKENIZER)
+    shapes = jax.eval_shape(task.init, jax.random.key(0), batch())
+    paths = list(tree.flatten(shapes["params"]))
+    assert set(tree.match(task.sharding, paths, what="sharding")) == set(paths)
+
+
+@pytest.mark.parametrize("kind", ("ctc", *SOME))
+def test_predictions_do_not_depend_on_batch_mates_and_lie_inside(kind):
+    task, variables = made(kind)
+    # an untrained head says blank everywhere: make the tokens likely
+    name = {"ctc": "decoder/decoder_layers_0/bias", "hybrid": "joint/joint_net/bias"}
+    flat = tree.flatten(variables["params"])
+    path = name.get(kind, "joint/joint_net/bias")
+    flat[path] = flat[path].at[:5].add(0.5)
+    variables = {**variables, "params": tree.unflatten(flat)}
+    predict = jax.jit(task.predict)
+    together = jax.device_get(predict(variables, batch()))
+    for r in range(3):
+        one = jax.device_get(predict(variables, jax.tree.map(lambda x, r=r: x[r : r + 1], batch())))
+        n = together["token_len"][r]
+        assert n == one["token_len"][0] and n > 0
+        for key in ("tokens", "start_frame", "end_frame"):
+            np.testing.assert_array_equal(one[key][0, :n], together[key][r, :n])
+        assert np.all(together["end_frame"][r, :n] <= together["logit_len"][r])
+        assert np.all(np.diff(together["start_frame"][r, :n]) >= 0)
+
+
+def test_hybrid_is_the_weighted_sum_and_decodes_with_either_branch():
+    task, variables = made("hybrid")
+    total, _ = jax.jit(task.loss)(variables, batch(), keys(), 0)
+    parts = []
+    for weight in (0.0, 1.0):
+        part = tasks.build(config("hybrid", loss__ctc_weight=weight), TOKENIZER)
+        parts.append(jax.jit(part.loss)(variables, batch(), keys(), 0)[0])
+    np.testing.assert_allclose(total, 0.7 * parts[0] + 0.3 * parts[1], rtol=1e-5)
+    by_ctc = tasks.build(config("hybrid", decoding__branch="ctc"), TOKENIZER)
+    assert "durations" not in jax.eval_shape(by_ctc.predict, variables, batch())
+
+
+def test_omega_draws_one_of_two_losses_for_the_batch():
+    _, variables = made("hybrid")
+    loss = jax.jit(tasks.build(config("hybrid", loss__omega=0.5), TOKENIZER).loss)
+    seen = {
+        float(loss(variables, batch(), keys() | {"dropout": jax.random.key(n)}, 0)[0])
+        for n in range(12)
+    }
+    assert len(seen) == 2
+    plain = jax.jit(made("hybrid")[0].loss)(variables, batch(), keys(), 0)[0]
+    assert min(abs(x - plain) for x in seen) < 1e-4
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ValueError, match="blank as the last id"):
+        tasks.build(config("ctc"), text.CharTokenizer((text.BLANK, *"abc")))
+    with pytest.raises(ValueError, match="'rnnt' does not train a model of kind 'tdt'"):
+        tasks.build(config("tdt", loss__kind="rnnt"), TOKENIZER)
+    with pytest.raises(ValueError, match="feat_in 80 differs"):
+        tasks.build(config("ctc", front_end__n_mels=64), TOKENIZER)
+    with pytest.raises(ValueError, match="config.model.kind 'aed'"):
+        tasks.build(config("ctc") | {"model": {"kind": "aed"}}, TOKENIZER)
+    with pytest.raises(ValueError, match="config.model.encoder.n_leyers"):
+        tasks.build(config("ctc") | {"model": {"encoder": {"n_leyers": 2}}}, TOKENIZER)
+
+
+def test_frames_that_texts_need():
+    ctc, tdt = (tasks.build(config(kind), TOKENIZER) for kind in ("ctc", "tdt"))
+    assert ctc.frames_needed([1, 1, 2]) == 4 and tdt.frames_needed([1, 1, 2]) == 1
+    assert ctc.seconds_per_frame == pytest.approx(0.04)

@@ -1,0 +1,111 @@
+"""NeMo's models through the commands: transcribe, convert, expand, train, and back to .nemo."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import common
+from experiments import convert, expand_vocab, train_tokenizer, transcribe
+from experiments import train as training
+from jasr import checkpoint, tasks, tree
+from jasr.interop import nemo
+
+soundfile = pytest.importorskip("soundfile")
+
+
+@pytest.fixture(scope="module")
+def archive(root):
+    """A .nemo that NeMo wrote, with random weights overfitted to two sentences."""
+    return str(root / "tests" / "goldens" / "nemo" / "archives" / "tiny_ctc_gzip.nemo")
+
+
+def texts(capsys, *args):
+    assert transcribe.main([*map(str, args), "--format=json"]) == 0
+    return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_original_run_archive_and_hugging_face_directory_hold_the_same_model(
+    archive, root, tmp_path, capsys
+):
+    recording = next((root / "tests" / "data" / "valid").glob("*.flac"))
+    want = texts(capsys, f"--checkpoint={archive}", recording)
+    run, again, folder = tmp_path / "run", tmp_path / "again.nemo", tmp_path / "model_hf"
+    for source, target in ((archive, run), (run, again), (run, folder)):
+        assert convert.main([str(source), str(target)]) == 0
+    capsys.readouterr()
+    old, new = nemo.state_dict(nemo.read(archive)), nemo.state_dict(nemo.read(str(again)))
+    assert old.keys() == new.keys()
+    for key in old:
+        np.testing.assert_array_equal(old[key], new[key])
+    _, from_folder, _ = tasks.load(str(folder))
+    flat = tree.flatten(nemo.read(archive).variables)
+    for path, array in tree.flatten(from_folder).items():
+        np.testing.assert_array_equal(array, flat[path])
+    assert texts(capsys, f"--checkpoint={again}", recording) == want
+    assert convert.main([archive, str(run)]) == 1  # a run is never written over
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_an_expanded_vocabulary_changes_no_transcript(archive, root, tmp_path, capsys):
+    recording = next((root / "tests" / "data" / "valid").glob("*.flac"))
+    want = texts(capsys, f"--checkpoint={archive}", recording)
+    (tmp_path / "hindi.txt").write_text("एक दो तीन चार\nदो एक चार\n" * 5, encoding="utf-8")
+    arguments = [str(tmp_path / "hindi.txt"), "--vocab_size=16", f"--output={tmp_path / 'hi'}"]
+    assert train_tokenizer.main([*arguments, "--allow_smaller", "--normalisation=none"]) == 0
+    model, output = tmp_path / "hi" / "tokenizer.model", tmp_path / "both"
+    command = [f"--checkpoint={archive}", f"--tokenizer={model}", f"--output={output}"]
+    assert expand_vocab.main(command) == 0
+    assert "appended" in capsys.readouterr().out
+    assert texts(capsys, f"--checkpoint={output}", recording) == want
+    before, after = (tasks.load(p)[0].tokenizer for p in (archive, str(output)))
+    assert after.vocab_size > before.vocab_size
+    assert after.decode(after.encode("एक दो")) == "एक दो"
+    exported = tmp_path / "both.nemo"
+    assert convert.main([str(output), str(exported)]) == 0
+    capsys.readouterr()
+    assert texts(capsys, f"--checkpoint={exported}", recording) == want
+
+
+def test_a_hybrid_trains_resumes_and_becomes_a_nemo_archive(root, tmp_path, capsys):
+    data = root / "tests" / "data"
+    folder = tmp_path / "tokenizer"
+    assert (
+        train_tokenizer.main([str(data / "train.jsonl"), "--vocab_size=24", f"--output={folder}"])
+        == 0
+    )
+    config = common.default("parakeet")
+    config.data.update(train=(str(data / "train.jsonl"),), valid=(str(data / "valid.jsonl"),))
+    config.data.update(bucket_duration_bins=(4.0,), bucket_batch_size=(8,), num_threads=1)
+    config.text.update(kind="sentencepiece", path=str(folder / "tokenizer.model"))
+    config.model.kind = "hybrid"
+    config.model.encoder.update(
+        n_layers=1, d_model=16, n_heads=2, subsampling_conv_channels=4, conv_kernel_size=3
+    )
+    config.model.decoder.pred_hidden = config.model.joint.joint_hidden = 8
+    config.optim.update(schedule="constant", warmup_steps=0)
+    config.train.update(steps=2, log_every=1, eval_every=2)
+
+    def losses(workdir):
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+
+    plain = json.loads(config.to_json())
+    training.train(plain, tmp_path / "whole")
+    first = {**plain, "train": {**plain["train"], "steps": 1}}
+    training.train(first, tmp_path / "parts")
+    training.train(plain, tmp_path / "parts")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    whole, parts = (checkpoint.load_params(tmp_path / name) for name in ("whole", "parts"))
+    for path, array in tree.flatten(whole).items():
+        np.testing.assert_array_equal(array, tree.flatten(parts)[path])
+
+    assert convert.main([str(tmp_path / "whole"), str(tmp_path / "x.nemo")]) == 0
+    capsys.readouterr()
+    model = nemo.read(str(tmp_path / "x.nemo"))
+    assert model.kind == "hybrid" and model.config["loss"]["durations"] == (0, 1, 2, 3, 4)
+    recording = next((data / "valid").glob("*.flac"))
+    both = [
+        texts(capsys, f"--checkpoint={tmp_path / name}", recording) for name in ("whole", "x.nemo")
+    ]
+    assert both[0] == both[1]
