@@ -404,14 +404,14 @@ def test_a_tokenizer_that_is_not_there_is_named(goldens, tmp_path, tokenizer):
     for section, reason in {
         None: "no tokenizer",
         "wpe": "a tokenizer of type 'wpe'",
-        "path": "'/home/me/tokenizer.model', not a member of the archive",
+        "path": "'/data/tokenizer.model', not a member of the archive",
         "gone": "no 'nemo:1b_tokenizer.model' in it",
     }.items():
         config = config_of(goldens, "ctc")
         config["tokenizer"] = {
             None: None,
             "wpe": {"type": "wpe"},
-            "path": {"type": "bpe", "model_path": "/home/me/tokenizer.model"},
+            "path": {"type": "bpe", "model_path": "/data/tokenizer.model"},
             "gone": {"type": "bpe", "model_path": "nemo:1b_tokenizer.model"},
         }[section]
         refused(build(tmp_path / "a.nemo", config, state), reason)
