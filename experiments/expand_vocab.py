@@ -66,9 +66,9 @@ def main(argv=None):
         replace=args.replace,
     )
     if args.texts:
-        from jasr.vocab.train import _texts
+        from jasr.vocab.train import texts_of
 
-        print("\n".join(merge.segmentation(old, merged, _texts([args.texts])).lines()))
+        print("\n".join(merge.segmentation(old, merged, texts_of([args.texts])).lines()))
     tokenizer = {**description, "model": base64.b64encode(merged.to_bytes()).decode("ascii")}
     meta = {**meta, "tokenizer": tokenizer}
     tasks.save(args.output, meta, {**variables, "params": params})

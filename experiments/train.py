@@ -5,7 +5,8 @@
 
 Any field of the config can be changed on the command line (`--config.optim.lr=3e-4`). A run
 starts, in this order: from the newest good checkpoint of its own workdir; from the run, step or
-average at `config.init.path`; from imported weights there; from scratch.
+average at `config.init.path` (`--config.init=PATH` for short); from imported weights there; from
+scratch.
 
 Several processes: started under Slurm, Open MPI or with torchrun-style variables they find each
 other; otherwise give --coordinator=HOST:PORT --num_processes=N --process_id=I.
@@ -19,6 +20,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -331,7 +333,13 @@ def check_keys(config):
             raise SettingsError(f"config.{key} is not known; did you mean {' or '.join(near)}?")
 
 
+def with_init_path(argv):
+    """The arguments with --config.init=PATH written out as --config.init.path=PATH."""
+    return [re.sub(r"^--?config\.init=", "--config.init.path=", a) for a in argv]
+
+
 if __name__ == "__main__":
     huge_pages.use()
     flags.mark_flags_as_required(["config", "workdir"])
+    sys.argv[:] = with_init_path(sys.argv)  # ml_collections looks there, too
     sys.exit(in_one_line(app.run)(main))

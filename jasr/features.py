@@ -58,7 +58,7 @@ def log_mel(audio, audio_len, cfg: FrontEndConfig = NEMO, keys=None):
     are ignored. Always f32 with full-precision products. `keys` [B] turns `dither` on.
     Raises ValueError for an unknown setting.
     """
-    _check(cfg)
+    check(cfg)
     n_fft = cfg.n_fft or 1 << (cfg.win - 1).bit_length()
     audio = jnp.asarray(audio, jnp.float32)
     audio_len = jnp.asarray(audio_len, jnp.int32)
@@ -92,7 +92,8 @@ def log_mel(audio, audio_len, cfg: FrontEndConfig = NEMO, keys=None):
     return mel, mel_len
 
 
-def _check(cfg: FrontEndConfig) -> None:
+def check(cfg: FrontEndConfig) -> None:
+    """Raises ValueError for a setting that is not known, or an FFT too short for the window."""
     for field, choices in (
         ("kind", ("nemo", "nemo_legacy", "htk")),
         ("window", tuple(_WINDOWS)),
@@ -142,8 +143,8 @@ def _mel_by_fft(blocks, cfg: FrontEndConfig, n_fft: int):
     # Frames of n_fft samples under a window that ends in zeros: cheaper than padding each frame.
     halo = -(-n_fft // cfg.hop) - 1
     blocks = jnp.pad(blocks, ((0, 0), (0, segments * size + halo - blocks.shape[1]), (0, 0)))
-    window = np.pad(_window(cfg), (0, n_fft - cfg.win))
-    bank = _filter_bank(cfg, n_fft)
+    window = np.pad(stft_window(cfg), (0, n_fft - cfg.win))
+    bank = filter_bank(cfg, n_fft)
 
     def segment(i):
         start = (i // segments, i % segments * size, 0)
@@ -161,11 +162,11 @@ def _mel_by_product(blocks, cfg: FrontEndConfig, n_fft: int):
     It also stays on its device, where XLA gathers the operand of an FFT from all of them.
     """
     angle = 2 * np.pi / n_fft * np.outer(np.arange(cfg.win), np.arange(n_fft // 2 + 1))
-    window = _window(cfg)[:, None]
+    window = stft_window(cfg)[:, None]
     frames, highest = _frames(blocks, cfg.hop, cfg.win), jax.lax.Precision.HIGHEST
     real = jnp.dot(frames, (window * np.cos(angle)).astype(np.float32), precision=highest)
     imaginary = jnp.dot(frames, (window * np.sin(angle)).astype(np.float32), precision=highest)
-    return _mel(jnp.square(real) + jnp.square(imaginary), cfg, _filter_bank(cfg, n_fft))
+    return _mel(jnp.square(real) + jnp.square(imaginary), cfg, filter_bank(cfg, n_fft))
 
 
 def _mel(power, cfg: FrontEndConfig, bank):
@@ -214,7 +215,7 @@ _WINDOWS = {
 
 
 @functools.lru_cache(maxsize=16)
-def _window(cfg: FrontEndConfig) -> np.ndarray:
+def stft_window(cfg: FrontEndConfig) -> np.ndarray:
     """f32[win]; "htk": periodic, and divided by its norm as torchaudio's normalized=True."""
     if cfg.kind != "htk":
         return _WINDOWS[cfg.window](cfg.win).astype(np.float32)
@@ -223,7 +224,7 @@ def _window(cfg: FrontEndConfig) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def _filter_bank(cfg: FrontEndConfig, n_fft: int) -> np.ndarray:
+def filter_bank(cfg: FrontEndConfig, n_fft: int) -> np.ndarray:
     """Triangular filters f32[F, n_fft / 2 + 1], straight in Hz: on Slaney's mel scale or HTK's."""
     to_mel, to_hz = (_htk_mel, _htk_hz) if cfg.kind == "htk" else (_slaney_mel, _slaney_hz)
     high = cfg.high_hz or cfg.sample_rate / 2

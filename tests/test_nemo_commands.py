@@ -67,6 +67,12 @@ def test_an_expanded_vocabulary_changes_no_transcript(archive, root, tmp_path, c
     assert texts(capsys, f"--checkpoint={exported}", recording) == want
 
 
+def test_init_is_short_for_the_path_of_the_weights_to_start_from():
+    argv = ["train", "--config=x.py:tdt", "--config.init=runs/a", "--config.init.item=ema"]
+    want = ["train", "--config=x.py:tdt", "--config.init.path=runs/a", "--config.init.item=ema"]
+    assert training.with_init_path(argv) == want
+
+
 def test_a_hybrid_trains_resumes_and_becomes_a_nemo_archive(root, tmp_path, capsys):
     data = root / "tests" / "data"
     folder = tmp_path / "tokenizer"

@@ -322,10 +322,10 @@ def _featurizer(front_end):
     n_fft = cfg.n_fft or 1 << (cfg.win - 1).bit_length()
     bins = n_fft // 2 + 1
     return {
-        f"{FEATURIZER}.window": ((cfg.win,), lambda: features._window(cfg)),
+        f"{FEATURIZER}.window": ((cfg.win,), lambda: features.stft_window(cfg)),
         f"{FEATURIZER}.fb": (
             (1, cfg.n_mels, bins),
-            lambda: features._filter_bank(cfg, n_fft)[None],
+            lambda: features.filter_bank(cfg, n_fft)[None],
         ),
     }
 

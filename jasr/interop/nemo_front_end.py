@@ -88,7 +88,7 @@ def read(preprocessor, legacy=False):
         "normalize": normalize if normalize in ("per_feature", "all_features") else "none",
     }
     config = settings.build(FrontEndConfig, values, "preprocessor")
-    features._check(config)
+    features.check(config)
     for name in ("sample_rate", "n_mels", "win", "hop"):
         if getattr(config, name) < 1:
             raise FrontEndError(f"preprocessor: {name} would be {getattr(config, name)}")

@@ -24,10 +24,14 @@ def lstm(x, w_ih, w_hh, bias, h, c):
     return out.swapaxes(0, 1).astype(x.dtype)
 
 
-def lstm_step(x, w_ih, w_hh, bias, h, c):
-    """The state (h, c) f32[B, P] after one more input x [B, I]; the other arguments of `lstm`."""
-    into = _product(x, w_ih.T.astype(x.dtype)) + bias
-    return _cell(into + _product(h, w_hh.T.astype(x.dtype)), c)
+def gates_of(x, w_ih, bias):
+    """What inputs x [N, I] add to the gates, f32[N, 4P]; the other arguments of `lstm`."""
+    return _product(x, w_ih.T.astype(x.dtype)) + bias
+
+
+def lstm_step(gates, w_hh, h, c, dtype):
+    """The state (h, c) f32[B, P] after one more input, given as its `gates_of`."""
+    return _cell(gates + _product(h, w_hh.T.astype(dtype)), c)
 
 
 def _product(h, w):

@@ -165,9 +165,13 @@ class Parakeet(nn.Module):
         """The encoder's side of the joint network, [B,T',J]."""
         return self.joint.encoder_part(x)
 
-    def step(self, token, state):
+    def gate_table(self):
+        """What `step` may be given, once for a batch: see `Prediction.gate_table`."""
+        return self.decoder.gate_table()
+
+    def step(self, token, state, table=None):
         """The prediction network's side [N,J] after one more token i32[N], and its state."""
-        out, state = self.decoder.step(token, state)
+        out, state = self.decoder.step(token, state, table)
         return self.joint.prediction_part(out), state
 
     def initial_state(self, rows):

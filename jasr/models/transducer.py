@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jasr.models.lact_layer import record
-from jasr.models.lstm import lstm, lstm_step
+from jasr.models.lstm import gates_of, lstm, lstm_step
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh, "sigmoid": nn.sigmoid}
 DTYPES = ("float32", "bfloat16")
@@ -291,18 +291,32 @@ class Prediction(nn.Module):
         zeros = jnp.zeros((self.config.pred_rnn_layers, batch, self.config.pred_hidden))
         return zeros, zeros
 
-    def step(self, token, state):
+    def gate_table(self):
+        """What each token and the blank add to the first layer's gates, f32[V + 1, 4P].
+
+        Made once for a batch that is decoded, it spares `step` the larger of its two products.
+        """
+        w_ih, _, bias = next(self.prediction.dec_rnn.layers())
+        every = jnp.arange(self.config.vocab_size + 1)
+        return gates_of(self.prediction.look_up(every), w_ih, bias)
+
+    def step(self, token, state, table=None):
         """The output [B, P] after one more token i32[B], and the state after it.
 
-        Decoding starts with the blank, which stands for the start, and `initial_state`.
+        Decoding starts with the blank, which stands for the start, and `initial_state`. table: the
+        `gate_table`.
         """
-        net = self.prediction
-        x, h, c = net.look_up(token), [], []
+        net, dtype = self.prediction, self.config.dtype
+        x, h, c = None, [], []
         for i, (w_ih, w_hh, bias) in enumerate(net.dec_rnn.layers()):
-            after = lstm_step(x, w_ih, w_hh, bias, state[0][i], state[1][i])
+            if i == 0 and table is not None:
+                gates = table[token]
+            else:
+                gates = gates_of(net.look_up(token) if i == 0 else x, w_ih, bias)
+            after = lstm_step(gates, w_hh, state[0][i], state[1][i], dtype)
             h.append(after[0])
             c.append(after[1])
-            x = after[0].astype(self.config.dtype)
+            x = after[0].astype(dtype)
         return x, (jnp.stack(h), jnp.stack(c))
 
 

@@ -213,7 +213,7 @@ class ParakeetTask:
             return {**dict(found), "logit_len": length}
         run = functools.partial(self.model.apply, variables)
         steps = decoding.Steps(
-            predict=functools.partial(run, method="step"),
+            predict=functools.partial(run, method="step", table=run(method="gate_table")),
             initial_state=functools.partial(run, method="initial_state"),
             output=functools.partial(run, method="joint_output"),
         )

@@ -111,12 +111,12 @@ def train_directory(folder, sources, vocab_size, kind="bpe", **settings):
     Raises:
       TrainError: see `train`. DataError: a source that cannot be read.
     """
-    model = train(_texts(sources), vocab_size, kind, **settings)
+    model = train(texts_of(sources), vocab_size, kind, **settings)
     write_directory(folder, model)
     return model
 
 
-def _texts(sources):
+def texts_of(sources):
     """Yields the texts of sources; says on standard error how many entries were left out."""
     for path, _ in entries.source_pairs(sources):
         if path.endswith(".txt"):
