@@ -4,8 +4,8 @@
         --output=runs/en_hi_init                       # --replace: only the new vocabulary stays
 
 Old pieces keep ids, rows and segmentation; blank and durations move behind the new pieces; the loss
-stays what it was. The output is a run directory: train it with config.init.path (and the tokenizer
-that stands in it as config.text.path), transcribe with it, convert it.
+stays what it was. The output is a run directory: train from it (config.init, with its tokenizer:
+config.text.kind=init), transcribe with it, convert it.
 """
 
 import argparse
@@ -72,16 +72,9 @@ def main(argv=None):
     tokenizer = {**description, "model": base64.b64encode(merged.to_bytes()).decode("ascii")}
     meta = {**meta, "tokenizer": tokenizer}
     tasks.save(args.output, meta, {**variables, "params": params})
-    folder = pathlib.Path(args.output) / "tokenizer"
-    write_directory(folder, merged)
+    write_directory(pathlib.Path(args.output) / "tokenizer", merged)
     print(f"{args.output}: {len(old.pieces)} -> {len(merged.pieces)} pieces, rows by rule {rule}")
-    flags = {
-        "init.path": args.output,
-        "text.kind": "sentencepiece",
-        "text.path": folder / "tokenizer.model",
-        "text.normalisation": description["normalisation"],
-    }
-    print("train with " + " ".join(f"--config.{name}={value}" for name, value in flags.items()))
+    print(f"train with --config.init={args.output} --config.text.kind=init")
     return 0
 
 

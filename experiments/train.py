@@ -114,7 +114,8 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     mesh = sharding.make_mesh(settings.build(sharding.MeshConfig, plain["mesh"], "config.mesh"))
     sources = settings.build(data.DataConfig, plain["data"], "config.data")
     words = settings.build(start.TextConfig, plain["text"], "config.text")
-    tokenizer = start.make_tokenizer(words, functools.partial(data.texts, sources.train))
+    texts = functools.partial(data.texts, sources.train)
+    tokenizer = start.make_tokenizer(words, texts, given, workdir / "checkpoints")
     task = tasks.build(plain, tokenizer)
     train_data = data.open_train(
         sources,

@@ -268,9 +268,9 @@ def from_recipe(path, changes):
     config = json.loads(config.to_json()) if hasattr(config, "to_json") else dict(config)
     config["model"] = {**config["model"], **changes}
     words = settings.build(start.TextConfig, config["text"], "config.text")
-    return tasks.build(
-        config, start.make_tokenizer(words, functools.partial(list, [LETTERS]))
-    ), None
+    given = settings.build(start.InitConfig, config.get("init", {}), "config.init")
+    tokenizer = start.make_tokenizer(words, functools.partial(list, [LETTERS]), given)
+    return tasks.build(config, tokenizer), None
 
 
 def _setting(assignment):

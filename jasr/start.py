@@ -1,12 +1,13 @@
 """What a run starts from: its tokenizer, and its own checkpoint, given weights or scratch."""
 
+import contextlib
 import dataclasses
 import re
 
 import jax
 import numpy as np
 
-from jasr import meaning, source, text, tree
+from jasr import checkpoint, meaning, source, text, tree
 
 ITEMS = ("params", "batch_stats", "opt_state", "ema")
 COUNTERS = ("step", "bad_steps", "bad_in_row", "rng")
@@ -29,26 +30,37 @@ class InitConfig:
 class TextConfig:
     """Which tokenizer a run uses."""
 
-    kind: str = "char"  # "char" | "sentencepiece"
+    kind: str = "char"  # "char" | "sentencepiece" | "init": the one of config.init.path
     vocabulary: tuple = ()  # char: the characters without the blank; () = the training texts'
     path: str = ""  # sentencepiece: the .model file
     normalisation: str = "lower"  # "none" | "lower" | "whisper_english"
 
 
-def make_tokenizer(config, texts):
+def make_tokenizer(config, texts, given=InitConfig(), own=None):
     """The run's tokenizer.
 
     Args:
       config: TextConfig.
       texts: function that returns the training texts; called only if the vocabulary is theirs.
+      given: InitConfig. own: directory of the run's own checkpoints. For kind "init": what the
+        run saved counts first, so that it resumes when the weights it began with are gone.
 
     Raises:
-      ValueError: an unknown kind; text.TextError: a vocabulary or model that cannot be used.
+      ValueError: an unknown kind, "init" without a path; text.TextError: a vocabulary or model
+        that cannot be used.
     """
     if config.kind == "sentencepiece":
         return text.SentencePieceTokenizer.from_file(config.path, config.normalisation)
+    if config.kind == "init":
+        if own:
+            with contextlib.suppress(checkpoint.CheckpointError):  # none yet
+                return text.from_dict(checkpoint.load_meta(own)["tokenizer"])
+        if not given.path:
+            raise ValueError("config.text.kind 'init' is the tokenizer of config.init.path: set it")
+        meta = source.load_meta(source.resolve(given.path, given.item))
+        return text.from_dict(meta["tokenizer"])
     if config.kind != "char":
-        raise ValueError(f"config.text.kind {config.kind!r}: choose char or sentencepiece")
+        raise ValueError(f"config.text.kind {config.kind!r}: choose char, sentencepiece or init")
     if config.vocabulary:
         return text.CharTokenizer((text.BLANK, *config.vocabulary), config.normalisation)
     return text.CharTokenizer.from_texts(texts(), config.normalisation)

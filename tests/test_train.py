@@ -302,6 +302,16 @@ def test_weights_of_another_tokenizer_are_refused(tmp_path, one_device):
         run(tmp_path, c)
 
 
+def test_the_tokenizer_of_the_given_weights_is_taken_and_kept(tmp_path, one_device):
+    words, saved = start.TextConfig(kind="init"), checkpoint.load_meta(one_device)["tokenizer"]
+    given = start.InitConfig(path=str(one_device))
+    assert start.make_tokenizer(words, None, given, tmp_path / "none").to_dict() == saved
+    gone = start.InitConfig(path=str(tmp_path / "gone"))
+    assert start.make_tokenizer(words, None, gone, one_device / "checkpoints").to_dict() == saved
+    with pytest.raises(ValueError, match="config.init.path: set it"):
+        start.make_tokenizer(words, None)
+
+
 def test_weights_that_mean_something_else_are_refused_unless_the_change_is_named(
     tmp_path, one_device
 ):
