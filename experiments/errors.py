@@ -21,6 +21,7 @@ def in_one_line(command):
     def run(*args, **settings):
         # jasr's reports of checkpoints that are not used are logged as well
         warnings.filterwarnings("ignore", "checkpoint .* is not used", RuntimeWarning)
+        warnings.formatwarning = lambda message, *_: f"note: {message}\n"
         try:
             return command(*args, **settings)
         except Exception as e:

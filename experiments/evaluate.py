@@ -14,7 +14,7 @@ import json
 import pathlib
 import sys
 
-from experiments import huge_pages
+from experiments import decoding_options, huge_pages
 from experiments.errors import in_one_line
 
 
@@ -35,7 +35,7 @@ def parse(argv):
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="run, step, average or LaCT directory")
+    add("--checkpoint", required=True, help="run, step, average, .nemo ...")
     add("--manifest", required=True, action="append", help="manifest, CutSet or Shar; repeatable")
     add("--output", default="", help="JSON report with every utterance")
     add("--predictions", default="", help="JSON lines: id, ref, hyp")
@@ -51,9 +51,10 @@ def parse(argv):
         help="fast weights as trained, never updated, or their branch removed",
     )
     add("--window", type=float, default=0.0, help="s seen at once (as trained)")
-    add("--overlap", type=float, default=4.0, help="s shared by two windows")
+    add("--overlap", type=float, default=0.0, help="s two windows share (4 or 16)")
     add("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
     add("--limit", type=int, default=0, help="score the first N utterances only")
+    decoding_options.add(parser)
     return parser.parse_args(argv)
 
 
@@ -66,7 +67,8 @@ def evaluate(args):
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     changed = {"lact_updates": args.lact_updates} if args.lact_updates else None
     baseline = read_report(args.baseline) if args.baseline else None
-    task, variables, meta = tasks.load(args.checkpoint, args.step, args.item, changed)
+    options = decoding_options.given(args)
+    task, variables, meta = tasks.load(args.checkpoint, args.step, args.item, changed, options)
     report = score.evaluate(
         task,
         variables,
@@ -87,6 +89,7 @@ def evaluate(args):
         "item": args.item or "default",
         "manifest": args.manifest,
         "lact_updates": args.lact_updates or "as trained",
+        **{name: value for name, value in options.items() if value},
     }
     if difference:
         about["baseline"] = {"file": args.baseline, **difference}

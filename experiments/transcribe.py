@@ -1,6 +1,7 @@
 """Transcribes recordings: files and directories of WAV, FLAC, OGG or MP3, of any length.
 
     python -m experiments.transcribe --checkpoint=runs/an4 a.wav b.flac dir/ --format=srt
+    python -m experiments.transcribe --checkpoint=parakeet.nemo long.mp3 --attention=local
 
 Transcripts go to standard output in the order of the inputs (or, with --output_dir, to one file
 each), everything else to standard error; several recordings as srt or vtt give one file each, in
@@ -15,7 +16,7 @@ import pathlib
 import sys
 import time
 
-from experiments import huge_pages
+from experiments import decoding_options, huge_pages
 from experiments.errors import in_one_line
 from jasr.formats import FORMATS, render
 
@@ -42,17 +43,26 @@ def parse(argv):
         allow_abbrev=False,
     )
     parser.add_argument("inputs", nargs="+", metavar="PATH", help="recording, or directory of them")
-    parser.add_argument("--checkpoint", required=True, help="run, step, average or LaCT directory")
+    parser.add_argument("--checkpoint", required=True, help="run, step, average, .nemo ...")
     parser.add_argument("--format", choices=FORMATS, default="txt")
     parser.add_argument("--output_dir", default="", help="write one file a recording there")
     parser.add_argument("--step", type=int, default=None, help="step of the run (newest)")
     parser.add_argument("--item", default="", help="params or ema (ema if there is one)")
     parser.add_argument("--window", type=float, default=0.0, help="s seen at once (as trained)")
-    parser.add_argument("--overlap", type=float, default=4.0, help="s shared by two windows")
+    parser.add_argument("--overlap", type=float, default=0.0, help="s two windows share (4 or 16)")
     parser.add_argument("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
+    parser.add_argument(
+        "--timestamps",
+        choices=("nemo",),
+        default="",
+        help="in JSON, NeMo's own of characters, words and segments as well, as `timestamp`",
+    )
+    decoding_options.add(parser)
     args = parser.parse_intermixed_args(argv)
-    if args.window < 0 or args.overlap <= 0 or args.batch_seconds <= 0:
+    if args.window < 0 or args.overlap < 0 or args.batch_seconds <= 0:
         parser.error("--window, --overlap and --batch_seconds are seconds above 0")
+    if args.timestamps and args.format != "json":
+        parser.error("--timestamps=nemo is written in JSON only: add --format=json")
     return args
 
 
@@ -76,11 +86,15 @@ def transcribe(args, out):
         window=args.window,
         overlap=args.overlap,
         batch_seconds=args.batch_seconds,
+        timestamps=args.timestamps,
+        **decoding_options.given(args),
     )
-    start, failed = time.perf_counter(), len(problems)
+    start, failed, missing, windows = time.perf_counter(), len(problems), 0.0, 0
     results = progress(model.stream(path for path, _ in found), total=len(found))
     for (path, name), result in zip(found, results, strict=True):
         failed += report(path, result)
+        missing += sum(b - a for a, b in result["coverage"]["uncovered"])
+        windows += result["coverage"]["windows"]
         if "error" in result and args.format != "json":
             continue
         label = name if args.format == "ctm" else str(path) if len(found) > 1 else ""
@@ -88,7 +102,8 @@ def transcribe(args, out):
     wall = time.perf_counter() - start
     say(
         f"{len(found)} recordings, {model.audio_seconds:.1f} s of audio in {wall:.1f} s, "
-        f"{model.compile_seconds:.1f} s of them compiling; {failed} failed"
+        f"{model.compile_seconds:.1f} s of them compiling; {failed} failed; "
+        f"{f'{missing:.2f} s' if missing else 'nothing'} left undecoded by {windows} windows"
     )
     return 1 if failed else 0
 

@@ -58,7 +58,7 @@ def hypotheses(task, programs, data, mesh, variables, batches=0):
         for row, index in enumerate(rows["index"]):
             if index >= 0:
                 tokens = rows["tokens"][row, : rows["token_len"][row]]
-                words = task.tokenizer.decode([int(t) for t in tokens])
+                words = getattr(task, "text", task.tokenizer.decode)([int(t) for t in tokens])
                 found[int(index)] = words, int(rows["updates"][row]) if "updates" in rows else None
     return found
 

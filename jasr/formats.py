@@ -1,15 +1,20 @@
 """Transcripts as text, JSON lines, subtitles (SRT, WebVTT) and CTM.
 
 A transcript is what `Recognizer.transcribe` returns: a dict with `text`, `words`
-[{"word", "start", "end"}] in seconds, `audio_filepath`, `duration` and `warnings`.
+[{"word", "start", "end"}] in seconds, `audio_filepath`, `duration`, `warnings` ...
 """
 
 import json
 
 FORMATS = ("txt", "json", "srt", "vtt", "ctm")
-FIELDS = ("audio_filepath", "duration", "text", "words", "warnings", "error")
+FIELDS = (
+    *("audio_filepath", "duration", "text", "words", "segments"),
+    *("timestamp", "coverage", "warnings", "error"),
+)
 
 CUE_SECONDS, CUE_CHARACTERS, CUE_PAUSE = 7.0, 84, 1.0  # two lines of 42 characters, as broadcast
+CUE_LEAST, CUE_FLASH = 1.5, 0.1  # s: a shorter sentence shares its cue; the shortest cue
+SENTENCE_ENDS = tuple(".?!\u2026\u0964\u3002\uff1f\uff01")  # and those of Hindi, Chinese, Japanese
 
 
 def render(result, kind, name=""):
@@ -63,18 +68,43 @@ def ctm(result, name=""):
     )
 
 
-def cues(words):
-    """[(start, end, text)] of subtitles: words up to a pause, 7 seconds or two lines of text."""
+def segments(words):
+    """[{"segment", "start", "end"}]: words up to a sentence's end or a pause of CUE_PAUSE."""
     found = []
-    for w in words:
-        start, end, text = found[-1] if found else (0.0, 0.0, "")
-        joined = f"{text} {w['word']}"
-        pause = w["start"] - end >= CUE_PAUSE
-        if not found or pause or w["end"] - start > CUE_SECONDS or len(joined) > CUE_CHARACTERS:
-            found.append((w["start"], w["end"], w["word"]))
-        else:
-            found[-1] = (start, w["end"], joined)
+    for sentence in _sentences(words):
+        text = " ".join(w["word"] for w in sentence)
+        found.append({"segment": text, "start": sentence[0]["start"], "end": sentence[-1]["end"]})
     return found
+
+
+def _sentences(words):
+    """Lists of the words of each segment."""
+    found = []
+    for before, word in zip([None, *words], words, strict=False):
+        pause = before and word["start"] - before["end"] >= CUE_PAUSE
+        if not before or pause or before["word"].endswith(SENTENCE_ENDS):
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def cues(words):
+    """[(start, end, text)] of subtitles: sentences, cut where they are longer than 7 seconds or
+    two lines of text; a sentence shorter than CUE_LEAST is followed by the next in its cue, unless
+    a pause parts them.
+    """
+    found = []
+    for sentence in _sentences(words):
+        for number, w in enumerate(sentence):
+            start, end, text = found[-1] if found else (0.0, 0.0, "")
+            joined = f"{text} {w['word']}"
+            apart = w["start"] - end >= CUE_PAUSE or (number == 0 and end - start >= CUE_LEAST)
+            long = w["end"] - start > CUE_SECONDS or len(joined) > CUE_CHARACTERS
+            if not found or apart or long:
+                found.append((w["start"], w["end"], w["word"]))
+            else:
+                found[-1] = (start, w["end"], joined)
+    return [(start, max(end, start + CUE_FLASH), text) for start, end, text in found]
 
 
 def clock(seconds, point):

@@ -20,30 +20,46 @@ import jax
 import numpy as np
 
 from jasr import audio, resample
+from jasr.coverage import LEVEL_SECONDS, coverage, doubts, not_decoded
 from jasr.decoding import longform
 from jasr.decoding.ctc import words
+from jasr.formats import segments
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".w64")
-BUCKET_SECONDS = (2.0, 4.0, 8.0, 16.0, 32.0)  # window lengths that programs are compiled for
+SHORTEST_BUCKET = 2.0  # s: programs are compiled for windows of so much, twice as much ...
 BUCKET_ROWS = (1, 4, 16, 64)
 WAITING_JOBS = 64  # results held back for an earlier recording before its batch runs part-full
+LOCAL_SECONDS = 600.0  # the window of local attention
+OVERLAP, LONG_OVERLAP = 4.0, 16.0  # s, of windows of seconds and of minutes
+COLUMNS = ("tokens", "start_frame", "end_frame", "durations")  # of a window's tokens
 
-LEVEL_SECONDS = 0.02  # loudness is measured on frames of this length
-SILENT_DB, SOUND_DB = -60.0, -50.0  # of full scale: nothing there; something there
-HOLE_SECONDS, HOLE_DB = 4.0, 12.0  # a wordless span so long, at most so much below the words
 
-
-def from_pretrained(path, *, step=None, item="", model=None, **settings):
-    """The Recognizer of a run, checkpoint step, average or original LaCT directory.
+def from_pretrained(
+    path,
+    *,
+    step=None,
+    item="",
+    model=None,
+    beam=0,
+    branch="",
+    attention="",
+    att_context=(),
+    **settings,
+):
+    """The Recognizer of a run, checkpoint step, average, or model of an original system.
 
     Args:
       path, step, item, model: see `jasr.tasks.load`.
-      settings: window, overlap, batch_seconds of `Recognizer`.
+      beam, branch, attention, att_context: how NeMo's models decode, see
+        `ParakeetTask.with_options`; local attention has windows of LOCAL_SECONDS if not told
+        otherwise.
+      settings: window, overlap, batch_seconds, timestamps of `Recognizer`.
     """
     from jasr import compilation_cache, tasks
 
     compilation_cache.enable()
-    task, variables, meta = tasks.load(path, step, item, model)
+    options = dict(beam=beam, branch=branch, attention=attention, att_context=att_context)
+    task, variables, meta = tasks.load(path, step, item, model, options)
     return Recognizer(task, variables, meta=meta, **settings)
 
 
@@ -53,33 +69,69 @@ def transcribe(path, inputs, **settings):
 
 
 def trained_seconds(meta):
-    """The window for a checkpoint: the longest row it was trained on, within 8 to 30 s."""
+    """The window for a checkpoint: the longest row it was trained on, within 8 to 30 s.
+
+    What a NeMo archive's config says of its training data goes up to 60 s.
+    """
     data = meta.get("config", {}).get("data", {})
     bins = data.get("bucket_duration_bins", ())
     edges = [b[0] if isinstance(b, (list, tuple)) else b for b in bins]
     longest = meta.get("longest_seconds") or max(edges, default=data.get("max_duration", 0.0))
-    return min(30.0, max(8.0, longest)) if longest else 20.0
+    if longest:
+        return min(30.0, max(8.0, longest))
+    nemo = nemo_section(meta, "train_ds").get("max_duration")
+    return min(60.0, max(8.0, nemo)) if isinstance(nemo, (int, float)) else 20.0
+
+
+def nemo_section(meta, name):
+    """A section of the NeMo config that a model came with; {} without one."""
+    config = meta.get("nemo", {}).get("config", {})
+    found = config.get(name) or (config.get("model") or {}).get(name)
+    return found if isinstance(found, dict) else {}
 
 
 class Recognizer:
     """A task with its weights on the device, transcribing in fixed shapes.
 
     Args:
-      task: with predict, tokenizer, front_end.sample_rate and seconds_per_frame.
+      task: with predict, tokenizer, front_end.sample_rate and seconds_per_frame; NeMo's with text,
+        marks and timestamps.
       variables: {"params", "batch_stats"}.
       meta: the checkpoint's, for the length that it was trained on.
-      window: seconds that the model sees at once; 0 = what it was trained on. Longer recordings
-        are cut into windows that overlap.
-      overlap: seconds shared by neighbouring windows, at most a quarter of them.
+      window: seconds that the model sees at once; 0 = what it was trained on, with local
+        attention LOCAL_SECONDS. Longer recordings are cut into windows that overlap.
+      overlap: seconds shared by neighbouring windows, at most a quarter of them; 0 = OVERLAP, or
+        LONG_OVERLAP of windows above a minute.
       batch_seconds: padded audio in one batch at most: sets the memory that is needed.
+      timestamps: "nemo" adds NeMo's own to results.
+
+    Raises:
+      ValueError: NeMo's timestamps of a model that is not NeMo's.
     """
 
-    def __init__(self, task, variables, *, meta=None, window=0.0, overlap=4.0, batch_seconds=64.0):
-        self.task, self.meta = task, meta or {}
+    def __init__(
+        self,
+        task,
+        variables,
+        *,
+        meta=None,
+        window=0.0,
+        overlap=0.0,
+        batch_seconds=64.0,
+        timestamps="",
+    ):
+        if timestamps not in ("", "nemo") or (timestamps and not hasattr(task, "timestamps")):
+            raise ValueError(f"timestamps {timestamps!r}: only 'nemo', of NeMo's models")
+        self.task, self.meta, self.timestamps = task, meta or {}, timestamps
         self.variables = jax.device_put(variables)
+        if hasattr(task, "tables"):
+            self.variables = {**self.variables, "tables": jax.jit(task.tables)(self.variables)}
         self.sample_rate = task.front_end.sample_rate
         frame = round(task.seconds_per_frame * self.sample_rate)
-        seconds = window or trained_seconds(self.meta)
+        encoder = getattr(getattr(task, "config", None), "encoder", None)
+        usual = LOCAL_SECONDS if getattr(encoder, "is_local", False) else trained_seconds(self.meta)
+        seconds = window or usual
+        overlap = overlap or (OVERLAP if seconds <= 60 else LONG_OVERLAP)
         self.windows = longform.Windows.of(seconds, overlap, self.sample_rate, frame)
         self.batch_seconds = batch_seconds
         self.programs = {}  # (rows, samples) -> compiled predict
@@ -95,8 +147,10 @@ class Recognizer:
 
         Returns:
           [{"audio_filepath", "duration" in s, "text", "words": [{"word", "start", "end"} in s],
-          "warnings": [str]}], with "updates" if the model has fast weights; a recording that could
-          not be used has "error" too and is also announced by a Python warning.
+          "segments": [{"segment", "start", "end"}], "coverage": see `coverage`, "warnings":
+          [str]}], with "updates" if the model has fast weights and "timestamp" if NeMo's were
+          asked for; a recording that could not be used has "error" too and is also announced by a
+          Python warning.
         """
         if getattr(inputs, "ndim", 1) != 1:
             raise ValueError(
@@ -138,8 +192,10 @@ class Recognizer:
 
     def _bucket(self, samples):
         """The number of samples that a window is padded to."""
-        edges = (round(s * self.sample_rate) for s in BUCKET_SECONDS)
-        return min(e for e in (*edges, self.windows.length) if e >= samples)
+        edge = round(SHORTEST_BUCKET * self.sample_rate)
+        while edge < samples:
+            edge *= 2
+        return min(edge, self.windows.length)
 
     def _most_rows(self, bucket):
         affordable = self.batch_seconds * self.sample_rate / bucket
@@ -171,10 +227,14 @@ class Recognizer:
             batch["audio"][row, : len(samples)] = samples
             batch["audio_len"][row] = len(samples)
         out = jax.device_get(program(self.variables, batch))
-        for row, (job, first, _) in enumerate(items):
-            length = int(out["token_len"][row])
-            columns = [out[k][row, :length] for k in ("tokens", "start_frame", "end_frame")]
+        for row, (job, first, samples) in enumerate(items):
+            length, frames = int(out["token_len"][row]), int(out["logit_len"][row])
+            columns = [out[k][row, :length] for k in COLUMNS if k in out]
+            if length and "full" in out and out["full"][row]:  # it stopped at its last token
+                frames = int(columns[2][-1])
+            decoded = first + min(len(samples), frames * self.windows.frame)
             job.take(first, columns, int(out["updates"][row]) if "updates" in out else None)
+            job.spans.append((first / self.sample_rate, decoded / self.sample_rate))
         self.run_seconds += time.perf_counter() - start
 
     def _result(self, job):
@@ -182,17 +242,35 @@ class Recognizer:
         result = {"audio_filepath": job.name, "duration": round(job.seconds, 4)}
         self.audio_seconds += job.seconds
         if job.error:
-            empty = {"duration": 0.0, "text": "", "words": []}
+            nothing = {"windows": 0, "seconds": 0.0, "uncovered": []}
+            empty = {"duration": 0.0, "text": "", "words": [], "segments": [], "coverage": nothing}
             return {**result, **empty, "warnings": [job.error], "error": job.error}
         tokenizer = self.task.tokenizer
         columns = longform.join(sorted(job.pieces, key=lambda p: p[0]), self.windows, tokenizer)
-        found = words(tokenizer, *columns, self.task.seconds_per_frame)
+        marks = getattr(self.task, "marks", frozenset())
+        found = words(tokenizer, *columns[:3], self.task.seconds_per_frame, marks)
         for word in found:  # the last frame may reach beyond the last sample
             word["start"] = min(word["start"], result["duration"])
             word["end"] = min(word["end"], result["duration"])
-        result["text"], result["words"] = tokenizer.decode(columns[0]), found
-        result["warnings"] = job.notes + doubts(found, np.concatenate(job.levels), job.seconds)
+        result["text"] = getattr(self.task, "text", tokenizer.decode)(columns[0])
+        result["words"], result["segments"] = found, segments(found)
+        if self.timestamps:
+            result["timestamp"] = self.task.timestamps(*columns, **nemo_times_options(self.meta))
+        result["coverage"] = coverage(job.spans, job.seconds)
+        result["warnings"] = [
+            *job.notes,
+            *not_decoded(result["coverage"]["uncovered"]),
+            *doubts(found, np.concatenate(job.levels), job.seconds),
+        ]
         return result if job.updates is None else {**result, "updates": job.updates}
+
+
+def nemo_times_options(meta):
+    """What the NeMo config of a model says of its timestamps, for `nemo_times.timestamps`."""
+    given = nemo_section(meta, "decoding")
+    separators = given.get("segment_seperators")  # NeMo's spelling
+    options = {"separators": tuple(separators)} if isinstance(separators, list) else {}
+    return options | {"segment_gap": given.get("segment_gap_threshold")}
 
 
 @dataclasses.dataclass
@@ -209,6 +287,7 @@ class Job:
     notes: list = dataclasses.field(default_factory=list)
     levels: list = dataclasses.field(default_factory=lambda: [np.zeros(0, np.float32)])
     pieces: list = dataclasses.field(default_factory=list)
+    spans: list = dataclasses.field(default_factory=list)  # (start, end) in s that was decoded
 
     def __post_init__(self):
         if isinstance(self.recording, (str, os.PathLike)):
@@ -278,33 +357,6 @@ def samples_of(array, rate, sample_rate, name):
     if not np.all(np.isfinite(array)):
         raise audio.AudioError(name, "NaN or infinite samples")
     return resample.resample(array, rate, sample_rate)
-
-
-def doubts(found, levels, seconds):
-    """Warnings about a transcript: no words at all, or long stretches as loud as words without any.
-
-    Args:
-      found: words with start and end; levels: f32[N] dB of full scale every LEVEL_SECONDS.
-    """
-    peak = float(levels.max(initial=-120.0))
-    if not found:
-        if peak < SILENT_DB:
-            return [f"no words found: the recording is silent (peak {peak:.0f} dBFS)"]
-        loud = LEVEL_SECONDS * int(np.sum(levels > SOUND_DB))
-        return [f"no words found although {loud:.1f} s of it are above {SOUND_DB:g} dBFS"]
-    times = (np.arange(len(levels)) + 0.5) * LEVEL_SECONDS
-    edges = np.array([[w["start"], w["end"]] for w in found])
-    number = np.searchsorted(edges[:, 0], times) - 1  # the last word begun
-    inside = (number >= 0) & (times < edges[np.maximum(number, 0), 1])
-    if not inside.any():
-        return []
-    loud = levels > max(SILENT_DB, np.quantile(levels[inside], 0.75) - HOLE_DB)
-    gaps = zip([0.0, *edges[:, 1]], [*edges[:, 0], seconds], strict=True)
-    return [
-        f"no words between {start:.1f} and {end:.1f} s although it is about as loud as the words"
-        for start, end in gaps
-        if end - start > HOLE_SECONDS and np.mean(loud[(times >= start) & (times < end)]) > 0.5
-    ]
 
 
 def find_recordings(inputs):

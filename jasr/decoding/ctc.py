@@ -43,7 +43,7 @@ def ctc_greedy(logits, logit_len, blank=0):
     )
 
 
-def words(tokenizer, tokens, start_frame, end_frame, seconds_per_frame):
+def words(tokenizer, tokens, start_frame, end_frame, seconds_per_frame, marks=frozenset()):
     """The words of one row as [{"word", "start", "end"}], times in seconds.
 
     Frame numbers are the only clock; this is the one place where they become seconds. A token
@@ -53,6 +53,7 @@ def words(tokenizer, tokens, start_frame, end_frame, seconds_per_frame):
       tokenizer: with `.piece(id)`, a leading space standing for a word's beginning, and
         `.decode(ids)`.
       tokens, start_frame, end_frame: sequences of equal length, without padding.
+      marks: characters; a word that begins with one belongs to the word before it.
     """
     groups = []
     open_word = False
@@ -67,11 +68,12 @@ def words(tokenizer, tokens, start_frame, end_frame, seconds_per_frame):
             open_word = True
         ids, first, _ = groups[-1]
         groups[-1] = ([*ids, int(token)], first, int(end))
-    return [
-        {
-            "word": tokenizer.decode(ids),
-            "start": round(first * seconds_per_frame, 4),
-            "end": round(last * seconds_per_frame, 4),
-        }
-        for ids, first, last in groups
-    ]
+    found = []
+    for ids, first, last in groups:
+        word, end = tokenizer.decode(ids), round(last * seconds_per_frame, 4)
+        if found and word[:1] in marks:
+            found[-1] |= {"word": found[-1]["word"] + word, "end": end}
+        else:
+            start = round(first * seconds_per_frame, 4)
+            found.append({"word": word, "start": start, "end": end})
+    return found

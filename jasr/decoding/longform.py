@@ -54,20 +54,21 @@ def join(pieces, windows, tokenizer):
     """Tokens of the whole recording from the tokens of its windows.
 
     Args:
-      pieces: [(first sample, tokens, start_frame, end_frame)] in order, frames counted from each
-        window's own start, without padding.
+      pieces: [(first sample, tokens, start_frame, end_frame, ...)] in order, frames counted from
+        each window's own start, without padding; further columns (durations) as they are.
       windows: the Windows that made them.
       tokenizer: with `.piece(id)`; a leading space begins a word.
 
     Returns:
-      (tokens, start_frame, end_frame) as lists, frames counted from the recording's start.
+      (tokens, start_frame, end_frame, ...) as lists, frames counted from the recording's start. No
+      token of a window reaches beyond the seam at which the next one takes over.
     """
-    whole = []
+    whole, width = [], len(pieces[0]) - 1
     for first, *columns in pieces:
         shift = first // windows.frame
         items = [
-            (int(token), int(start) + shift, int(end) + shift)
-            for token, start, end in zip(*columns, strict=True)
+            (int(token), int(start) + shift, int(end) + shift, *map(int, rest))
+            for token, start, end, *rest in zip(*columns, strict=True)
         ]
         if first > 0:
             high = shift + windows.overlap // windows.frame
@@ -75,10 +76,21 @@ def join(pieces, windows, tokenizer):
             seam, word_ends = find_seam(whole[near:], items, shift, high, tokenizer)
             del whole[bisect.bisect_left(whole, seam, key=lambda item: item[1]) :]
             items = items[bisect.bisect_left(items, seam, key=lambda item: item[1]) :]
-            if word_ends and (space := space_token(tokenizer)) is not None:
-                whole.append((space, seam, seam))
+            if whole:
+                token, start, end, *rest = whole[-1]
+                whole[-1] = (token, start, min(end, seam), *rest)
+            if word_ends and _runs_on(whole, items, tokenizer):
+                whole.append((space_token(tokenizer), seam, seam, *[0] * (width - 3)))
         whole += items
-    return tuple([list(column) for column in zip(*whole, strict=True)] or ([], [], []))
+    return tuple(map(list, zip(*whole, strict=True))) or tuple([] for _ in range(width))
+
+
+def _runs_on(left, right, tokenizer):
+    """Whether words would run together between items, and there is a token to part them."""
+    if not left or not right or space_token(tokenizer) is None:
+        return False
+    before, after = tokenizer.piece(left[-1][0]), tokenizer.piece(right[0][0])
+    return not before[-1:].isspace() and not after[:1].isspace()
 
 
 def find_seam(left, right, low, high, tokenizer):
@@ -89,7 +101,7 @@ def find_seam(left, right, low, high, tokenizer):
     the middle, where both windows see the most context.
 
     Args:
-      left, right: [(token, start frame, end frame)] in order.
+      left, right: [(token, start frame, end frame, ...)] in order.
     """
     margin = (high - low) // 8
     seams = np.arange(low + margin, max(high - margin, low + margin) + 1)
@@ -107,7 +119,7 @@ def _around(items, seams, tokenizer):
     Spaces are no tokens here. Before the first and after the last token words have ended.
     """
     starts, ends, gaps, spaced = [], [], [], True
-    for token, start, end in items:
+    for token, start, end, *_ in items:
         piece = tokenizer.piece(token)
         if not piece.strip():
             spaced = spaced or bool(piece)

@@ -183,17 +183,32 @@ def _transducer(nemo, _, head, encoder_hidden):
     prediction = PredictionConfig.from_nemo(decoder)
     hidden = {"encoder_hidden": encoder_hidden, "pred_hidden": prediction.pred_hidden}
     joint = {**joint, "jointnet": {**hidden, **(joint.get("jointnet") or {})}}
-    decoding = nemo.get("decoding") or {}
-    greedy = decoding.get("greedy") or {}
     return {
         "decoder": _checked("decoder", prediction),
         "joint": _checked("joint", JointConfig.from_nemo(joint)),
         "loss": loss,
-        "decoding": {
-            "strategy": decoding.get("strategy") or "greedy_batch",
-            "max_symbols": greedy.get("max_symbols", 10),
-        },
+        "decoding": _decoding(nemo.get("decoding") or {}),
     }
+
+
+GREEDY = ("greedy_batch", "greedy")
+# NeMo's beam searches of transducers; the one here is nearest to the last.
+BEAMS = ("beam", "tsd", "alsd", "malsd_batch", "maes_batch", "maes")
+
+
+def _decoding(nemo):
+    """The decoding section: NeMo's strategy, and of a beam search its numbers."""
+    greedy, beam = nemo.get("greedy") or {}, nemo.get("beam") or {}
+    strategy = nemo.get("strategy") or "greedy_batch"
+    most = greedy.get("max_symbols", greedy.get("max_symbols_per_step", 10))
+    found = {"strategy": strategy, "max_symbols": most}
+    if strategy not in GREEDY:
+        found |= {
+            "beam": beam.get("beam_size", 4),
+            "expansion_gamma": beam.get("maes_expansion_gamma", 2.3),
+            "length_normalised": beam.get("score_norm", True),
+        }
+    return found
 
 
 # Names of a loss's implementations.
@@ -336,13 +351,30 @@ def _transducer_sections(sections, pieces, base):
         numbers |= {"durations": list(loss["durations"])}
         numbers |= {name: loss[name] for name in ("sigma", "omega")}
     durations = {"model_type": "tdt", "durations": list(loss["durations"])} if tdt else {}
+    how, was = sections["decoding"], (base.get("decoding") or {}).get("strategy")
+    beam = {}
+    if how["strategy"] not in GREEDY:
+        beam = {
+            "strategy": was if was in BEAMS else "maes",
+            "beam": {
+                "beam_size": how["beam"],
+                "maes_expansion_gamma": how["expansion_gamma"],
+                "score_norm": how["length_normalised"],
+            },
+        }
     return {
+        "model_defaults": {  # from which NeMo's constructors fill in the joint network's sizes
+            "enc_hidden": joint.encoder_hidden,
+            "pred_hidden": joint.pred_hidden,
+            "joint_hidden": joint.joint_hidden,
+        },
         "rnnt_reduction": loss["reduction"],
         "decoder": decoder.to_nemo(),
         "joint": {**network, "vocabulary": list(pieces)},
         "decoding": {
-            "strategy": sections["decoding"]["strategy"],
-            "greedy": {"max_symbols": sections["decoding"]["max_symbols"]},
+            "strategy": how["strategy"],
+            "greedy": {"max_symbols": how["max_symbols"]},
+            **beam,
             **durations,
         },
         "loss": {"loss_name": "tdt", "tdt_kwargs": numbers} if tdt else {"loss_name": "default"},

@@ -9,11 +9,12 @@ import dataclasses
 import os
 import pathlib
 import typing
+import warnings
 
 import numpy as np
 
 from jasr import settings
-from jasr.interop import hf_parakeet, lact, nemo
+from jasr.interop import hf_parakeet, lact, nemo, nemo_config
 from jasr.models.parakeet import JointSettings, PredictionSettings
 
 
@@ -63,18 +64,42 @@ def run_config(model):
             fields = {f.name for f in dataclasses.fields(cls)}
             parts[name] = {k: v for k, v in sections[name].items() if k in fields}
     loss = dict(sections["loss"])
-    decoding = dict(sections.get("decoding", {}))
-    if decoding.get("strategy") not in ("greedy", "greedy_batch"):
-        decoding.pop("strategy", None)  # a beam of NeMo's: decoded greedily
-    if decoding.get("max_symbols", 10) is None:
-        decoding["max_symbols"] = 0
     return {
         "task": "parakeet",
         "model": {"kind": model.kind, **parts},
         "front_end": dict(sections["front_end"]),
         "loss": loss,
-        "decoding": decoding,
+        "decoding": _decoding(model),
     }
+
+
+def _decoding(model):
+    """The run's config.decoding of a NemoModel; a warning says what is done in another way."""
+    how = dict(model.config.get("decoding", {}))
+    theirs = model.nemo_config.get("model", model.nemo_config).get("decoding") or {}
+    strategy = how.get("strategy") or theirs.get("strategy") or "greedy"
+    if model.kind == "ctc" and strategy not in nemo_config.GREEDY:
+        _note(f"decoding.strategy {strategy!r} of a CTC model: decoded greedily here")
+        how.pop("strategy", None)
+    elif strategy in nemo_config.BEAMS:
+        how["strategy"] = "beam"
+        if strategy not in ("maes", "beam"):
+            _note(f"decoding.strategy {strategy!r}: decoded by a beam search like 'maes' here")
+    elif strategy not in nemo_config.GREEDY:
+        _note(f"decoding.strategy {strategy!r} is not known: decoded greedily here")
+        how = {"max_symbols": how.get("max_symbols", 10)}
+    for name in ("greedy", "beam"):
+        part = theirs.get(name) or {}
+        helpers = [part.get("ngram_lm_model"), (part.get("boosting_tree") or {}).get("model_path")]
+        if any(helpers):
+            _note(f"decoding.{name} of the file has a language model or phrases: not used here")
+    if how.get("max_symbols", 10) is None:
+        how["max_symbols"] = 0
+    return how
+
+
+def _note(text):
+    warnings.warn(f"NeMo's {text}", stacklevel=4)
 
 
 def nemo_model(task, variables, meta):
@@ -102,6 +127,9 @@ def nemo_model(task, variables, meta):
             "strategy": task.decoding.strategy,
             "max_symbols": task.decoding.max_symbols or None,
         }
+        if task.decoding.strategy == "beam":
+            names = ("beam", "expansion_gamma", "length_normalised")
+            config["decoding"] |= {name: getattr(task.decoding, name) for name in names}
     kept = meta.get("nemo", {})
     return nemo.NemoModel(
         kind=c.kind,

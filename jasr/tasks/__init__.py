@@ -26,7 +26,7 @@ def build(config, tokenizer):
     return getattr(importlib.import_module(module), cls).build(config, tokenizer)
 
 
-def load(path, step=None, item="", model=None):
+def load(path, step=None, item="", model=None, options=None):
     """A task, its variables and the checkpoint's meta.
 
     Args:
@@ -35,12 +35,14 @@ def load(path, step=None, item="", model=None):
       step: the step of a run; None = the newest good one.
       item: "params" or "ema"; "" = the moving average if the checkpoint has one.
       model: mapping of model settings to change, e.g. {"lact_updates": "off"}.
+      options: how to decode, e.g. {"beam": 4}; see `ParakeetTask.with_options`.
 
     Returns:
       (task, {"params", "batch_stats"} of numpy arrays, meta dict).
 
     Raises:
       checkpoint.CheckpointError: nothing good is there, or it does not say what model it is.
+      ValueError: options that the model does not have.
     """
     from jasr import checkpoint, source, text
     from jasr.interop import originals
@@ -62,7 +64,15 @@ def load(path, step=None, item="", model=None):
     config = dict(meta["config"])
     if model:
         config["model"] = {**config["model"], **model}
-    return build(config, text.from_dict(meta["tokenizer"])), variables, meta
+    task = build(config, text.from_dict(meta["tokenizer"]))
+    if options := {name: value for name, value in (options or {}).items() if value}:
+        if not hasattr(task, "with_options"):
+            raise ValueError(
+                f"{', '.join(options)}: options of NeMo's models; {path} is of task "
+                f"{config['task']!r}"
+            )
+        task, variables = task.with_options(variables, **options)
+    return task, variables, meta
 
 
 def save(path, meta, variables):

@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from jasr import audio, augment, settings
+from jasr.decoding import nemo_times
 from jasr.decoding import transducer as decoding
+from jasr.decoding.beam import beam_search
 from jasr.decoding.ctc import ctc_greedy
 from jasr.losses import transducer as losses
 from jasr.losses.ctc import ctc_loss
 from jasr.models.parakeet import Parakeet, ParakeetConfig, sharding
 from jasr.tasks import inputs
+
+BRANCHES = ("transducer", "ctc")
+LOCAL_CONTEXT = (128, 128)  # encoder frames left and right, as NeMo suggests for long recordings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,7 @@ class LossConfig:
     sigma: float = 0.02
     omega: float = 0.1
     fastemit_lambda: float = 0.0
-    clamp: float = -1.0  # NeMo's clamp of the joint's gradient; only -1 (none) is supported
+    clamp: float = -1.0  # of the gradient of the joint's token logits; 0 or less: none
     ctc_weight: float = 0.3
     ctc_reduction: str = "mean_batch"
     ramp_steps: int = 0  # augmentation strength rises linearly from 0 over so many steps
@@ -39,17 +44,32 @@ class LossConfig:
     def __post_init__(self):
         if self.kind not in ("ctc", "rnnt", "tdt"):
             raise ValueError(f"config.loss.kind {self.kind!r}: choose ctc, rnnt or tdt")
-        if self.clamp > 0:
-            raise ValueError("config.loss.clamp: gradients of the joint are not clamped; set -1")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingConfig:
-    """How a transducer is decoded; see `decoding.transducer.greedy`."""
+    """How a transducer is decoded; see `decoding.transducer.greedy` and `beam.beam_search`."""
 
-    strategy: str = "greedy_batch"  # "greedy_batch" | "greedy"
-    max_symbols: int = 10  # labels at one frame, at most
+    strategy: str = "greedy_batch"  # "greedy_batch" | "greedy" | "beam"
+    max_symbols: int = 10  # labels at one frame, at most; 0 = no limit (10 with a beam)
     branch: str = "transducer"  # of a hybrid: "transducer" | "ctc"
+    beam: int = 4  # hypotheses that a beam search keeps
+    expansion_gamma: float = 2.3  # log-probability by which it tries worse symbols than the best
+    length_normalised: bool = True  # it takes the best by score / labels
+
+    def __post_init__(self):
+        strategies = (*decoding.STRATEGIES, "beam")
+        if self.strategy not in strategies:
+            raise ValueError(
+                f"config.decoding.strategy {self.strategy!r}: choose {', '.join(strategies)}"
+            )
+        if self.branch not in BRANCHES:
+            raise ValueError(f"config.decoding.branch {self.branch!r}: choose transducer or ctc")
+        if self.beam < 1 or self.max_symbols < 0 or self.expansion_gamma < 0:
+            raise ValueError(
+                "config.decoding: beam must be at least 1, max_symbols and expansion_gamma not "
+                f"negative, got {self.beam}, {self.max_symbols}, {self.expansion_gamma}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +83,7 @@ class ParakeetTask:
     wave_augment: augment.WaveAugmentConfig
     loss_config: LossConfig
     decoding: DecodingConfig
+    groups: int = 1  # devices that a batch is split over: see `losses.joint`
 
     # What a vocabulary gives its meaning to.
     TOKEN_PARAMETERS = (
@@ -95,6 +116,14 @@ class ParakeetTask:
             raise ValueError(
                 f"config.loss.kind {loss.kind!r} does not train a model of kind {model.kind!r}"
             )
+        how = settings.build(DecodingConfig, config.get("decoding", {}), "config.decoding")
+        if how.branch == "ctc" and not model.has_ctc:
+            raise ValueError(f"config.decoding.branch: a model of kind {model.kind!r} has no CTC")
+        if how.strategy == "beam" and (not model.is_transducer or how.branch == "ctc"):
+            raise ValueError(
+                "config.decoding.strategy 'beam' is a transducer's; CTC is decoded greedily: set "
+                "'greedy_batch'"
+            )
         extra = len(loss.durations) if loss.kind == "tdt" else 0
         model = dataclasses.replace(
             model,
@@ -106,7 +135,7 @@ class ParakeetTask:
             model=Parakeet(model),
             **given,
             loss_config=loss,
-            decoding=settings.build(DecodingConfig, config.get("decoding", {}), "config.decoding"),
+            decoding=how,
         )
 
     @property
@@ -164,6 +193,8 @@ class ParakeetTask:
             options = dict(
                 blank=c.blank,
                 fastemit_lambda=loss.fastemit_lambda,
+                clamp=loss.clamp,
+                groups=self.groups,
                 activation=c.joint.activation,
                 dropout=c.joint.dropout,
                 key=augment.row_keys(joint_key, batch["index"]),
@@ -196,34 +227,168 @@ class ParakeetTask:
         }
         return total, (changed.get("batch_stats", {}), metrics)
 
+    def tables(self, variables):
+        """What `predict` computes of the weights alone, to be jitted.
+
+        Where many batches are decoded it is kept as "tables" of the variables.
+        """
+        if self.decodes == "ctc":
+            return {}
+        return {"gates": self.model.apply(variables, method="gate_table")}
+
     def predict(self, variables, batch):
-        """Greedy decoding of a batch, to be jitted.
+        """The best hypothesis of each row of a batch, to be jitted.
 
         Returns:
           dict of tokens i32[B,L], token_len i32[B], start_frame and end_frame i32[B,L] (encoder
-          frames), logit_len i32[B]; of a transducer also durations i32[B,L] and score f32[B].
+          frames), logit_len i32[B]; of a transducer also durations i32[B,L], score f32[B] and
+          full bool[B] (it stopped before the end, having no room for more labels).
         """
-        c = self.config
+        c, how = self.config, self.decoding
         mel, mel_len = self.features(batch)
         x, length = self.model.apply(variables, mel, mel_len, method="encode")
-        if not c.is_transducer or (c.kind == "hybrid" and self.decoding.branch == "ctc"):
+        if self.decodes == "ctc":
             logits = self.model.apply(variables, x, method="ctc_logits")
             names = ("tokens", "token_len", "start_frame", "end_frame")
             found = zip(names, ctc_greedy(logits, length, blank=c.blank), strict=True)
             return {**dict(found), "logit_len": length}
         run = functools.partial(self.model.apply, variables)
+        table = variables.get("tables", {}).get("gates")
+        if table is None and c.vocab_size < x.shape[0] * x.shape[1]:  # else it costs too much
+            table = run(method="gate_table")
         steps = decoding.Steps(
-            predict=functools.partial(run, method="step", table=run(method="gate_table")),
+            predict=functools.partial(run, method="step", table=table),
             initial_state=functools.partial(run, method="initial_state"),
             output=functools.partial(run, method="joint_output"),
         )
-        found = decoding.greedy(
-            run(x, method="encoder_part"),
-            length,
-            steps,
+        options = dict(
             blank=c.blank,
-            durations=self.loss_config.durations if self.loss_config.kind == "tdt" else None,
-            max_symbols=self.decoding.max_symbols or None,
-            strategy=self.decoding.strategy,
+            durations=self.loss_config.durations if self.decodes == "tdt" else None,
         )
+        enc = run(x, method="encoder_part")
+        if how.strategy == "beam":
+            found = beam_search(
+                enc,
+                length,
+                steps,
+                beam=how.beam,
+                max_symbols=how.max_symbols or 10,
+                expansion_gamma=how.expansion_gamma,
+                length_normalised=how.length_normalised,
+                **options,
+            )
+            found = jax.tree.map(lambda x: x[:, 0], found)
+        else:
+            found = decoding.greedy(
+                enc,
+                length,
+                steps,
+                max_symbols=how.max_symbols or None,
+                strategy=how.strategy,
+                **options,
+            )
         return {**found, "logit_len": length}
+
+    @property
+    def decodes(self):
+        """What transcripts come from: "ctc", "rnnt" or "tdt"."""
+        if not self.config.is_transducer or self.decoding.branch == "ctc":
+            return "ctc"
+        return self.loss_config.kind
+
+    def text(self, tokens):
+        """The text of tokens as NeMo writes it; see `nemo_times.text`."""
+        return nemo_times.text(tokens, self.tokenizer)
+
+    @property
+    def marks(self):
+        """The punctuation marks before which `text` has no space."""
+        return nemo_times.punctuation(self.tokenizer)
+
+    def timestamps(self, tokens, start_frame, end_frame, durations=None, **options):
+        """NeMo's timestamps of a row of `predict`; see `nemo_times.timestamps`."""
+        front = self.front_end
+        return nemo_times.timestamps(
+            self.decodes,
+            tokens,
+            start_frame,
+            end_frame,
+            self.tokenizer,
+            durations=durations if self.decodes == "tdt" else None,
+            window_stride=front.hop / front.sample_rate,
+            subsampling=self.config.frame_rate_divisor,
+            **options,
+        )
+
+    def with_options(self, variables, *, beam=0, branch="", attention="", att_context=()):
+        """(task, variables) that decode in another way.
+
+        Args:
+          beam: hypotheses of a beam search; 1 = greedy.
+          branch: of a hybrid: "transducer" or "ctc".
+          attention: "local" lets every frame read `att_context` (left, right) frames, those of
+            `LOCAL_CONTEXT` if that is (), with the weights of attention over all (NeMo's
+            change_attention_model); "full" is as trained.
+
+        Raises:
+          ValueError: the model has no such branch or attention, or CTC is given a beam.
+        """
+        c, how = self.config, self.decoding
+        if branch:
+            if branch != ("transducer" if c.is_transducer else "ctc") and c.kind != "hybrid":
+                raise ValueError(f"branch {branch!r}: a model of kind {c.kind!r} is no hybrid")
+            how = dataclasses.replace(how, branch=branch)
+        if branch == "ctc" and not beam:
+            beam = 1
+        if beam > 1 and (not c.is_transducer or how.branch == "ctc"):
+            raise ValueError(f"beam {beam}: a beam search is a transducer's; CTC is greedy")
+        if beam:
+            greedy = how.strategy if how.strategy != "beam" else "greedy_batch"
+            strategy = "beam" if beam > 1 else greedy
+            how = dataclasses.replace(how, strategy=strategy, beam=beam)
+        task = dataclasses.replace(self, decoding=how)
+        if att_context and attention != "local":
+            raise ValueError("att_context is of attention 'local'")
+        if attention == "local":
+            encoder, params = with_local_attention(
+                c.encoder, variables["params"]["encoder"], att_context or LOCAL_CONTEXT
+            )
+            task = dataclasses.replace(
+                task, model=Parakeet(dataclasses.replace(c, encoder=encoder))
+            )
+            params = {**variables["params"], "encoder": params}
+            variables = {**variables, "params": params}
+        elif attention not in ("", "full"):
+            raise ValueError(f"attention {attention!r}: choose full or local")
+        return task, variables
+
+
+def with_local_attention(config, params, context):
+    """(FastConformerConfig, encoder's parameters) of the same encoder with local attention.
+
+    Layers that shared position biases get copies of their own, as local attention has them.
+
+    Raises:
+      ValueError: an encoder without relative positions, or of chunks.
+    """
+    if config.self_attention_model == "abs_pos":
+        raise ValueError("attention 'local': this encoder has absolute positions ('abs_pos')")
+    if config.att_context_style != "regular":
+        raise ValueError(
+            f"attention 'local': this encoder reads in chunks ({config.att_context_style!r}), "
+            "which bounds its memory already"
+        )
+    if config.tied_biases:
+        first = params["layers_0"]["self_attn"]
+        shared = {name: first[name] for name in ("pos_bias_u", "pos_bias_v")}
+        params = dict(params)
+        for n in range(config.n_layers):
+            layer = params[f"layers_{n}"]
+            params[f"layers_{n}"] = {**layer, "self_attn": {**layer["self_attn"], **shared}}
+    config = dataclasses.replace(
+        config,
+        self_attention_model="rel_pos_local_attn",
+        att_context_size=tuple(context),
+        att_context_probs=(),
+    )
+    return config, params
