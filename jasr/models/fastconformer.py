@@ -124,8 +124,8 @@ class Convolution(nn.Module):
 
         def pointwise(x, features, name):
             kernel, bias = weights(name, 1, x.shape[-1], features)
-            x = x @ kernel[0]
-            return x if bias is None else x + bias
+            y = x.reshape(-1, x.shape[-1]) @ kernel[0]  # one axis of rows, as in `linear`
+            return (y if bias is None else y + bias).reshape(*x.shape[:-1], features)
 
         x, gate = jnp.split(pointwise(x, 2 * c.d_model, "pointwise_conv1"), 2, axis=-1)
         x = jnp.where(mask, x * jax.nn.sigmoid(gate), 0)

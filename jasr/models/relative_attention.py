@@ -9,6 +9,7 @@ own band misplaces the position scores where left and right differ; here it is r
 Axes: N heads, B batch, T queries, S keys, R queries of a block, H head dim.
 """
 
+import functools
 import typing
 
 import jax
@@ -107,6 +108,7 @@ def sinusoids(first, last, dim):
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(angle.shape[0], dim)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def shear(x, columns):
     """[..., R, columns]: row r of x [..., R, columns + R - 1] from its element R - 1 - r on.
 
@@ -120,9 +122,23 @@ def shear(x, columns):
     return x.reshape(*x.shape[:-1], rows, width - 1)[..., :columns]
 
 
-def _softmax(scores):
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+def _shear_backward(columns, _, cotangent):
+    """The rows back at their places in zeros; concatenated, for XLA's pads are slow on CPUs."""
+    *outer, rows, _ = cotangent.shape
+
+    def zeros(*shape):
+        return jnp.zeros((*outer, *shape), cotangent.dtype)
+
+    if rows == 1:
+        return (cotangent,)
+    left = (rows - 1) // 2
+    x = jnp.concatenate([zeros(rows, left), cotangent, zeros(rows, rows - 2 - left)], axis=-1)
+    x = x.reshape(*outer, -1)
+    x = jnp.concatenate([zeros(rows - 1 - left), x, zeros(1 + left)], axis=-1)
+    return (x.reshape(*outer, rows, -1),)
+
+
+shear.defvjp(lambda x, columns: (shear(x, columns), None), _shear_backward)
 
 
 def _scores(equation, x, y):
@@ -171,7 +187,9 @@ def relative_attention(q, k, v, key_len, *, plan, reach, relative=None, drop=Non
                 here = jax.lax.dynamic_slice_in_dim(
                     p, (count - 1 - number) * rows, frames + rows - 1, axis=1
                 )
-            scores += shear(_scores("nbrh,nmh->nbrm", cut(q_p, begin, rows), here), plan.span)
+            queries = cut(q_p, begin, rows)  # with one axis of rows their gradient needs no copies
+            by_distance = _scores("nrh,nmh->nrm", queries.reshape(len(q), -1, q.shape[-1]), here)
+            scores += shear(by_distance.reshape(*scores.shape[:-1], -1), plan.span)
         i, j = begin + jnp.arange(rows), start - lead + jnp.arange(plan.span)
         seen = (j >= 0) & (j < key_len[:, None])
         seen = seen[:, None, :]
@@ -182,7 +200,7 @@ def relative_attention(q, k, v, key_len, *, plan, reach, relative=None, drop=Non
         if extra is not None:
             scores = jnp.concatenate([cut(extra[0], begin, rows), scores], axis=-1)
             values = jnp.concatenate([extra[1], values], axis=2)
-        weights = _softmax(scores)
+        weights = jax.nn.softmax(scores)
         if drop is not None:
             weights = drop(weights, number)
         out = _scores("nbrs,nbsh->nbrh", weights.astype(dtype), values)
@@ -204,7 +222,7 @@ def global_attention(q, k, v, key_len, chosen, drop=None):
     """
     scores = _scores("nbgh,nbsh->nbgs", q * (1 / np.sqrt(q.shape[-1])), k)
     seen = jnp.arange(k.shape[2]) < key_len[:, None]
-    weights = _softmax(jnp.where(seen[:, None, :], scores, MASKED))
+    weights = jax.nn.softmax(jnp.where(seen[:, None, :], scores, MASKED))
     if drop is not None:
         weights = drop(weights, -1)
     out = _scores("nbgs,nbsh->nbgh", weights.astype(v.dtype), v)
