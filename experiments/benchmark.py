@@ -1,8 +1,9 @@
 """Benchmarks against peers, side by side in one run.
 
-    python -m experiments.benchmark {features,lact,ctc,step,checkpoint,loader} [options of the row]
+    python -m experiments.benchmark ROW [options of the row]
     python -m experiments.benchmark all
 
+ROW: features, lact, ctc, step, parakeet, transducer, load, checkpoint, loader.
 Every row compares the outputs first, then times both sides interleaved with equal threads and
 prints medians, quartiles and the ratio. `--help` after a row's name shows its options.
 """
@@ -12,7 +13,7 @@ import sys
 
 from experiments import huge_pages
 
-ROWS = ("features", "lact", "ctc", "step", "checkpoint", "loader")
+ROWS = ("features", "lact", "ctc", "step", "parakeet", "transducer", "load", "checkpoint", "loader")
 
 
 def main(argv=None):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from experiments import benchmark
@@ -68,3 +69,20 @@ def test_lact_row_has_the_same_layer_on_both_sides(capsys):
     assert all(abs(grad).max() > 0 for grad in ours()[2].values())
     lact.compare(ours, lact.torch_side(config, *arrays), muon=False)
     assert "largest difference" in capsys.readouterr().out
+
+
+def test_parakeet_row_has_the_same_model_on_both_sides(tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers", minversion="5.0")
+    from experiments.bench import parakeet
+
+    args = argparse.Namespace(
+        layers=1, d_model=16, heads=2, channels=4, mels=16, vocabulary=8, batch=2, seconds=0.8
+    )
+    args.part, args.shortest, args.nemo_python = "step", 0.75, ""
+    assert parakeet.write(args, tmp_path) > 0
+    inputs = dict(np.load(tmp_path / "inputs.npz"))
+    for side, make in parakeet.SIDES.items():
+        np.savez(tmp_path / f"{side}.npz", **make(args, tmp_path, inputs)())
+    parakeet.compare(tmp_path, parakeet.SIDES)
+    assert "transformers: loss" in capsys.readouterr().out

@@ -70,8 +70,10 @@ class Worker:
         self.process.wait()
 
 
-def in_turns(lines, rounds):
+def in_turns(lines, rounds, ready=None):
     """What `interleave` gives for the `serve` processes of command lines {name: line}.
+
+    ready: called when every process has done its first call, before any is timed.
 
     For rivals that disturb one another in one process. A turn begins with calls that are not
     timed: until the other's idle threads have stopped spinning, and until memory is back that a
@@ -81,6 +83,8 @@ def in_turns(lines, rounds):
     try:
         for worker in workers.values():
             worker.wait()
+        if ready is not None:
+            ready()
         return interleave(workers, rounds, apart=True)
     finally:
         for worker in workers.values():
