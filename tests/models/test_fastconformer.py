@@ -244,6 +244,12 @@ def test_shear_turns_distances_into_keys():
     want = np.stack([x[:, r, 4 - r : 4 - r + 7] for r in range(5)], axis=1)
     np.testing.assert_array_equal(relative_attention.shear(x, 7), want)
     np.testing.assert_array_equal(relative_attention.shear(x[:, :1], 11), x[:, :1])
+    for rows in (1, 2, 5):  # the gradient puts every element back where it was read, and zeros
+        y, back = jax.vjp(lambda x, n=12 - rows: relative_attention.shear(x, n), x[:, :rows])
+        row, column = np.indices(y.shape[1:])
+        want = np.zeros_like(x[:, :rows])
+        want[:, row, rows - 1 - row + column] = y
+        np.testing.assert_array_equal(back(y)[0], want)
 
 
 def test_global_frames_read_all_and_are_read_by_all():
