@@ -13,6 +13,7 @@ other; otherwise give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import json
@@ -140,6 +141,8 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     log.info("training: %s", train_data.describe())
     check_same(plain, tokenizer, train_data, valid_data)
     sharding.check_batch_sizes([b for b, _, _ in train_data.shapes], mesh, opt.accumulate)
+    if hasattr(task, "groups"):
+        task = dataclasses.replace(task, groups=sharding.batch_ways(mesh))
     task.check(train_data.shapes)
     start.check_rates(sources.sample_rate, task.front_end.sample_rate)
 

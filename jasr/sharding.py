@@ -114,9 +114,14 @@ def put_batch(batch, mesh):
     }
 
 
+def batch_ways(mesh):
+    """The number of parts that the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch_sizes(sizes, mesh, accumulate=1):
     """Raises ValueError if a global batch size does not divide over mesh and accumulation."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     for size in sizes:
         if size % (ways * accumulate):
             raise ValueError(

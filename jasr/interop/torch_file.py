@@ -339,14 +339,14 @@ def write(path, tree):
     """Writes a file that torch.load(path, weights_only=True) reads: `tree` with its arrays as CPU
     tensors, bit for bit.
 
-    tree: dict, list or tuple of arrays, str, int, float, bool and None. The file appears whole or
-    not at all.
+    tree: dict, list or tuple of arrays, str, int, float, bool and None. Arrays that are the same
+    memory are stored once, as torch stores tied tensors. The file appears whole or not at all.
 
     Raises:
       TorchFileError: something that such a file cannot hold, with its place in the tree.
     """
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-    storages = []
+    storages = {}  # (number, array) by where its elements lie
     out = bytearray(b"\x80\x02")
     _emit(out, tree, storages, names, "")
     out += b"."
@@ -355,7 +355,7 @@ def write(path, tree):
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             _add(archive, "archive/data.pkl", bytes(out))
             _add(archive, "archive/byteorder", b"little")
-            for number, array in enumerate(storages):
+            for number, array in storages.values():
                 flat = np.ascontiguousarray(array).reshape(-1)  # one copy at a time
                 _add(archive, f"archive/data/{number}", memoryview(flat.view(np.uint8)))
             _add(archive, "archive/version", b"3\n")
@@ -373,6 +373,12 @@ def _add(archive, name, data):
         start += 20  # the sizes that zipfile adds to the header of a large member
     info.extra = struct.pack("<HH", 0x4246, -start % 64) + bytes(-start % 64)
     archive.writestr(info, data)
+
+
+def _place(array):
+    """The same for two existing arrays only if they are the same elements in the same order."""
+    order = "C" if array.flags.c_contiguous else (array.shape, array.strides)
+    return array.__array_interface__["data"][0], array.dtype, array.size, order
 
 
 def _emit(out, value, storages, names, where):
@@ -403,16 +409,16 @@ def _emit(out, value, storages, names, where):
         array = np.asarray(value)
         if array.dtype not in names:
             raise TorchFileError(f"{where or 'the tree'}: torch files hold no {array.dtype} here")
+        number, _ = storages.setdefault(_place(array), (len(storages), array))
         strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
         out += b"ctorch._utils\n_rebuild_tensor_v2\n(("
         _emit(out, "storage", storages, names, where)
         out += f"ctorch\n{names[array.dtype]}Storage\n".encode()
-        for part in (str(len(storages)), "cpu", array.size):
+        for part in (str(number), "cpu", array.size):
             _emit(out, part, storages, names, where)
         out += b"tQ"
         for part in (0, array.shape, strides, False):
             _emit(out, part, storages, names, where)
-        storages.append(array)
         out += b"ccollections\nOrderedDict\n)RtR"
     else:
         raise TorchFileError(f"{where or 'the tree'}: a torch file holds no {type(value).__name__}")

@@ -49,6 +49,8 @@ class _Form(typing.NamedTuple):
     activation: str
     dropout: float
     chunk: int
+    emphasis: float  # of the labels in the gradient
+    clamp: float
 
 
 def joint_cells(
@@ -65,6 +67,8 @@ def joint_cells(
     activation="relu",
     dropout=0.0,
     key=None,
+    fastemit_lambda=0.0,
+    clamp=0.0,
     chunk=None,
     groups=1,
 ):
@@ -86,6 +90,9 @@ def joint_cells(
       dropout: share of hidden units dropped after the activation, drawn for each node from `key`,
         a typed key or one of each row; without a key nothing is dropped. What is dropped at a node
         does not depend on chunks or padding, and with a key of each row not on batch mates.
+      fastemit_lambda: FastEmit (Yu et al., 2021): labels count 1 + lambda times in the gradient.
+      clamp: as in NeMo on GPUs, the gradient of a row's loss by a logit of a token or the blank is
+        limited to -clamp..clamp, before what the loss is multiplied by later; 0 or less: it is not.
       chunk: nodes whose logits exist at once; None = a 32nd of all, but at most 32 MiB of logits.
       groups: the rows are worked on in this many equal groups, side by side: the number of devices
         that a batch is sharded over, so that each looks for nodes among its own rows.
@@ -121,7 +128,7 @@ def joint_cells(
         lambda x: x.reshape(groups, B // groups, *x.shape[1:]), per_row
     )
     cells = _cells(
-        _Form(T, U1, blank, extra, activation, dropout, chunk),
+        _Form(T, U1, blank, extra, activation, dropout, chunk, 1 + fastemit_lambda, clamp),
         enc.reshape(groups, -1, J),
         pred.reshape(groups, -1, J),
         kernel.astype(jnp.float32),
@@ -180,7 +187,7 @@ def _cells_bwd(form, saved, g):
     others = 1 - jnp.eye(form.extra)
     rest_of = functools.partial(jnp.matmul, b=others, precision=jax.lax.Precision.HIGHEST)
 
-    def chunk(total, node, enc, pred, own, seeds, cells, g):
+    def chunk(total, node, enc, pred, own, seeds, cells, g, limit):
         summed = _summed(form, node, enc, pred)
         logits_of = functools.partial(_logits, form, node, seeds)
         logits, back = jax.vjp(logits_of, summed, kernel, bias)
@@ -189,6 +196,7 @@ def _cells_bwd(form, saved, g):
         cell, norm = jnp.split(_at(cells, node), [2 + form.extra], axis=-1)
         blank_log, label_log, duration_log = jnp.split(cell, [1, 2], axis=-1)
         of_blank, of_label, of_duration = jnp.split(_at(g, node), [1, 2], axis=-1)
+        of_label *= form.emphasis
         # 1 - p where p is near 1 from its logarithm or as the sum of the others: by subtraction
         # the gradient of a model that is sure would be rounding errors.
         at_blank = -of_label * jnp.exp(blank_log) - of_blank * jnp.expm1(blank_log)
@@ -196,6 +204,9 @@ def _cells_bwd(form, saved, g):
         of_token = -(of_blank + of_label) * jnp.exp(_less(token, norm.T))
         of_token = jnp.where(outputs == _at(own, label)[:, None], at_label, of_token)
         of_token = jnp.where(outputs == form.blank, at_blank, of_token)
+        if form.clamp > 0:
+            most = _at(limit, node // (form.frames * form.nodes))[:, None]
+            of_token = jnp.clip(of_token, -most, most)
         share = jnp.exp(duration_log)
         of_duration = of_duration * rest_of(share) - share * rest_of(of_duration)
         of_sum, *of_weights = back(jnp.concatenate([of_token, of_duration], axis=-1))
@@ -206,8 +217,11 @@ def _cells_bwd(form, saved, g):
 
     def step(i, total):
         node = jax.lax.dynamic_slice_in_dim(nodes, i * form.chunk, form.chunk, 1)
-        return jax.vmap(chunk)(total, node, enc, pred, own, seeds, cells, g)
+        return jax.vmap(chunk)(total, node, enc, pred, own, seeds, cells, g, limit)
 
+    by_row = g.reshape(len(g), -1, form.frames * form.nodes, g.shape[-1])
+    # Every path leaves its first node by the blank or a label: g has there what the loss has.
+    limit = form.clamp * jnp.abs(jnp.sum(by_row[:, :, 0, :2], axis=-1))
     # Half of a bound on the sum of a node's absolute gradients of its logits.
     size = jnp.sum(jnp.abs(g) * -jnp.expm1(cells[..., : g.shape[-1]]), axis=-1)
     size = size.reshape(len(g), -1, form.frames * form.nodes)

@@ -23,7 +23,6 @@ def rnnt_loss(
     token_len,
     *,
     blank,
-    fastemit_lambda=0.0,
     **joint,
 ):
     """Negative log-likelihood of each row's tokens under RNN-T, and whether any path gives them.
@@ -39,9 +38,8 @@ def rnnt_loss(
       tokens: i32[B, U]; token_len: i32[B] valid tokens. What lies outside of the lengths, in `enc`
         and `pred` too, is not looked at.
       blank: id of the blank.
-      fastemit_lambda: FastEmit (Yu et al., 2021): labels count 1 + lambda times in the gradient of
-        the token logits. The loss that is returned is that without.
-      joint: activation, dropout, key, chunk and groups of `joint_cells`.
+      joint: activation, dropout, key, fastemit_lambda, clamp, chunk and groups of `joint_cells`.
+        FastEmit and the clamp change the gradient alone.
 
     Returns:
       loss f32[B] in nats and feasible bool[B].
@@ -51,7 +49,7 @@ def rnnt_loss(
     """
     rows = (enc_len, tokens, token_len)
     cells = joint_cells(enc, pred, kernel, bias, *rows, blank=blank, **joint)
-    return _rnnt(_fastemit(cells, fastemit_lambda), enc_len, token_len)
+    return _rnnt(cells, enc_len, token_len)
 
 
 def tdt_loss(
@@ -67,7 +65,6 @@ def tdt_loss(
     blank,
     sigma=0.0,
     omega=0.0,
-    fastemit_lambda=0.0,
     **joint,
 ):
     """`rnnt_loss` of a token-and-duration transducer (Xu et al., 2023), with NeMo's options.
@@ -82,13 +79,13 @@ def tdt_loss(
         and longer steps win. The loss contains it.
       omega: weight of the plain RNN-T loss of the token logits, without sigma; TDT has 1 - omega.
         A number is the expectation of what NeMo does, `sampled_omega(key, omega)` is what it does.
-      The rest as in `rnnt_loss`. FastEmit leaves the durations' logits alone.
+      The rest as in `rnnt_loss`. FastEmit and the clamp leave the durations' logits alone.
     """
     durations = _durations(durations)
     rows = (enc_len, tokens, token_len)
     extra = len(durations)
     cells = joint_cells(enc, pred, kernel, bias, *rows, blank=blank, extra=extra, **joint)
-    return _tdt(_fastemit(cells, fastemit_lambda), enc_len, token_len, durations, sigma, omega)
+    return _tdt(cells, enc_len, token_len, durations, sigma, omega)
 
 
 def sampled_omega(key, omega):

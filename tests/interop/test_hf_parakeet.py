@@ -1,15 +1,22 @@
 """Parakeet directories: transformers loads what is written, and gives NeMo's numbers with it."""
 
 import dataclasses
+import functools
+import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jasr import text, tree
+from jasr import tasks, text, tree
+from jasr.decoding.ctc import ctc_greedy
+from jasr.decoding.transducer import Steps, greedy
 from jasr.interop import hf_parakeet, nemo, nemo_config, safetensors_file
 from jasr.interop.hf_parakeet import HfError
+from jasr.losses.ctc import ctc_loss
+from jasr.losses.transducer import rnnt_loss, tdt_loss
 from tests.interop.nemo_models import build, config_of, state_of, tokenizer_of
 
 KINDS = ("ctc", "rnnt", "tdt")
@@ -133,6 +140,152 @@ def test_transformers_encodes_and_transcribes_as_nemo(transformers, shared_dir, 
         n = want_len[row]
         np.testing.assert_allclose(got[row, :n], want[row, :n], atol=1e-5)
     assert [t.strip() for t in processor.batch_decode(ids, skip_special_tokens=True)] == texts
+
+
+# ---- live models ---------------------------------------------------------------------------------
+
+BLANK, DURATIONS = 64, (0, 1, 2, 3, 4)
+MEL_LEN = np.array([400, 331], np.int32)
+TOKENS, TOKEN_LEN = np.array([[5, 9, 9, 2, 30], [7, 1, 63, 64, 64]]), np.array([5, 3], np.int32)
+# Compiled with little optimisation: these programs run once.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def mel():
+    frames = np.random.default_rng(0).standard_normal((2, 400, 80), dtype=np.float32)
+    return np.where(np.arange(400)[:, None] < MEL_LEN[:, None, None], frames, 0)
+
+
+def initialised(transformers, model, folder, kind):
+    """A model as transformers initialises it, in a directory that has all but weights.
+
+    Its head is made to say blanks, labels and durations, but 0 seldom: `generate` has no limit for
+    that. The table's row of the blank is 0, as in all of NeMo's models.
+    """
+    import torch
+
+    hf_parakeet.write(folder, model)
+    cls = getattr(transformers, hf_parakeet.CLASSES[kind])
+    torch.manual_seed(0)
+    theirs = cls(cls.config_class.from_pretrained(folder)).eval()
+    theirs.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if kind != "ctc":
+        with torch.no_grad():
+            for module in (theirs.decoder, theirs.joint):
+                for p in module.parameters():
+                    p.normal_(0, 0.4)
+            theirs.decoder.embedding.weight[BLANK] = 0
+            # an untrained encoder's frames are nearly the same: only how they differ counts here
+            frames = theirs.encoder(torch.tensor(mel())).last_hidden_state.flatten(0, 1)
+            project = theirs.encoder_projector
+            project.weight *= 2 / (frames @ project.weight.T).std(0).mean()
+            project.bias.copy_(-project.weight @ frames.mean(0))
+            theirs.joint.head.bias[BLANK] += 8 if kind == "tdt" else 16
+            theirs.joint.head.bias[BLANK + 1 : BLANK + 2] -= 10
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def jasrs_side(task, variables):
+    """(loss, logits, what was decoded) and the gradients, reduced as transformers does it."""
+    kind, run = task.config.kind, task.model.apply
+    rows = jnp.where(jnp.asarray(TOKENS) == BLANK, 0, jnp.asarray(TOKENS)), TOKEN_LEN
+
+    def total(params):
+        both = {**variables, "params": params}
+        x, length = run(both, mel(), MEL_LEN, method="encode")
+        if kind == "ctc":
+            logits = run(both, x, method="ctc_logits")
+            loss = ctc_loss(logits, length, *rows, blank=BLANK)[0]
+            return jnp.sum(loss), (logits, ctc_greedy(logits, length, blank=BLANK))
+        enc, pred, kernel, bias = parts = run(both, x, rows[0], method="joint_parts")
+        logits = jax.nn.relu(enc[:, :, None] + pred[:, None]) @ kernel + bias
+        score, durations = rnnt_loss, None
+        if kind == "tdt":
+            score, durations = functools.partial(tdt_loss, durations=DURATIONS), DURATIONS
+        loss = score(*parts, length, *rows, blank=BLANK)[0]
+        method = functools.partial(functools.partial, run, both)
+        steps = Steps(
+            method(method="step"), method(method="initial_state"), method(method="joint_output")
+        )
+        found = greedy(enc, length, steps, blank=BLANK, durations=durations)
+        if kind == "tdt":
+            return jnp.mean(loss / TOKEN_LEN), (logits, found)
+        return jnp.sum(loss) / TOKEN_LEN.sum(), (logits, found)
+
+    return jit(jax.value_and_grad(total, has_aux=True))(variables["params"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_live_model_has_the_same_logits_loss_gradients_and_transcripts(
+    transformers, models, tmp_path, kind
+):
+    import torch
+
+    theirs = initialised(transformers, models[kind], tmp_path, kind)
+    task, variables, _ = tasks.load(tmp_path)
+    (loss, (logits, found)), grads = jasrs_side(task, variables)
+    mask = torch.arange(400)[None] < torch.tensor(MEL_LEN)[:, None]
+    given = dict(input_features=torch.tensor(mel()), attention_mask=mask)
+    scored = kind != "rnnt" or importlib.util.find_spec("torchaudio") is not None
+    fed = dict(given, labels=torch.tensor(TOKENS)) if scored else dict(given)
+    if kind != "ctc":
+        # the labels after a start, which is a blank
+        before = np.pad(TOKENS, ((0, 0), (1, 0)), constant_values=BLANK)
+        fed["decoder_input_ids"] = torch.tensor(before)
+        fed["output_attention_mask"] = True
+    out = theirs(**fed)
+    length = [-(-n // 8) for n in MEL_LEN.tolist()]
+    for row, n in enumerate(length):
+        want = out.logits[row, :n].detach().numpy()
+        last = 1 + TOKEN_LEN[row] if kind != "ctc" else None
+        got, want = (x[:, :last] if last else x for x in (np.asarray(logits)[row, :n], want))
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    assert decoded(theirs, given, length, kind) == ours_decoded(found, kind)
+    if not scored:  # their RNN-T loss is torchaudio's
+        return
+    np.testing.assert_allclose(loss, float(out.loss), rtol=1e-5)
+    out.loss.backward()
+    with torch.no_grad():  # gradients are read as weights are
+        for p in theirs.parameters():
+            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+    theirs.save_pretrained(tmp_path)
+    wanted = tree.flatten(hf_parakeet.read(tmp_path).variables["params"])
+    for path, got in tree.flatten(grads).items():
+        got, want = np.array(got), np.array(wanted[path])
+        if path.endswith("embedding"):
+            got[BLANK] = want[BLANK] = 0  # transformers gives the row of zeros a gradient
+        limit = 1e-4 * np.abs(want).max() + 1e-6  # biases of keys have none
+        np.testing.assert_allclose(got, want, rtol=0, atol=limit, err_msg=path)
+
+
+def decoded(theirs, given, length, kind):
+    """[(ids, first frames)] of transformers' `generate`, with both blanks and labels among it."""
+    out = theirs.generate(**given)
+    rows = []
+    for row, n in enumerate(length):
+        if kind == "ctc":
+            ids = out[row, :n].numpy()
+            begins = np.flatnonzero((np.diff(ids, prepend=-1) != 0) & (ids != BLANK))
+            assert 0 < len(begins) < n
+        else:
+            ids = out.sequences[row].numpy()
+            begins = (out.durations.cumsum(1) - out.durations)[row].numpy()
+            inside = begins < n
+            kept = inside & (ids != BLANK)
+            assert 0 < np.sum(kept) < np.sum(inside) - 1  # the first is the start, a blank
+            ids, begins = ids[kept], begins[kept]
+        rows.append(((ids[begins] if kind == "ctc" else ids).tolist(), begins.tolist()))
+    return rows
+
+
+def ours_decoded(found, kind):
+    if kind == "ctc":
+        tokens, count, begins = found[:3]
+    else:
+        tokens, count, begins = (found[k] for k in ("tokens", "token_len", "start_frame"))
+    tokens, begins = np.asarray(tokens), np.asarray(begins)
+    return [(tokens[r, :n].tolist(), begins[r, :n].tolist()) for r, n in enumerate(count)]
 
 
 # ---- what does not fit ---------------------------------------------------------------------------

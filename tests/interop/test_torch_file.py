@@ -70,6 +70,21 @@ def test_torch_loads_what_is_written(tmp_path):
             assert raw.tobytes() == array.tobytes(), name
 
 
+def test_tied_arrays_are_stored_once(tmp_path):
+    torch = pytest.importorskip("torch")
+    path, x = tmp_path / "a.pt", np.arange(12, dtype=np.float32).reshape(3, 4)
+    tree = {"x": x, "tied": x, "flat": x.reshape(-1), "part": x[:2], "turned": x.T, "other": x + 1}
+    torch_file.write(path, tree)
+    assert len([name for name in members_of(path) if "/data/" in name]) == 4
+    got, loaded = torch_file.read(path), torch.load(path, weights_only=True)
+    for name, array in tree.items():
+        np.testing.assert_array_equal(got[name], array)
+        np.testing.assert_array_equal(loaded[name].numpy(), array)
+    assert loaded["tied"].data_ptr() == loaded["x"].data_ptr() == loaded["flat"].data_ptr()
+    torch_file.write(tmp_path / "b.pt", got)  # and on from there
+    assert len([name for name in members_of(tmp_path / "b.pt") if "/data/" in name]) == 4
+
+
 def test_storages_begin_at_multiples_of_64_bytes(tmp_path):
     torch_file.write(tmp_path / "a.pt", arrays())
     members = members_of(tmp_path / "a.pt")

@@ -365,6 +365,39 @@ def test_fastemit_is_nemos():
 
 
 @pytest.mark.parametrize("durations", [None, DURATIONS])
+def test_clamp_limits_the_gradient_of_each_rows_token_logits(durations):
+    """As NeMo's kernels: before reduction, the durations' gradients as they are."""
+    parts, rows = ragged(4)
+    weight, clamp = np.array([1.0, 0.5, 2.0, 0.0, 1.0, 1.0], np.float32), 0.1
+    loss, of_logits, settings = rnnt_loss, rnnt_loss_of_logits, dict(blank=3, fastemit_lambda=0.2)
+    if durations is not None:
+        loss, of_logits = tdt_loss, tdt_loss_of_logits
+        settings |= dict(durations=durations, sigma=0.1, omega=0.25)
+
+    @jit
+    def run(parts):
+        def total(*parts):
+            return jnp.sum(weight * loss(*parts, *rows, clamp=clamp, **settings)[0])
+
+        return jax.grad(total, (0, 1, 2, 3))(*parts)
+
+    @jit
+    def naive(parts):
+        logits, back = jax.vjp(dense_logits, *parts)
+        grad = jax.grad(lambda x: of_logits(x, *rows, **settings)[0].sum())(logits)
+        token = grad[..., : grad.shape[-1] - len(durations or ())]
+        clamped = jnp.clip(token, -clamp, clamp)
+        beyond = jnp.mean(jnp.abs(token) > clamp)
+        grad = jnp.concatenate([clamped, grad[..., token.shape[-1] :]], axis=-1)
+        return back(weight[:, None, None, None] * grad), beyond
+
+    want, beyond = naive(parts)
+    assert beyond > 0.02
+    for a, b in zip(run(parts), want):
+        close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("durations", [None, DURATIONS])
 def test_bad_rows(durations):
     parts, rows = ragged()
     enc_len, _, token_len = rows

@@ -1,14 +1,17 @@
 """The task of NeMo's recognisers: losses and transcripts of every head, in any batch."""
 
+import dataclasses
 import functools
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common
-from jasr import tasks, text, tree
+from jasr import sharding, tasks, text, tree
 
 KINDS = ("ctc", "rnnt", "tdt", "hybrid")
 SOME = ("rnnt", "hybrid")  # every loss is in one of them: a hybrid has TDT and CTC
@@ -101,6 +104,34 @@ def test_rules_of_sharding_cover_every_parameter(kind):
     shapes = jax.eval_shape(task.init, jax.random.key(0), batch())
     paths = list(tree.flatten(shapes["params"]))
     assert set(tree.match(task.sharding, paths, what="sharding")) == set(paths)
+
+
+def test_a_batch_on_eight_devices_is_worked_on_where_it_lies():
+    if jax.device_count() < 8:
+        pytest.skip("fewer than 8 devices")
+    task, variables = made("hybrid")
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
+    rows = jax.tree.map(lambda x: np.concatenate([x] * 3)[:8], batch())
+    params = jax.device_put(variables["params"], NamedSharding(mesh, PartitionSpec()))
+
+    def step(task, *arguments):
+        def loss(params, rows):
+            return task.loss({**variables, "params": params}, rows, keys(), 0)[0]
+
+        return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+
+    placed = params, sharding.put_batch(rows, mesh)
+    spread = step(dataclasses.replace(task, groups=sharding.batch_ways(mesh)), *placed)
+    moved = re.findall(
+        r"= (\S+?)\{\S* (?:all-gather|all-to-all|collective-permute)", spread.as_text()
+    )
+    assert set(moved) <= {"f32[8,104,160]"}  # the front end's frames of the audio, nothing later
+    alone = variables["params"], rows
+    (got, grad), (want, want_grad) = spread(*placed), step(task, *alone)(*alone)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for path, array in tree.flatten(want_grad).items():
+        limit = 1e-4 * np.abs(array).max() + 1e-6
+        np.testing.assert_allclose(tree.flatten(grad)[path], array, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("kind", ("ctc", *SOME))
