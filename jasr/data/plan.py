@@ -99,11 +99,11 @@ class Plan:
             raise DataError(f"the data position must be 0 or more, got {position}")
         with self._lock:
             ends = self._ends
-            while (not ends or ends[-1] <= position) and len(ends) != self.period:
+            while not ends or (ends[-1] <= position and len(ends) != self.period):
                 last = ends[-1] if ends else 0
                 ends.append(last + len(self.epoch(len(ends)).bucket))
             turns = 0
-            if len(ends) == self.period:
+            if len(ends) == self.period:  # never with weights: their period is 0
                 turns, position = divmod(position, ends[-1])
             epoch = bisect.bisect_right(ends, position)
             return turns * self.period + epoch, position - (ends[epoch - 1] if epoch else 0)

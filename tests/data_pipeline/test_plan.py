@@ -101,6 +101,10 @@ def test_weights_set_the_shares_and_every_utterance_gets_its_turn(tmp_path):
         np.add.at(counts, drawn, 1)
         assert np.ptp(counts[:30]) <= 1 and np.ptp(counts[30:]) <= 1
     assert counts[:30].sum() == 40 and set(counts[30:]) == {12}
+    first = len(p.epoch(0).bucket)
+    fresh = made([[big, 0.25], [small, 0.75]])
+    assert [fresh.locate(i) for i in (0, first - 1, first)] == [(0, 0), (0, first - 1), (1, 0)]
+    assert fresh.batch(first) == p.batch(first)
 
 
 def test_shares_sum_to_the_total():
