@@ -172,11 +172,16 @@ def resident(key):
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
 
 
-def growth(call):
-    """Bytes by which the resident set rises, at its highest, over one call."""
+def trim():
+    """Gives unused memory back; the high-water mark VmHWM starts again."""
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # the high-water mark starts again
+        f.write("5")
+
+
+def growth(call):
+    """Bytes by which the resident set rises, at its highest, over one call."""
+    trim()
     before = resident("VmRSS")
     results = call()
     high = resident("VmHWM")

@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments import huge_pages
 from experiments.bench import timing
-from experiments.bench.lact import resident
+from experiments.bench.lact import resident, trim
 
 SIZES = {
     "tiny": dict(layers=2, d_model=64, heads=4, channels=32),
@@ -215,6 +215,7 @@ def serve(args):
     directory = pathlib.Path(args.directory)
     call = SIDES[args.serve](args, directory, dict(np.load(directory / "inputs.npz")))
     np.savez(directory / f"{args.serve}.npz", **{k: np.asarray(v) for k, v in call().items()})
+    trim()
     timing.serve(call)
     (directory / f"{args.serve}.peak").write_text(str(resident("VmHWM")))
 
