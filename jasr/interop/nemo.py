@@ -16,16 +16,21 @@ import re
 import tempfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jasr import features, sentencepiece_model, tree
-from jasr.interop import nemo_archive, nemo_config, nemo_yaml, table, torch_file
+from jasr import sentencepiece_model, tree
+from jasr.interop import (
+    nemo_archive,
+    nemo_config,
+    nemo_problems,
+    nemo_yaml,
+    table,
+    torch_file,
+)
 from jasr.interop.nemo_tables import TRANSDUCERS, rows, shapes
 from jasr.models.fastconformer_config import FastConformerConfig
 from jasr.text import SentencePieceTokenizer
 
-FEATURIZER = "preprocessor.featurizer"
 BUFFERS = r"preprocessor\.featurizer\.(window|fb)|.*\.num_batches_tracked"
 
 
@@ -216,9 +221,9 @@ def _model(path, state, config, tokenizer):
     buffers = {key: np.array(v) for key, v in state.items() if re.fullmatch(BUFFERS, key)}
     vocab_size = _vocab_size(model, _head(state))
     problems = [
-        *_layer_problems(model.sections, state),
-        *_buffer_problems(buffers, model.sections["front_end"]),
-        *_vocabulary_problems(model.kind, nemo, tokenizer, vocab_size),
+        *nemo_problems.layers(model.sections, state),
+        *nemo_problems.buffers(buffers, model.sections["front_end"]),
+        *nemo_problems.vocabulary(model.kind, nemo, tokenizer, vocab_size),
     ]
     variables = None
     try:
@@ -269,74 +274,6 @@ def _vocab_size(model, head):
 def _joint_index(state):
     """Where joint_net's linear layer stands: 2 behind a dropout, else 1."""
     return 1 if "joint.joint_net.1.weight" in state else 2
-
-
-def _vocabulary_problems(kind, nemo, tokenizer, vocab_size):
-    """What the tokenizer and the config say that differs from the head's number of pieces."""
-    if kind == "encoder":
-        return []
-    said = {}
-    if tokenizer is not None:
-        said["the tokenizer has"] = len(sentencepiece_model.Model.from_bytes(tokenizer).pieces)
-    name = "decoder" if kind == "ctc" else "joint"
-    vocabulary = nemo[name].get("vocabulary")
-    if isinstance(vocabulary, list) and vocabulary:
-        said[f"{name}.vocabulary of the config has"] = len(vocabulary)
-    return [
-        f"{what} {size} pieces, the head {vocab_size}: every text would be wrong"
-        for what, size in said.items()
-        if size != vocab_size
-    ]
-
-
-def _layer_problems(sections, state):
-    """Where the config has another number of layers than the weights, or says that layers share
-    what differs."""
-    problems = []
-    found = {match[1] for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
-    said = sections["encoder"]["n_layers"]
-    if len(found) != said:
-        text = f"encoder.n_layers of the config is {said}, the weights have {len(found)} layers"
-        problems.append(text)
-    if FastConformerConfig(**sections["encoder"]).tied_biases:
-        names = (name.split(".", 3) for name in state if ".self_attn.pos_bias_" in name)
-        for *_, number, rest in names:
-            first = state.get(f"encoder.layers.0.{rest}")
-            if not np.array_equal(state[f"encoder.layers.{number}.{rest}"], first):
-                problems.append(f"untie_biases is false, but layer {number} has its own {rest}")
-    return problems
-
-
-def _buffer_problems(buffers, front_end):
-    """Where the stored window and filters differ from what the front end computes (1e-5, or the
-    rounding of the dtype that they are stored in)."""
-    problems = []
-    for key, (shape, compute) in _featurizer(front_end).items():
-        got = buffers.get(key)
-        if got is None:
-            continue
-        if got.shape != shape or not jnp.issubdtype(got.dtype, jnp.floating):
-            problems.append(f"{key} {got.shape}, but the config's front end has {shape}")
-            continue
-        want = compute()
-        difference = np.abs(got.astype(np.float32) - want)
-        if not np.all(difference <= 1e-5 + float(jnp.finfo(got.dtype).eps) * np.abs(want)):
-            problems.append(f"{key} differs from the config's front end by {difference.max():.2g}")
-    return problems
-
-
-def _featurizer(front_end):
-    """{key: (shape, function that computes it)} of the buffers that NeMo's featurizer keeps."""
-    cfg = features.FrontEndConfig(**front_end)
-    n_fft = cfg.n_fft or 1 << (cfg.win - 1).bit_length()
-    bins = n_fft // 2 + 1
-    return {
-        f"{FEATURIZER}.window": ((cfg.win,), lambda: features.stft_window(cfg)),
-        f"{FEATURIZER}.fb": (
-            (1, cfg.n_mels, bins),
-            lambda: features.filter_bank(cfg, n_fft)[None],
-        ),
-    }
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -418,7 +355,10 @@ def state_dict(model):
         for name in ("pos_bias_u", "pos_bias_v"):
             first = state[f"encoder.layers.0.self_attn.{name}"]
             state[f"encoder.layers.{layer}.self_attn.{name}"] = first
-    buffers = {key: make() for key, (_, make) in _featurizer(model.config["front_end"]).items()}
+    buffers = {
+        key: make()
+        for key, (_, make) in nemo_problems.featurizer(model.config["front_end"]).items()
+    }
     buffers |= {
         key.replace("running_mean", "num_batches_tracked"): np.array(0, np.int64)
         for key in state

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jasr.interop import nemo, nemo_front_end
+from jasr.interop import nemo_front_end, nemo_problems
 from jasr.interop.nemo_front_end import FrontEndError
 
 
@@ -73,7 +73,7 @@ def test_the_settings_give_nemos_windows_and_filters(shared_dir):
         compared = [name for name in cases if f"{name}/fb" in z]
         assert len(compared) >= 3
         for name in compared:
-            buffers = nemo._featurizer(nemo_front_end.read(cases[name]))
+            buffers = nemo_problems.featurizer(nemo_front_end.read(cases[name]))
             for key, (shape, compute) in buffers.items():
                 want = z[f"{name}/{key.rpartition('.')[2]}"]
                 assert shape == want.shape

@@ -1,0 +1,80 @@
+"""What in a NeMo file does not belong together: tokenizer and head, config and layers, front end
+and the buffers that NeMo keeps of it. Each gives a list of sentences, empty where all is well."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+
+from jasr import features, sentencepiece_model
+from jasr.models.fastconformer_config import FastConformerConfig
+
+FEATURIZER = "preprocessor.featurizer"
+
+
+def vocabulary(kind, nemo, tokenizer, vocab_size):
+    """What the tokenizer and the config say that differs from the head's number of pieces."""
+    if kind == "encoder":
+        return []
+    said = {}
+    if tokenizer is not None:
+        said["the tokenizer has"] = len(sentencepiece_model.Model.from_bytes(tokenizer).pieces)
+    name = "decoder" if kind == "ctc" else "joint"
+    listed = nemo[name].get("vocabulary")
+    if isinstance(listed, list) and listed:
+        said[f"{name}.vocabulary of the config has"] = len(listed)
+    return [
+        f"{what} {size} pieces, the head {vocab_size}: every text would be wrong"
+        for what, size in said.items()
+        if size != vocab_size
+    ]
+
+
+def layers(sections, state):
+    """Where the config has another number of layers than the weights, or says that layers share
+    what differs."""
+    problems = []
+    found = {match[1] for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
+    said = sections["encoder"]["n_layers"]
+    if len(found) != said:
+        text = f"encoder.n_layers of the config is {said}, the weights have {len(found)} layers"
+        problems.append(text)
+    if FastConformerConfig(**sections["encoder"]).tied_biases:
+        names = (name.split(".", 3) for name in state if ".self_attn.pos_bias_" in name)
+        for *_, number, rest in names:
+            first = state.get(f"encoder.layers.0.{rest}")
+            if not np.array_equal(state[f"encoder.layers.{number}.{rest}"], first):
+                problems.append(f"untie_biases is false, but layer {number} has its own {rest}")
+    return problems
+
+
+def buffers(stored, front_end):
+    """Where the stored window and filters differ from what the front end computes (1e-5, or the
+    rounding of the dtype that they are stored in)."""
+    problems = []
+    for key, (shape, compute) in featurizer(front_end).items():
+        got = stored.get(key)
+        if got is None:
+            continue
+        if got.shape != shape or not jnp.issubdtype(got.dtype, jnp.floating):
+            problems.append(f"{key} {got.shape}, but the config's front end has {shape}")
+            continue
+        want = compute()
+        difference = np.abs(got.astype(np.float32) - want)
+        if not np.all(difference <= 1e-5 + float(jnp.finfo(got.dtype).eps) * np.abs(want)):
+            problems.append(f"{key} differs from the config's front end by {difference.max():.2g}")
+    return problems
+
+
+def featurizer(front_end):
+    """{key: (shape, function that computes it)} of the buffers that NeMo's featurizer keeps."""
+    cfg = features.FrontEndConfig(**front_end)
+    n_fft = cfg.n_fft or 1 << (cfg.win - 1).bit_length()
+    bins = n_fft // 2 + 1
+    return {
+        f"{FEATURIZER}.window": ((cfg.win,), lambda: features.stft_window(cfg)),
+        f"{FEATURIZER}.fb": (
+            (1, cfg.n_mels, bins),
+            lambda: features.filter_bank(cfg, n_fft)[None],
+        ),
+    }
