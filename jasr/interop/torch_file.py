@@ -6,7 +6,6 @@ view (offset, shape, strides) of a storage, and NAME/data/KEY, the storages' byt
 """
 
 import collections
-import io
 import math
 import os
 import struct
@@ -16,7 +15,8 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from jasr.interop import pickles
+from jasr.interop import pickles, torch_zip
+from jasr.interop.torch_zip import Damage
 
 # Modules whose objects appear in checkpoints as hyper-parameters: read as inert data.
 OPAQUE = (
@@ -66,7 +66,6 @@ NAMED = {
 }
 STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in DTYPES.items()}
 UNTYPED = {"torch.UntypedStorage": None, "torch.storage.UntypedStorage": None}
-MOST_MEMBERS = 1_000_000
 
 
 class TorchFileError(ValueError):
@@ -77,9 +76,8 @@ def read(path, *, opaque=(), start=0, size=None):
     """What was given to torch.save, with tensors as read-only numpy arrays mapped from the file.
 
     Pages are read when they are used, so a large file costs no memory before; copy what must
-    outlive a change of the file. bfloat16 comes as
-    ml_dtypes.bfloat16. Parameters come as their data; objects of hyper-parameter classes as
-    `pickles.Opaque`.
+    outlive a change of the file. bfloat16 comes as ml_dtypes.bfloat16. Parameters come as their
+    data; objects of hyper-parameter classes as `pickles.Opaque`.
 
     Args:
       path: a file of torch.save, torch >= 1.6.
@@ -91,9 +89,9 @@ def read(path, *, opaque=(), start=0, size=None):
       TorchFileError: with the path, what is wrong and what to do.
     """
     path = os.fspath(path)
-    part = _part(path, start, size)
+    part = torch_zip.part_of(path, start, size)
     try:
-        members, pickle_name = _members(path, part)
+        members, pickle_name = torch_zip.members(path, part)
         archive = _Archive(path, part, members, pickle_name)
         return pickles.loads(
             archive.bytes("data.pkl"),
@@ -106,126 +104,8 @@ def read(path, *, opaque=(), start=0, size=None):
         raise TorchFileError(f"{path}: {e}") from e
 
 
-class _Damage(pickles.PickleError):
-    """What is wrong, without the path."""
-
-
-class _Part(typing.NamedTuple):
-    """Bytes of a file."""
-
-    start: int
-    size: int
-
-
 class _Storage(typing.NamedTuple):
     array: np.ndarray  # one-dimensional; bytes where the dtype comes with the tensor
-
-
-def _part(path, start=0, size=None):
-    """The part of a file from `start` on, all of it without `size`."""
-    return _Part(start, os.path.getsize(path) - start if size is None else size)
-
-
-class _Reader(io.RawIOBase):
-    """A part of an open file as a file, since a zip is found by its end."""
-
-    def __init__(self, file, part):
-        self.file, self.part, self.position = file, part, 0
-
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.part.size}
-        if origin[whence] + offset < 0:
-            raise ValueError("a position before the file")
-        self.position = origin[whence] + offset
-        return self.position
-
-    def readinto(self, buffer):
-        count = max(0, min(len(buffer), self.part.size - self.position))
-        self.file.seek(self.part.start + self.position)
-        data = self.file.read(count)
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-
-def _members(path, part):
-    """({name: where in the zip its bytes lie}, name of the pickle), with every claim checked."""
-    with open(path, "rb") as whole, io.BufferedReader(_Reader(whole, part)) as file:
-        start = file.read(512)
-        if start[:4] != b"PK\x03\x04":
-            raise _Damage(_what_else(start))
-        try:
-            with zipfile.ZipFile(file) as archive:
-                infos, end = archive.infolist(), archive.start_dir
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
-            raise _Damage(
-                f"a cut or damaged zip file of {part.size} bytes ({e}); copy it again"
-            ) from e
-        if len(infos) > MOST_MEMBERS:
-            raise _Damage(f"the zip lists {len(infos)} members")
-        members = {}
-        done = 0
-        infos = sorted(infos, key=lambda info: info.header_offset)
-        if infos and infos[0].header_offset:
-            raise _Damage(f"{infos[0].header_offset} bytes of something else precede the zip")
-        for info in infos:
-            name = info.orig_filename
-            if name in members:
-                raise _Damage(f"the zip holds {name!r} twice")
-            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                raise _Damage(
-                    f"{name!r} is compressed or encrypted, as torch.save never does; the file was "
-                    "repacked: save it again with torch"
-                )
-            if info.header_offset < done:
-                raise _Damage(f"{name!r} overlaps another member")
-            file.seek(info.header_offset)
-            header = file.read(30)
-            if len(header) < 30 or header[:4] != b"PK\x03\x04":
-                raise _Damage(f"no header where {name!r} should begin")
-            name_size, extra_size = struct.unpack("<HH", header[26:30])
-            raw = file.read(name_size)
-            if raw.decode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace") != name:
-                raise _Damage(f"{name!r} has another name in its own header")
-            first = info.header_offset + 30 + name_size + extra_size
-            if info.compress_size != info.file_size or first + info.file_size > end:
-                raise _Damage(f"{name!r} claims {info.file_size} bytes that the file does not have")
-            members[name] = _Part(first, info.file_size)
-            done = first + info.file_size
-    names = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
-    if len(names) != 1:
-        raise _Damage(f"a zip file, but not of torch.save: {len(names)} members NAME/data.pkl")
-    if names[0].replace("data.pkl", "constants.pkl") in members:
-        raise _Damage("a TorchScript program (torch.jit.save); save the model's state_dict instead")
-    return members, names[0]
-
-
-def _what_else(start):
-    """What a file that is no zip seems to be, and what to do."""
-    if not start:
-        return "the file is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself; run `git lfs pull`"
-    if start[:2] == b"\x80\x02" and b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in start:
-        return (
-            "a torch.save file of the old format (before torch 1.6, or "
-            "_use_new_zipfile_serialization=False), which is not read here. If you trust it, "
-            "convert it where torch is installed: "
-            "torch.save(torch.load(OLD, weights_only=True), NEW)"
-        )
-    if start[:1] == b"\x80":
-        return "a bare pickle, not a torch.save file; nothing of it was run"
-    if start[:2] == b"\x1f\x8b" or b"ustar" in start:
-        return "an archive (tar or gzip); extract it and give the weights file inside"
-    if start.lstrip()[:1] in (b"<", b"{"):
-        return "a text file (HTML or JSON), perhaps a failed download"
-    return f"not a torch.save file (it begins with {start[:8]!r})"
 
 
 class _Archive:
@@ -236,7 +116,7 @@ class _Archive:
         self.prefix = pickle_name[: -len("data.pkl")]
         self.map = np.asarray(np.memmap(path, np.uint8, "r", part.start, part.size))
         if self.prefix + "byteorder" in members and self.bytes("byteorder") != b"little":
-            raise _Damage("written on a big-endian machine; save it again on a little-endian one")
+            raise Damage("written on a big-endian machine; save it again on a little-endian one")
 
     def bytes(self, name):
         start, size = self.members[self.prefix + name]
@@ -258,16 +138,18 @@ class _Archive:
     def storage(self, pid):
         """The storage of a persistent id ("storage", type, key, location, number of elements)."""
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise _Damage("the pickle refers to something that is not a storage")
+            raise Damage("the pickle refers to something that is not a storage")
         _, dtype, key, _, count = pid
+        if type(key) is not str:  # tuples of a pickle share parts: their text may have no end
+            raise Damage(f"a storage whose name is a {type(key).__name__}")
         where = self.members.get(f"{self.prefix}data/{key}")
         if where is None:
-            raise _Damage(f"storage {key!r:.100} is missing from the file")
+            raise Damage(f"storage {key!r:.100} is missing from the file")
         if not isinstance(dtype, np.dtype | None) or type(count) is not int:
-            raise _Damage(f"storage {key!r} has an unknown type")
+            raise Damage(f"storage {key!r} has an unknown type")
         size = 1 if dtype is None else dtype.itemsize
         if count * size != where.size:
-            raise _Damage(
+            raise Damage(
                 f"storage {key!r} claims {count} x {size} bytes, the file has {where.size}"
             )
         part = self.map[where.start : where.start + where.size]
@@ -276,26 +158,26 @@ class _Archive:
     def tensor(self, storage, offset, size, stride, *_):
         """The view of a storage, if its elements lie inside and are distinct."""
         if not isinstance(storage, _Storage):
-            raise _Damage("a tensor of something that is not a storage")
+            raise Damage("a tensor of something that is not a storage")
         return _view(storage.array, offset, size, stride)
 
     def tensor_v3(self, storage, offset, size, stride, grad, hooks, dtype, *_):
         if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
-            raise _Damage("a tensor of something that is not a storage, or of an unknown dtype")
+            raise Damage("a tensor of something that is not a storage, or of an unknown dtype")
         if storage.array.nbytes % dtype.itemsize:
-            raise _Damage(f"a storage of {storage.array.nbytes} bytes cannot hold {dtype}")
+            raise Damage(f"a storage of {storage.array.nbytes} bytes cannot hold {dtype}")
         return _view(storage.array.view(dtype), offset, size, stride)
 
 
 def _ordered_dict(*args):
     if args:  # torch writes its items one by one
-        raise _Damage("an OrderedDict made of arguments")
+        raise Damage("an OrderedDict made of arguments")
     return collections.OrderedDict()
 
 
 def _bytes(text, encoding):
     if encoding != "latin1":  # how protocol 2 writes bytes
-        raise _Damage(f"text in encoding {encoding!r:.100}")
+        raise Damage("bytes as text in another encoding than latin1")
     return text.encode("latin1")
 
 
@@ -311,21 +193,24 @@ def _view(flat, offset, size, stride):
     """flat[offset + sum i·stride] for all i < size, read-only, if that lies inside `flat` and no
     two elements share memory (an expanded tensor would make a huge array of a tiny file).
     """
+    if type(size) is not tuple or type(stride) is not tuple:
+        kinds = f"{type(size).__name__} and {type(stride).__name__}"
+        raise Damage(f"a tensor whose shape and strides are {kinds}, not tuples")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > 32 or any(type(n) is not int for n in numbers):
-        raise _Damage(f"a tensor of shape {size!r:.100} with strides {stride!r:.100}")
+        raise Damage("a tensor whose shape and strides are not as many whole numbers, at most 32")
     if min(numbers) < 0:
-        raise _Damage(f"a tensor with negative numbers: shape {size}, strides {stride}, {offset}")
+        raise Damage(f"a tensor with negative numbers: shape {size}, strides {stride}, {offset}")
     shown = f"a tensor of shape {size}, strides {stride}, offset {offset}"
     if 0 in size:
         return np.zeros(size, flat.dtype)
     last = sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if offset + last >= flat.size:
-        raise _Damage(f"{shown} lies outside its storage of {flat.size} elements")
+        raise Damage(f"{shown} lies outside its storage of {flat.size} elements")
     reach = 0
     for step, n in sorted((s, n) for n, s in zip(size, stride, strict=True) if n > 1):
         if step <= reach:
-            raise _Damage(f"{shown} has elements that share memory; save it as .contiguous()")
+            raise Damage(f"{shown} has elements that share memory; save it as .contiguous()")
         reach += (n - 1) * step
     flat = flat[offset : offset + last + 1]
     strides = tuple(s * flat.itemsize if n > 1 else flat.itemsize for n, s in zip(size, stride))

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jasr.interop import pickles, torch_file
+from jasr.interop import pickles, torch_file, torch_zip
 from jasr.interop.torch_file import TorchFileError
 
 
@@ -41,7 +41,7 @@ def assert_same(got, want):
 
 
 def members_of(path):
-    return torch_file._members(str(path), torch_file._part(path))[0]
+    return torch_zip.members(str(path), torch_zip.part_of(path))[0]
 
 
 # ---- what honest files hold ----------------------------------------------------------------------
@@ -265,6 +265,26 @@ def tensor_pickle(count, offset, size, stride, key="0", kind="FloatStorage"):
     for part in (offset, size, stride, False):
         torch_file._emit(out, part, [], {}, "")
     return bytes(out + b"ccollections\nOrderedDict\n)RtR.")
+
+
+def test_shared_tuples_are_refused_before_they_are_written_out(tmp_path):
+    nested = b"K\x01" + b"2\x86" * 60  # ((1, 1), (1, 1)) ...: its text would have 2^60 ones
+    storage = [b"X\x07\x00\x00\x00storage", b"ctorch\nFloatStorage\n", b"X\x01\x00\x00\x000",
+               b"X\x03\x00\x00\x00cpu", b"K\x01"]  # fmt: skip
+    whole = b"(" + b"".join(storage) + b"tQ"
+    head, one = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(", b"K\x01\x85"
+    for data, message in [
+        (b"\x80\x02(" + b"".join([*storage[:2], nested, *storage[3:]]) + b"tQ.", "name is a tuple"),
+        (head + whole + b"K\x00" + nested + one + b"\x89NtR.", "whole numbers"),
+        (head + whole + b"K\x00" + one + nested + b"\x85\x89NtR.", "whole numbers"),
+        (head + whole + nested + one + one + b"\x89NtR.", "whole numbers"),
+        (head + whole + b"K\x00]" + nested + b"a" + one + b"\x89NtR.", "list and tuple"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00a" + nested + b"\x86R.", "encoding"),
+    ]:
+        with pytest.raises(TorchFileError, match=message):
+            torch_file.read(make(tmp_path / "a.pt", data, [bytes(4)]))
+    data = head + whole + b"K\x00" + one + one + b"\x89NtR."
+    np.testing.assert_array_equal(torch_file.read(make(tmp_path / "a.pt", data, [bytes(4)])), [0])
 
 
 @pytest.mark.parametrize(
