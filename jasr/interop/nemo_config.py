@@ -10,7 +10,7 @@ import dataclasses
 import typing
 
 from jasr import settings
-from jasr.interop import nemo_front_end, nemo_yaml
+from jasr.interop import nemo_front_end, nemo_loss, nemo_yaml
 from jasr.interop.nemo_front_end import is_legacy
 from jasr.models.fastconformer_config import FastConformerConfig
 from jasr.models.transducer import JointConfig, PredictionConfig
@@ -161,7 +161,7 @@ def _is_a(value, kind):
 
 def _ctc_loss(nemo, name):
     _check_target(nemo, name, "ConvASRDecoder")
-    return {"kind": "ctc", "reduction": nemo.get("ctc_reduction") or "mean_batch"}
+    return {"kind": "ctc", "reduction": nemo_loss.reduction(nemo, "ctc_reduction")}
 
 
 # ---- transducers ---------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def _ctc_loss(nemo, name):
 def _transducer(nemo, _, head, encoder_hidden):
     """Sections decoder, joint, loss and decoding of RNN-T and TDT."""
     decoder, joint = _section(nemo, "decoder"), _section(nemo, "joint")
-    loss = _loss(nemo)
+    loss = nemo_loss.read(nemo)
     extra = joint.get("num_extra_outputs") or 0
     if extra != len(loss.get("durations", ())):
         raise ConfigError(
@@ -200,7 +200,11 @@ def _decoding(nemo):
     """The decoding section: NeMo's strategy, and of a beam search its numbers."""
     greedy, beam = nemo.get("greedy") or {}, nemo.get("beam") or {}
     strategy = nemo.get("strategy") or "greedy_batch"
-    most = greedy.get("max_symbols", greedy.get("max_symbols_per_step", 10))
+    most = 10
+    if "max_symbols" in greedy or "max_symbols_per_step" in greedy:  # None, or 0: no limit
+        most = greedy.get("max_symbols") or greedy.get("max_symbols_per_step") or None
+    if most is not None and (type(most) is not int or most < 1):
+        raise ConfigError(f"decoding.greedy.max_symbols is {most!r}")
     found = {"strategy": strategy, "max_symbols": most}
     if strategy not in GREEDY:
         found |= {
@@ -211,44 +215,13 @@ def _decoding(nemo):
     return found
 
 
-# Names of a loss's implementations.
-_LOSSES = dict.fromkeys(("default", "rnnt", "warprnnt", "warprnnt_numba", "pytorch"), "rnnt")
-_LOSSES |= dict.fromkeys(("tdt", "tdt_pytorch"), "tdt")
-
-
-def _loss(nemo):
-    """The loss section: kind "rnnt" or "tdt", reduction, and a TDT's numbers."""
-    loss = nemo.get("loss") or {}
-    name = str(loss.get("loss_name") or "default")
-    kind = _LOSSES.get(name)
-    if kind is None:
-        raise ConfigError(f"loss.loss_name is {name!r}; known are {', '.join(_LOSSES)}")
-    given = loss.get(f"{name}_kwargs") or {}
-    values = {
-        "kind": kind,
-        "reduction": nemo.get("rnnt_reduction") or "mean_batch",
-        "fastemit_lambda": given.get("fastemit_lambda") or 0.0,
-        "clamp": given.get("clamp", -1.0),
-    }
-    if kind == "tdt":
-        durations = given.get("durations") or (nemo.get("decoding") or {}).get("durations")
-        if not durations:
-            raise ConfigError("loss.tdt_kwargs.durations is missing")
-        values |= {
-            "durations": tuple(durations),
-            "sigma": given.get("sigma") or 0.0,
-            "omega": given.get("omega") or 0.0,
-        }
-    return values
-
-
 def _auxiliary(nemo, name):
     """What a hybrid's loss has of its CTC branch."""
     aux = _section(nemo, name)
     _check_target(aux, "decoder", "ConvASRDecoder")
     return {
         "ctc_weight": aux.get("ctc_loss_weight", 0.5),
-        "ctc_reduction": aux.get("ctc_reduction") or "mean_batch",
+        "ctc_reduction": nemo_loss.reduction(aux, "ctc_reduction"),
     }
 
 
@@ -345,12 +318,9 @@ def _transducer_sections(sections, pieces, base):
     for key in ("log_softmax", "preserve_memory", "fuse_loss_wer", "fused_batch_size"):
         if key in (base.get("joint") or {}):  # how NeMo computes, not what
             del network[key]
-    tdt = loss["kind"] == "tdt"
-    numbers = {name: loss[name] for name in ("fastemit_lambda", "clamp")}
-    if tdt:
-        numbers |= {"durations": list(loss["durations"])}
-        numbers |= {name: loss[name] for name in ("sigma", "omega")}
-    durations = {"model_type": "tdt", "durations": list(loss["durations"])} if tdt else {}
+    durations = {}
+    if loss["kind"] == "tdt":
+        durations = {"model_type": "tdt", "durations": list(loss["durations"])}
     how, was = sections["decoding"], (base.get("decoding") or {}).get("strategy")
     beam = {}
     if how["strategy"] not in GREEDY:
@@ -373,9 +343,17 @@ def _transducer_sections(sections, pieces, base):
         "joint": {**network, "vocabulary": list(pieces)},
         "decoding": {
             "strategy": how["strategy"],
-            "greedy": {"max_symbols": how["max_symbols"]},
+            "greedy": _greedy(how, base),
             **beam,
             **durations,
         },
-        "loss": {"loss_name": "tdt", "tdt_kwargs": numbers} if tdt else {"loss_name": "default"},
+        "loss": nemo_loss.write(loss),
     }
+
+
+def _greedy(how, base):
+    """decoding.greedy; NeMo looks at max_symbols_per_step where max_symbols is None."""
+    names = ["max_symbols"]
+    if "max_symbols_per_step" in ((base.get("decoding") or {}).get("greedy") or {}):
+        names.append("max_symbols_per_step")
+    return dict.fromkeys(names, how["max_symbols"])
