@@ -18,6 +18,8 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
+from jasr.interop.nemo_archive import MOST_GROWTH, SLACK
+
 HEADER = ".zarray"
 BFLOAT16 = ("bfloat16", "<V2", "|V2")
 LARGEST_HEADER = 1 << 20
@@ -49,14 +51,30 @@ class Array:
         return np.asarray(_done(self._open().read, self.path), dtype)
 
     def check_chunks(self):
-        """Raises ZarrError unless every chunk has its file: what misses would be read as zeros."""
+        """Raises ZarrError unless every chunk has its file (what misses would be read as zeros) and
+        the chunks do not unpack to many times their size, as weights never do.
+        """
         grid = zip(self.shape, self.header["chunks"], strict=True)
         wanted = math.prod(math.ceil(size / chunk) for size, chunk in grid)
-        found = sum(
-            not name.startswith(".") for _, _, names in os.walk(self.path) for name in names
-        )
-        if found != wanted:
-            raise ZarrError(f"{self.path}: {found} chunks of {wanted}; the copy is not whole")
+        files = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(self.path)
+            for name in names
+            if not name.startswith(".")
+        ]
+        if len(files) != wanted:
+            raise ZarrError(f"{self.path}: {len(files)} chunks of {wanted}; the copy is not whole")
+        chunk = math.prod(self.header["chunks"]) * self.dtype.itemsize
+        most = MOST_GROWTH * sum(map(os.path.getsize, files)) + SLACK
+        if wanted * chunk > most:
+            raise ZarrError(
+                f"{self.path}: its chunks unpack to {wanted * chunk} bytes, more than {MOST_GROWTH}"
+                f" times their size and {SLACK}, as weights never do; if it is honest, write it "
+                "again without a compressor"
+            )
+        compressor = self.header.get("compressor")
+        if isinstance(compressor, dict) and compressor.get("id") == "blosc":
+            _check_blosc(files, chunk)  # tensorstore unpacks what they claim, not what a chunk has
 
     def _open(self):
         import tensorstore as ts
@@ -71,6 +89,15 @@ class Array:
             place = {"driver": "kvstack", "layers": layers}
         spec = {"driver": "zarr", "kvstore": place}
         return _done(lambda: ts.open(spec, read=True, context=context), self.path)
+
+
+def _check_blosc(files, chunk):
+    """Raises ZarrError if a file claims, in its Blosc header, more bytes than the chunk has."""
+    for path in files:
+        with open(path, "rb") as file:
+            claim = int.from_bytes(file.read(8)[4:], "little")
+        if claim > chunk:
+            raise ZarrError(f"{path}: it unpacks to {claim} bytes, but a chunk has {chunk}")
 
 
 def _header(path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -106,3 +107,42 @@ def test_what_is_not_whole_is_refused_by_name(tmp_path):
     for where in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ZarrError, match="no zarr array"):
             zarr_checkpoint.arrays(where)
+
+
+def packed(path, data, header):
+    """A zarr v2 array of one chunk with these bytes."""
+    path.mkdir()
+    plain = {"zarr_format": 2, "dtype": "|u1", "filters": None, "order": "C", "fill_value": None}
+    (path / ".zarray").write_text(json.dumps(plain | header))
+    (path / "0").write_bytes(data)
+    return path
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    most = (64 << 20) + 20 * 4096
+    pack = {"compressor": {"id": "zlib", "level": 1}}
+    for n, (shape, chunks) in enumerate((([most + 1], [most + 1]), ([1], [1 << 40]))):
+        header = {"shape": shape, "chunks": chunks} | pack
+        path = packed(tmp_path / str(n), bytes(4096), header)
+        with pytest.raises(ZarrError, match=f"{n}: its chunks unpack to .* without a compressor"):
+            np.asarray(Array(path))
+    header = {"shape": [most], "chunks": [most]} | pack  # within the limit: zlib has its say
+    with pytest.raises(ZarrError, match="Error reading"):
+        np.asarray(Array(packed(tmp_path / "limit", bytes(4096), header)))
+    # more is packed than the header says
+    header = {"shape": [4], "chunks": [4]}
+    path = packed(tmp_path / "zlib", zlib.compress(bytes(1 << 16)), header | pack)
+    with pytest.raises(ZarrError, match="zlib: "):
+        np.asarray(Array(path))
+    blosc = {"compressor": {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 0}}
+    lie = bytes([2, 1, 0, 1]) + (1 << 31).to_bytes(4, "little") + bytes(56)
+    with pytest.raises(ZarrError, match="blosc.0: it unpacks to 2147483648 bytes, but .* has 4"):
+        np.asarray(Array(packed(tmp_path / "blosc", lie, header | blosc)))
+
+
+@pytest.mark.parametrize("name", ["zlib", "blosc"])
+def test_packed_constants_of_a_usual_size_are_read(tmp_path, name):
+    value = make(tmp_path / "a", np.zeros((1000, 300), np.float32), (300, 300),
+                 compressor={"id": name})  # fmt: skip
+    assert sum(p.stat().st_size for p in (tmp_path / "a").iterdir()) < value.nbytes / 50
+    np.testing.assert_array_equal(np.asarray(Array(tmp_path / "a")), value)
