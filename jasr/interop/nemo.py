@@ -185,7 +185,9 @@ def _config(archive):
 def _state_dict(saved, path):
     """{key: array} of what was saved: a state dict, or a dict with "state_dict"."""
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, np.ndarray) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, np.ndarray) for key, value in state.items()
+    ):
         raise NemoError(f"{path}: neither a state dict nor a dict with state_dict in it")
     return state
 

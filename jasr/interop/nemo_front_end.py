@@ -31,6 +31,7 @@ _OTHERS = (
 ).split()
 _TRAINING = "nb_augmentation_prob nb_max_freq rng".split()
 _OFF = "use_grads use_torchaudio stft_conv stft_exact_pad".split()  # other arithmetic if true
+HIGHEST_RATE, LONGEST_WINDOW = 1_000_000, 10.0  # Hz, s
 _GUARDS = {"tiny": float(np.finfo(np.float32).tiny), "eps": float(np.finfo(np.float32).eps)}
 
 
@@ -72,10 +73,12 @@ def read(preprocessor, legacy=False):
     }
     if "preemph" in preprocessor and preprocessor["preemph"] is None:
         values["preemph"] = 0.0
-    rate = values["sample_rate"]
+    rate = _number("sample_rate", values["sample_rate"], 1, HIGHEST_RATE)
     for ours, key, seconds in (("win", "window_size", 0.02), ("hop", "window_stride", 0.01)):
         samples = preprocessor.get(f"n_{key}")
-        values[ours] = samples or int(preprocessor.get(key, seconds) * rate)
+        if not samples:
+            samples = int(_number(key, preprocessor.get(key, seconds), 0, LONGEST_WINDOW) * rate)
+        values[ours] = samples
     guard = preprocessor.get("log_zero_guard_value", 2**-24)
     normalize = preprocessor.get("normalize", "per_feature")
     if isinstance(normalize, dict):
@@ -93,6 +96,15 @@ def read(preprocessor, legacy=False):
         if getattr(config, name) < 1:
             raise FrontEndError(f"preprocessor: {name} would be {getattr(config, name)}")
     return settings.to_dict(config)
+
+
+def _number(key, value, low, high):
+    """`value`, if it is a number from `low` to `high`: what is multiplied must not become huge."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise FrontEndError(
+            f"preprocessor.{key} is {value!r:.80}, not a number from {low} to {high}"
+        )
+    return value
 
 
 def write(front_end):

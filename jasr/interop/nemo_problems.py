@@ -13,21 +13,47 @@ FEATURIZER = "preprocessor.featurizer"
 
 
 def vocabulary(kind, nemo, tokenizer, vocab_size):
-    """What the tokenizer and the config say that differs from the head's number of pieces."""
+    """What the tokenizer and the config say that differs from the head's number of pieces, and
+    where the config lists other pieces than the tokenizer has."""
     if kind == "encoder":
         return []
-    said = {}
-    if tokenizer is not None:
-        said["the tokenizer has"] = len(sentencepiece_model.Model.from_bytes(tokenizer).pieces)
-    name = "decoder" if kind == "ctc" else "joint"
-    listed = nemo[name].get("vocabulary")
-    if isinstance(listed, list) and listed:
-        said[f"{name}.vocabulary of the config has"] = len(listed)
-    return [
+    said, listed = {}, {}
+    model = sentencepiece_model.Model.from_bytes(tokenizer) if tokenizer is not None else None
+    if model is not None:
+        said["the tokenizer has"] = len(model.pieces)
+    sections = {"decoder": nemo["decoder"]} if kind == "ctc" else {"joint": nemo["joint"]}
+    if kind == "hybrid":
+        sections["aux_ctc.decoder"] = nemo["aux_ctc"]["decoder"]
+    for name, section in sections.items():
+        pieces = section.get("vocabulary")
+        if isinstance(pieces, list) and pieces:
+            said[f"{name}.vocabulary of the config has"] = len(pieces)
+            listed[name] = pieces
+    problems = [
         f"{what} {size} pieces, the head {vocab_size}: every text would be wrong"
         for what, size in said.items()
         if size != vocab_size
     ]
+    return problems + [
+        f"the tokenizer is not the one of {name}.vocabulary of the config: {difference}; every "
+        "text would be wrong"
+        for name, pieces in listed.items()
+        if model is not None and (difference := _difference(pieces, model))
+    ]
+
+
+def _difference(listed, model):
+    """How a config's list of pieces differs from a SentencePiece model's, in words; "" if it does
+    not or cannot be compared. NeMo 1.0 listed <unk> and the lines of vocab.txt ("x", "##x")."""
+    texts = model.texts
+    if len(listed) != len(texts) or not all(isinstance(piece, str) for piece in listed):
+        return ""
+    if listed[1:] == sentencepiece_model.vocab_txt(model).split("\n")[:-1]:
+        return ""
+    wrong = [i for i, (a, b) in enumerate(zip(listed, texts, strict=True)) if a != b]
+    shown = ", ".join(f"{i}: {listed[i]!r}, the tokenizer's {texts[i]!r}" for i in wrong[:5])
+    more = " ..." if len(wrong) > 5 else ""
+    return f"{len(wrong)} of {len(texts)} pieces differ ({shown}{more})" if wrong else ""
 
 
 def layers(sections, state):
@@ -40,11 +66,11 @@ def layers(sections, state):
         text = f"encoder.n_layers of the config is {said}, the weights have {len(found)} layers"
         problems.append(text)
     if FastConformerConfig(**sections["encoder"]).tied_biases:
-        names = (name.split(".", 3) for name in state if ".self_attn.pos_bias_" in name)
-        for *_, number, rest in names:
-            first = state.get(f"encoder.layers.0.{rest}")
-            if not np.array_equal(state[f"encoder.layers.{number}.{rest}"], first):
-                problems.append(f"untie_biases is false, but layer {number} has its own {rest}")
+        for key, bias in state.items():
+            if match := re.fullmatch(r"encoder\.layers\.(\d+)\.(self_attn\.pos_bias_[uv])", key):
+                number, rest = match.groups()
+                if not np.array_equal(bias, state.get(f"encoder.layers.0.{rest}")):
+                    problems.append(f"untie_biases is false, but layer {number} has its own {rest}")
     return problems
 
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jasr import text, tree
+from jasr import sentencepiece_model, text, tree
 from jasr.interop import nemo, nemo_archive, nemo_tables, nemo_yaml, table, torch_file
 from jasr.interop.nemo import NemoError
 from jasr.models.fastconformer import FastConformer
@@ -411,7 +411,7 @@ def test_everything_that_does_not_fit_is_in_one_error(make):
         ("ctc", {"encoder.conv_kernel_size": 10**9 + 1}, "conv_kernel_size is"),
         ("ctc", {"preprocessor.n_fft": 1 << 40}, "front_end.n_fft is"),
         ("ctc", {"encoder.d_model": "wide"}, "encoder"),
-        ("ctc", {"preprocessor.window_size": 1e308}, "preprocessor: cannot convert float infinity"),
+        ("ctc", {"preprocessor.window_size": 1e308}, "preprocessor.window_size is 1e+308"),
         ("rnnt", {"decoding": 5}, "joint: "),
         ("rnnt", {"decoder._target_": "nemo.StatelessTransducerDecoder"}, "Stateless"),
         ("rnnt", {"decoder.normalization_mode": "layer"}, "normalization_mode: 'layer'"),
@@ -423,6 +423,28 @@ def test_everything_that_does_not_fit_is_in_one_error(make):
 )  # fmt: skip
 def test_a_config_that_is_not_known_is_named(make, name, config, reason):
     refused(make(name, config), reason)
+
+
+def test_a_tokenizer_of_other_pieces_than_the_config_lists_is_named(make, goldens, tokenizer):
+    pieces = config_of(goldens, "ctc")["decoder"]["vocabulary"]
+    swapped = [pieces[0], pieces[2], pieces[1], *pieces[3:]]
+    message = refused(
+        make("ctc", {"decoder.vocabulary": swapped}),
+        "the tokenizer is not the one of decoder.vocabulary of the config: 2 of 64 pieces differ "
+        f"(1: {pieces[2]!r}, the tokenizer's {pieces[1]!r}, 2: {pieces[1]!r}, the",
+    )
+    assert len(message.splitlines()) == 1
+    refused(
+        make("hybrid_tdt", {"aux_ctc.decoder.vocabulary": ["no piece"] * 64}),
+        "of aux_ctc.decoder.vocabulary of the config: 64 of 64 pieces differ",
+        " ...)",
+    )
+    refused(make("rnnt", {"joint.vocabulary": ["x", *pieces[1:]]}), "joint.vocabulary", "1 of 64")
+    model = sentencepiece_model.Model.from_bytes(tokenizer)
+    old = ["<unk>", *sentencepiece_model.vocab_txt(model).splitlines()]  # NeMo 1.0's list
+    assert old != pieces and any(piece.startswith("##") for piece in old)
+    for listed in (old, list(range(64)), None):
+        assert nemo.read(make("ctc", {"decoder.vocabulary": listed})).kind == "ctc"
 
 
 def test_a_tokenizer_that_is_not_there_is_named(goldens, tmp_path, tokenizer):
@@ -522,6 +544,18 @@ def test_a_state_dict_of_other_things_than_arrays_is_refused(goldens, tmp_path):
     refused(tmp_path / "a.pt", "neither a state dict")
     torch_file.write(tmp_path / "a.pt", [1, 2])
     refused(tmp_path / "a.pt", "neither a state dict")
+    for saved in ({3: np.zeros(2, np.float32)}, {"state_dict": {(1, 2): np.zeros(2)}}):
+        with pytest.raises(NemoError, match="a.pt: neither a state dict"):
+            nemo._state_dict(saved, "a.pt")
+
+
+def test_a_weight_that_only_looks_like_a_shared_bias_is_a_weight_without_a_row(make, goldens):
+    state = state_of(goldens, "ctc")
+    name = "encoder.layers.{}.self_attn.pos_bias_{}"
+    shared = {name.format(1, x): state[name.format(0, x)] for x in "uv"}
+    odd = "x.self_attn.pos_bias_u"
+    path = make("ctc", {"encoder.untie_biases": False}, {**shared, odd: np.zeros(2, np.float32)})
+    assert "has its own" not in refused(path, f"+ {odd} (2,): no row")
 
 
 # ---- writing -------------------------------------------------------------------------------------

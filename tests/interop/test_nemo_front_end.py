@@ -50,6 +50,14 @@ def test_every_setting_is_read_and_written_back():
         ({"pad_to": "max"}, "preprocessor.pad_to must be int"),
         ({"n_fft": 200}, "n_fft=200"),
         ({"window_stride": 1e-9}, "hop would be 0"),
+        ({"window_size": "0.025", "sample_rate": 1 << 40}, "sample_rate is 1099511627776, not a"),
+        ({"window_size": "0.025"}, "window_size is '0.025', not a number from 0 to 10"),
+        ({"window_size": [0.025]}, r"window_size is \[0.025\], not a number"),
+        ({"window_stride": None}, "window_stride is None"),
+        ({"window_stride": 11}, "window_stride is 11"),
+        ({"window_size": float("nan")}, "window_size is nan"),
+        ({"sample_rate": "16000"}, "sample_rate is '16000'"),
+        ({"sample_rate": 0}, "sample_rate is 0"),
     ],
 )
 def test_what_it_does_not_have_is_refused(section, reason):
