@@ -13,16 +13,34 @@ NeMo's checkpoints, named step=14000-val_wer=0.0652-val_loss=1.50.ckpt, and its 
 
 Weights: given ones; else, where every member has the metric, in proportion to 1 / metric; else
 equal. The result is written to <checkpoint_dir>/average-<name> with jasr_average.json (members,
-weights, metrics, checksums) in it. Directories named "...-last" are left out.
+weights, metrics, checksums) in it. Files and directories named "...-last" or "last" are left out,
+averages too, and "...-EMA.ckpt" files without --ema. Nothing that exists is overwritten, but for
+the earlier average of a run.
 """
 
 import argparse
 import contextlib
+import os
 import pathlib
 import sys
 import warnings
 
 from experiments.errors import in_one_line
+
+# By what `foreign_kind` says: the flags that would do nothing, and what to do.
+UNUSED = {
+    "": {"name_prefix": "name the result with --name", "ema": "say --item=ema"},
+    "ckpt": {
+        "name": "name the result with --output or --output_nemo",
+        "name_prefix": "name the result with --output or --output_nemo",
+    },
+    "zarr": {
+        "name": "name the result with --name_prefix or --output",
+        "metric": "their names have no metrics; say --weights",
+        "mode": "their names have no metrics; say --weights",
+        "ema": "it chooses among .ckpt files",
+    },
+}
 
 
 def parse(argv=None):
@@ -35,15 +53,16 @@ def parse(argv=None):
     source.add_argument("--checkpoint_dir", help="a run, or a directory of its steps")
     source.add_argument("--checkpoints", nargs="+", help="step directories, of one run or several")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--top_n", type=int, default=0, help="the best so many by --metric")
+    choice.add_argument("--top_n", type=positive, default=0, help="the best so many by --metric")
     choice.add_argument("--steps", type=int, nargs="+", default=(), help="these step numbers")
     parser.add_argument("--weights", type=float, nargs="+", help="one a member, in their order")
     parser.add_argument("--equal", action="store_true", help="equal weights, metrics or not")
-    parser.add_argument("--metric", default="val_wer", help="what ranks and weighs (val_wer)")
-    parser.add_argument("--mode", choices=("min", "max"), default="min", help="lower is better")
+    parser.add_argument("--metric", help="what ranks and weighs (val_wer)")
+    parser.add_argument("--mode", choices=("min", "max"), help="which are the best (min)")
     parser.add_argument("--item", default="", help="params or ema; ema where all have it")
     parser.add_argument("--name", default="", help="the result is average-<name>")
     parser.add_argument("--output", default="", help="the result's directory, instead of --name")
+    parser.add_argument("--ema", action="store_true", help=".ckpt files: the -EMA.ckpt ones")
     parser.add_argument("--input_nemo", default="", help=".ckpt files: the .nemo they belong to")
     parser.add_argument("--output_nemo", default="", help="it, with the averaged weights")
     parser.add_argument("--name_prefix", default="", help="zarr: of the result's name")
@@ -72,7 +91,42 @@ def parse(argv=None):
         parser.error("--checkpoints needs --name or --output")
     if args.weights and args.equal:
         parser.error("--weights or --equal, not both")
+    for flag, advice in UNUSED[args.foreign].items():
+        if getattr(args, flag):
+            what = {"": "runs of jasr", "ckpt": ".ckpt files", "zarr": "zarr checkpoints"}
+            parser.error(f"--{flag} does nothing for {what[args.foreign]}: {advice}")
+    if args.foreign:
+        check_paths(parser, args)
+    args.metric, args.mode = args.metric or "val_wer", args.mode or "min"
     return args
+
+
+def positive(text):
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {text}")
+    return number
+
+
+def check_paths(parser, args):
+    """Ends with an error, before any work, where files cannot be read or would be overwritten."""
+    if args.foreign == "ckpt" and args.output.endswith(".nemo"):
+        parser.error(
+            f"--output={args.output} would be a .ckpt under another name; a .nemo is written with "
+            "--input_nemo and --output_nemo"
+        )
+    if args.input_nemo and not os.path.isfile(args.input_nemo):
+        parser.error(f"--input_nemo={args.input_nemo}: there is no such file")
+    if args.output_nemo and os.path.abspath(args.output) == os.path.abspath(args.output_nemo):
+        parser.error("--output and --output_nemo name the same file")
+    for flag in ("output", "output_nemo"):
+        path = getattr(args, flag)
+        if path and os.path.lexists(path):
+            parser.error(f"--{flag}={path} exists and would be overwritten: choose another name")
+        folder = os.path.dirname(os.path.abspath(path))
+        if path and args.foreign == "ckpt" and not os.path.isdir(folder):
+            parser.error(f"--{flag}={path}: there is no folder {folder}")
 
 
 def foreign_kind(folder):
@@ -95,7 +149,7 @@ def average_foreign(args):
         how = "given" if args.weights else "equal"
         made = foreign_averages.average_directories(chosen, output, args.weights, how=how)
         return show(output, made)
-    found = foreign_averages.find_files(args.checkpoint_dir)
+    found = foreign_averages.find_files(args.checkpoint_dir, ema=args.ema)
     chosen = found
     if args.top_n or args.steps:
         chosen = averaging.select(found, args.top_n, args.steps, args.metric, args.mode)

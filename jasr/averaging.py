@@ -9,6 +9,7 @@ go back to their own dtype at the end.
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -160,24 +161,33 @@ def member(path):
 
 
 def parse_name(name):
-    """{"step": 14000, "val_wer": 0.0652, ...} of "step=14000-val_wer=0.0652-val_loss=1.50.ckpt"."""
+    """{"step": 14000, "val_wer": 0.0652, ...} of "step=14000-val_wer=0.0652-val_loss=1.50.ckpt".
+
+    A step that is no whole number is none.
+    """
     values = {}
     for key, text in re.findall(r"(\w+)=(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)", name):
-        values[key] = int(text) if key == "step" else float(text)
+        if key != "step":
+            values[key] = float(text)
+        elif text.isdecimal():
+            values[key] = int(text)
     return values
 
 
 def is_last(name):
-    """Whether a file or directory name marks the "-last" copy of a checkpoint."""
-    return bool(re.search(r"-last(-v\d+)?(\.\w+)?$", name))
+    """Whether a file or directory name marks the last copy of a run: "...-last", "last-v1.ckpt"."""
+    return bool(re.search(r"(^|-)last(-v\d+)?(\.\w+)?$", name))
 
 
 def select(members, top_n=0, steps=(), metric="val_wer", mode="min"):
     """The members with these steps, in this order, or the `top_n` best by a metric, best first.
 
     Raises:
-      AverageError: a step is not there or there twice; too few members have the metric.
+      AverageError: a step is not there or there twice; too few members have the metric; a negative
+        `top_n`.
     """
+    if top_n < 0:
+        raise AverageError(f"top_n={top_n}: wanted how many of the best, 1 or more")
     if bool(top_n) == bool(steps):
         raise AverageError("choose members by top_n or by steps")
     if steps:
@@ -241,6 +251,33 @@ def check_duplicates(members):
             if key in seen:
                 raise AverageError(f"{m.path} is the same checkpoint as {seen[key]}")
             seen[key] = m.path
+
+
+def check_once(members):
+    """Raises AverageError if a file or directory, or a copy of it, is there twice."""
+    for m, other in itertools.combinations(members, 2):
+        if os.path.samefile(m.path, other.path) or _same_content(m.path, other.path):
+            raise AverageError(f"{other.path} is the same checkpoint as {m.path}; leave one out")
+
+
+def _same_content(one, other):
+    """Whether two files or directories hold the same bytes: sizes first, then small files first."""
+    sizes = []
+    for path in (one, other):
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        sizes.append(sorted((p.stat().st_size, str(p.relative_to(path))) for p in files))
+    return sizes[0] == sizes[1] and all(_same_bytes(one / n, other / n, s) for s, n in sizes[0])
+
+
+def _same_bytes(one, other, size, block=1 << 20):
+    """Whether two files of a size are equal; from the end, where a zip keeps its checksums."""
+    with open(one, "rb") as f, open(other, "rb") as g:
+        for start in range(size // block * block, -1, -block):
+            f.seek(start)
+            g.seek(start)
+            if f.read(block) != g.read(block):
+                return False
+    return True
 
 
 def _stream(members, weights, item):

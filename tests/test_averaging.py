@@ -118,6 +118,10 @@ def test_names_of_checkpoints_are_parsed():
     assert parse_name("parakeet--val_wer=0.1234-epoch=5.ckpt") == {"val_wer": 0.1234, "epoch": 5.0}
     assert averaging.is_last("step=30000-val_wer=0.2000-last.ckpt")
     assert averaging.is_last("x-last-v1.ckpt") and averaging.is_last("30000-last")
+    assert averaging.is_last("last.ckpt") and averaging.is_last("last-v12.ckpt")
+    assert not averaging.is_last("blast.ckpt") and not averaging.is_last("last-step=3.ckpt")
+    for text in ("1.5", "-3", "1e3"):
+        assert parse_name(f"step={text}-val_wer=0.1.ckpt") == {"val_wer": 0.1}
     assert not averaging.is_last(name)
 
 
@@ -206,6 +210,8 @@ def test_selection_by_steps_paths_and_names(run):
         select(members, top_n=4)
     with pytest.raises(AverageError, match="by top_n or by steps"):
         select(members)
+    with pytest.raises(AverageError, match="top_n=-1: wanted"):
+        select(members, top_n=-1)
     named = run / "named"
     for old, new in ((100, "step=100-val_loss=1.5"), (200, "step=200-val_loss=2.5-last")):
         shutil.copytree(run / "checkpoints" / str(old), named / new)
@@ -343,5 +349,12 @@ def test_command_averages_the_best_of_a_run_and_says_what_went_in(run, capsys):
     assert command.main(["--checkpoints", *two, "--output", str(run / "o"), "--item=params"]) == 0
     assert command.main(["--checkpoint_dir", str(run), "--steps", "100", "150"]) == 1
     assert "error: steps [150] are not there" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command.main(["--checkpoint_dir", str(run)])
+    for flags, why in (
+        ([], "needs --top_n or --steps"),
+        (["--top_n=-1"], "--top_n: wanted 1 or more, got -1"),
+        (["--top_n=2", "--name_prefix=x"], "--name_prefix does nothing for runs of jasr"),
+        (["--top_n=2", "--ema"], "--ema does nothing for runs of jasr: say --item=ema"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(["--checkpoint_dir", str(run), *flags])
+        assert why in capsys.readouterr().err

@@ -51,7 +51,7 @@ class FileAverage:
 
 
 def find_files(folder, ema=False):
-    """The Members of a folder of .ckpt files, by step; "-last" copies are left out.
+    """The Members of a folder of .ckpt files, by step; "last" and "-last" copies are left out.
 
     Steps and metrics are read from names, "step=14000-val_wer=0.0652-val_loss=1.50.ckpt"; the step
     of a file without it from its global_step. Averages, jasr's and NeMo's, are left out.
@@ -68,8 +68,13 @@ def find_files(folder, ema=False):
         if path.is_file() and ema == (plain != path.stem):
             if not averaging.is_last(plain) and not _was_averaged(path):
                 found.append(file_member(path))
+    if not found and ema:
+        raise AverageError(f"no -EMA.ckpt file in {folder} (last copies and averages do not count)")
     if not found:
-        raise AverageError(f"no {'EMA ' if ema else ''}.ckpt file in {folder}")
+        raise AverageError(
+            f"no .ckpt file in {folder} (last copies and averages do not count; -EMA.ckpt files do "
+            "with --ema)"
+        )
     return sorted(found, key=lambda m: m.step)
 
 
@@ -84,9 +89,12 @@ def file_member(path):
 
 
 def _was_averaged(path):
-    if "step" in averaging.parse_name(path.name):
-        return False
-    return path.stem.endswith("-averaged") or CKPT_KEY in _saved(path)
+    if path.stem.removesuffix("-EMA").endswith("-averaged"):
+        return True
+    try:
+        return CKPT_KEY in _saved(path)
+    except (AverageError, torch_file.TorchFileError):
+        return False  # it is told when the file is chosen
 
 
 def best_of(members, metric="val_wer", mode="min"):
@@ -110,8 +118,8 @@ def average_files(members, weights=None, *, how="", integers="copy", best=None):
       best: the Member that gives what has no mean; `best_of` if None.
 
     Raises:
-      AverageError: keys, shapes or dtypes that differ, NaN or infinity, one file given twice,
-        unusable weights.
+      AverageError: keys, shapes or dtypes that differ, NaN or infinity, one file or a copy of it
+        given twice, unusable weights.
       TorchFileError: a file that cannot be read.
     """
     if integers not in ("copy", "sum"):
@@ -119,7 +127,7 @@ def average_files(members, weights=None, *, how="", integers="copy", best=None):
     members = [m if isinstance(m, Member) else file_member(m) for m in members]
     how = how or ("equal" if weights is None else "given")
     weights = averaging.normalised(weights, len(members))
-    _check_once(members)
+    averaging.check_once(members)
     best = best or best_of(members)
     states = [_state(m.path) for m in members]
     _check_same(states, members)
@@ -248,18 +256,24 @@ def _is_plain(value):
 
 def find_directories(folder, steps=()):
     """The Members of a folder of zarr checkpoints: those of `steps`, in their order, or all, by
-    step. Names that end in "0-last" or "-last", and averages, are left out.
+    step. Names that end in "0-last" or "-last", and averages, are left out; without `steps`
+    directories without an array too, with a warning that names them.
 
     Raises:
       AverageError: none, or a step that is not there once ("...-step=N-...").
     """
-    found = []
+    found, others = [], []
     for path in sorted(pathlib.Path(folder).absolute().iterdir()):
         name = path.name
         if path.is_dir() and not averaging.is_last(name) and not name.endswith("-averaged"):
             named = averaging.parse_name(name)
-            if "step" in named or not steps:
+            if not steps and not any(path.rglob(zarr_checkpoint.HEADER)):
+                others.append(name)
+            elif "step" in named or not steps:
                 found.append(Member(path, named.pop("step", 0), named))
+    if others:
+        told = f"{folder}: left out, since there is no zarr array in them: {', '.join(others)}"
+        warnings.warn(told, UserWarning, stacklevel=2)
     if not found:
         raise AverageError(f"no checkpoint directory in {folder}")
     return averaging.select(found, steps=steps) if steps else sorted(found, key=lambda m: m.step)
@@ -281,7 +295,8 @@ def average_directories(members, output, weights=None, *, how=""):
       weights: see `averaging.average`; equal if None.
 
     Raises:
-      AverageError: as `average_files`; also an integer array, or an output that is there.
+      AverageError: as `average_files`; also an integer array, an array deeper inside than the
+        others (but in optimizer.*), or an output that is there.
       ZarrError: an array that is damaged.
     """
     members = [
@@ -289,7 +304,7 @@ def average_directories(members, output, weights=None, *, how=""):
     ]
     how = how or ("equal" if weights is None else "given")
     weights = averaging.normalised(weights, len(members))
-    _check_once(members)
+    averaging.check_once(members)
     output = pathlib.Path(output).absolute()
     if output.exists():
         raise AverageError(f"{output} exists: choose another output")
@@ -297,6 +312,7 @@ def average_directories(members, output, weights=None, *, how=""):
     for m in members:
         store = zarr_checkpoint.arrays(m.path)
         stores.append({k: v for k, v in store.items() if not _is_copied(k)})
+        _check_flat(m.path, store)
     _check_same(stores, members)
     for name, array in stores[0].items():
         if not jnp.issubdtype(array.dtype, np.floating):
@@ -321,20 +337,22 @@ def average_directories(members, output, weights=None, *, how=""):
     return provenance
 
 
+def _check_flat(folder, store):
+    """Raises AverageError if a directory that would be copied has an array to average below it."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name not in store and not _is_copied(path.name):
+            for header in path.rglob(zarr_checkpoint.HEADER):
+                raise AverageError(
+                    f"{header.parent} is an array inside {path.name}, where it would not be "
+                    f"averaged; arrays must lie in {folder} itself"
+                )
+
+
 def _is_copied(name):
     return name.startswith("optimizer.") or name.endswith(f".{STATE}")
 
 
 # ---- both ----------------------------------------------------------------------------------------
-
-
-def _check_once(members):
-    seen = {}
-    for m in members:
-        file = os.stat(m.path)
-        other = seen.setdefault((file.st_dev, file.st_ino), m.path)
-        if other is not m.path:
-            raise AverageError(f"{m.path} is the same checkpoint as {other}")
 
 
 def _check_same(stores, members):

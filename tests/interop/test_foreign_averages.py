@@ -1,6 +1,5 @@
-"""Averages of NeMo's .ckpt files and of zarr directories: the goldens, ties, drift, memory."""
+"""Averages of NeMo's .ckpt files: the goldens, ties, drift, copies, memory."""
 
-import json
 import shutil
 import tarfile
 import tracemalloc
@@ -12,8 +11,7 @@ import pytest
 from jasr import averaging
 from jasr.averaging import AverageError
 from jasr.interop import foreign_averages as fa
-from jasr.interop import nemo_archive, torch_file, zarr_checkpoint
-from tests.interop.test_zarr_checkpoint import make
+from jasr.interop import nemo_archive, torch_file
 
 STEPS = [14000, 20500, 25000]
 
@@ -60,17 +58,38 @@ def test_files_are_found_by_name_and_weighed_as_the_goldens_say(folder):
 def test_ema_files_averages_and_names_without_steps(tmp_path):
     state = {"w": normal((2,), 0)}
     for name in ("step=10-val_wer=0.5", "step=20-val_wer=0.4", "step=20-val_wer=0.4-last"):
-        save(tmp_path / f"{name}.ckpt", state)
-        save(tmp_path / f"{name}-EMA.ckpt", state)
+        save(tmp_path / f"{name}.ckpt", state, epoch=name)
+        save(tmp_path / f"{name}-EMA.ckpt", state, epoch=name)
     save(tmp_path / "other.ckpt", state, global_step=15)
-    save(tmp_path / "model-averaged.ckpt", state)  # NeMo's script names it so
+    for name in ("model-averaged", "best-step=20-averaged"):  # NeMo's script names them so
+        save(tmp_path / f"{name}.ckpt", state)
+    for name in ("last", "last-v1", "last-EMA"):  # Lightning's
+        save(tmp_path / f"{name}.ckpt", state, global_step=20)
     (tmp_path / "folder.ckpt").mkdir()
-    fa.write_ckpt(tmp_path / "mean.ckpt", fa.average_files(fa.find_files(tmp_path)))
+    average = fa.average_files(fa.find_files(tmp_path))
+    fa.write_ckpt(tmp_path / "mean.ckpt", average)
+    fa.write_ckpt(tmp_path / "soup-step=30-val_wer=0.1.ckpt", average)
     assert [m.step for m in fa.find_files(tmp_path)] == [10, 15, 20]
     emas = fa.find_files(tmp_path, ema=True)
     assert [m.path.name.endswith("-EMA.ckpt") for m in emas] == [True, True]
-    with pytest.raises(AverageError, match="no .ckpt file"):
+    with pytest.raises(AverageError, match="no .ckpt file.*--ema"):
         fa.find_files(tmp_path / "folder.ckpt")
+    with pytest.raises(AverageError, match="no -EMA.ckpt file"):
+        fa.find_files(tmp_path / "folder.ckpt", ema=True)
+
+
+def test_a_step_that_is_no_whole_number_is_the_files_own(tmp_path):
+    path = save(tmp_path / "step=1.5-val_wer=0.1.ckpt", {"w": normal((2,), 0)}, global_step=15)
+    assert fa.find_files(tmp_path) == [averaging.Member(path, 15, {"val_wer": 0.1})]
+
+
+def test_a_damaged_file_is_told_when_it_is_chosen(tmp_path):
+    path = save(tmp_path / "step=1.ckpt", {"w": normal((2,), 0)})
+    (tmp_path / "step=2.ckpt").write_bytes(path.read_bytes()[:-9])
+    found = fa.find_files(tmp_path)
+    assert fa.average_files(averaging.select(found, steps=(1,))).best.step == 1
+    with pytest.raises(torch_file.TorchFileError, match="step=2.ckpt: a cut or damaged"):
+        fa.average_files(found)
 
 
 def test_the_best_is_the_newest_where_a_metric_is_missing(tmp_path):
@@ -127,7 +146,7 @@ def test_equal_files_come_out_bit_for_bit_in_their_dtypes(tmp_path):
         "layer._extra_state": normal((2,), 5),
         "nothing": None,
     }
-    paths = [save(tmp_path / f"step={i}.ckpt", state) for i in range(3)]
+    paths = [save(tmp_path / f"step={i}.ckpt", state, epoch=i) for i in range(3)]
     got = fa.average_files(paths, [0.2, 0.3, 0.5]).state
     for key, value in state.items():
         if value is None:
@@ -232,6 +251,9 @@ def test_one_file_twice_and_files_without_weights_are_refused(tmp_path):
     (tmp_path / "link.ckpt").symlink_to(path)
     with pytest.raises(AverageError, match="same checkpoint"):
         fa.average_files([path, tmp_path / "link.ckpt"])
+    shutil.copy(path, tmp_path / "step=1-v1.ckpt")
+    with pytest.raises(AverageError, match="step=1.ckpt is the same checkpoint as .*-v1.ckpt"):
+        fa.average_files([tmp_path / "step=1-v1.ckpt", path])
     torch_file.write(tmp_path / "step=2.ckpt", {"epoch": 3})
     with pytest.raises(AverageError, match="step=2.ckpt holds no state dict"):
         fa.average_files([path, tmp_path / "step=2.ckpt"])
@@ -240,6 +262,23 @@ def test_one_file_twice_and_files_without_weights_are_refused(tmp_path):
         fa.average_files([path, tmp_path / "step=3.ckpt"])
     with pytest.raises(ValueError, match="integers"):
         fa.average_files([path], integers="mean")
+
+
+def test_copies_are_told_from_files_of_the_same_size(tmp_path):
+    block = 1 << 20
+    for name, change in (("a", None), ("b", 0), ("c", block - 1), ("d", block), ("e", 2 * block)):
+        data = bytearray(2 * block + 5)
+        if change is not None:
+            data[change] = 1
+        (tmp_path / name).write_bytes(data)
+    members = [averaging.Member(tmp_path / name, 0, {}) for name in "abcde"]
+    averaging.check_once(members)
+    for size in (block, 2 * block + 5):
+        (tmp_path / "f").write_bytes(bytes(size))
+        (tmp_path / "g").write_bytes(bytes(size))
+        copies = [averaging.Member(tmp_path / name, 0, {}) for name in "fg"]
+        with pytest.raises(AverageError, match="g is the same checkpoint as .*f;"):
+            averaging.check_once(copies)
 
 
 def test_memory_is_that_of_one_result(tmp_path):
@@ -301,85 +340,3 @@ def test_the_golden_archive_takes_the_average(shared_dir, tmp_path):
         for key, value in back.items():
             want = golden[f"nemo_script_equal/{key}"]
             np.testing.assert_allclose(value, want, rtol=1e-6, atol=1e-6)
-
-
-# ---- zarr ----------------------------------------------------------------------------------------
-
-
-def zarr_tree(folder, step, seed, prefix="salm--val_loss=1.5"):
-    """A directory of a distributed checkpoint; returns its arrays."""
-    path = folder / f"{prefix}-step={step}-consumed_samples={8 * step}.0"
-    arrays = {
-        "model.linear.weight": make(path / "model.linear.weight", normal((6, 4), seed), (3, 4)),
-        "model.norm.weight": make(
-            path / "model.norm.weight", normal((5,), seed, ml_dtypes.bfloat16)
-        ),
-        "optimizer.state.exp_avg.model.linear.weight": make(
-            path / "optimizer.state.exp_avg.model.linear.weight", normal((6, 4), seed + 9)
-        ),
-        "optimizer.step": make(path / "optimizer.step", np.int64([step])),
-    }
-    extra = path / "model.linear._extra_state"
-    extra.mkdir()
-    (extra / "shard_0_1.pt").write_bytes(bytes([seed % 256]))
-    (path / "common.pt").write_bytes(b"common%d" % seed)
-    (path / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    return arrays
-
-
-def test_zarr_directories_are_averaged_in_their_layout(tmp_path):
-    trees = {step: zarr_tree(tmp_path, step, step) for step in (100, 200, 300)}
-    zarr_tree(tmp_path, 300, 4, prefix="old")
-    (tmp_path / "old-step=300-consumed_samples=2400.0").rename(
-        tmp_path / "x-step=300-samples=2400.0-last"
-    )
-    assert [m.step for m in fa.find_directories(tmp_path)] == [100, 200, 300]
-    members = fa.find_directories(tmp_path, steps=(300, 100))
-    assert [m.step for m in members] == [300, 100]
-    output = tmp_path / fa.directory_name("salm", (300, 100))
-    assert output.name == "salm-300_100-averaged"
-    assert fa.directory_name("salm") == "salm-averaged"
-    provenance = fa.average_directories(members, output)
-    assert json.loads((output / averaging.PROVENANCE).read_text()) == provenance
-    assert provenance["weights_from"] == "equal"
-    first = members[0].path
-    for name in ("model.linear.weight", "model.norm.weight"):
-        mean = averaging.average([{"x": trees[step][name]} for step in (300, 100)])["x"]
-        got = zarr_checkpoint.Array(output / name)
-        assert got.dtype == trees[300][name].dtype
-        assert np.asarray(got).tobytes() == mean.tobytes()
-        assert got.header == zarr_checkpoint.Array(first / name).header
-    for path in sorted(first.rglob("*")):
-        copy = output / path.relative_to(first)
-        assert copy.is_dir() == path.is_dir()
-        if path.is_file() and not path.parent.name.startswith("model") or "_extra" in str(path):
-            assert path.is_dir() or copy.read_bytes() == path.read_bytes()
-    assert [m.step for m in fa.find_directories(tmp_path)] == [100, 200, 300]  # not the average
-    with pytest.raises(AverageError, match="exists"):
-        fa.average_directories(members, output)
-
-
-def test_zarr_directories_that_do_not_fit_are_refused(tmp_path):
-    for step in (1, 2):
-        zarr_tree(tmp_path, step, step)
-    members = fa.find_directories(tmp_path)
-    with pytest.raises(AverageError, match=r"steps \[7\]"):
-        fa.find_directories(tmp_path, steps=(1, 7))
-    for name, value, told in (
-        ("model.count", np.int32([1]), "model.count of .*step=1.* is int32"),
-        ("model.bad", np.float32([np.nan]), "model.bad of .*step=2.* has NaN"),
-        ("model.bad", np.float32([1, 2]), r"~ model.bad is \(2,\), wanted \(1,\)"),
-    ):
-        good = np.ones(1, value.dtype) if value.dtype == np.float32 else value
-        make(members[0].path / name, good)
-        make(members[1].path / name, value)
-        with pytest.raises(AverageError, match=told):
-            fa.average_directories(members, tmp_path / "out")
-        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-        for m in members:
-            shutil.rmtree(m.path / name)
-    (members[1].path / "model.linear.weight" / "1.0").unlink()
-    with pytest.raises(zarr_checkpoint.ZarrError, match="1 chunks of 2"):
-        fa.average_directories(members, tmp_path / "out")
-    with pytest.raises(AverageError, match="no checkpoint directory"):
-        fa.find_directories(members[0].path / "model.linear.weight")
