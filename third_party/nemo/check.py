@@ -211,13 +211,18 @@ def numbers(task, variables, given, arrays):
 
 
 def apart(ours, theirs, length):
-    """The largest difference within the lengths, in units of the largest value above 1."""
+    """The largest difference within the lengths, in units of the largest value above 1.
+
+    Infinity where the shapes differ or a value within the lengths is not finite.
+    """
     import numpy as np
 
     if ours.shape[2:] != theirs.shape[2:]:
         return float("inf")
     most = 0.0
     for a, b, n in zip(np.asarray(ours), theirs, length, strict=True):
+        if not (np.isfinite(a[:n]).all() and np.isfinite(b[:n]).all()):
+            return float("inf")  # max(0.0, nan) would be 0.0
         most = max(most, np.abs(a[:n] - b[:n]).max(initial=0.0) / max(1.0, np.abs(b[:n]).max()))
     return float(most)
 
