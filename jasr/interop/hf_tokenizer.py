@@ -4,6 +4,7 @@ Both are written as plain data; neither library is needed.
 """
 
 import base64
+import binascii
 import re
 
 from jasr.sentencepiece_model import (
@@ -18,6 +19,7 @@ from jasr.sentencepiece_model import (
 )
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_LARGEST = (2 - 2**-23) * 2.0**127  # an f32
 
 
 class TokenizerError(ValueError):
@@ -124,11 +126,12 @@ def from_json(description, size):
     spaces are joined is read off the normaliser, and the prefix off the pre-tokenizer.
 
     Raises:
-      TokenizerError: another kind of tokenizer, or ids with gaps.
+      TokenizerError: another kind of tokenizer, ids with gaps, or scores that are no f32.
+      sentencepiece_model.ModelError: pieces that are no vocabulary.
     """
     try:
         return _from_json(description, size)
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
+    except (KeyError, TypeError, AttributeError, IndexError, UnicodeError, binascii.Error) as e:
         raise TokenizerError(f"tokenizer.json is malformed: {type(e).__name__} {e}") from e
 
 
@@ -147,7 +150,7 @@ def _from_json(description, size):
         unknown = model["unk_token"]
     else:
         texts = {number: text for number, (text, _) in enumerate(model["vocab"])}
-        scores = dict(model["vocab"])
+        scores = {text: _score(text, score) for text, score in model["vocab"]}
         unknown = texts[model["unk_id"]]
     added = {token["content"]: token for token in description.get("added_tokens") or []}
     for text, token in added.items():
@@ -171,6 +174,13 @@ def _from_json(description, size):
         add_dummy_prefix=prefix,
         remove_extra_whitespaces=bool(kinds & {"Strip", "Replace"}),
     ).check()  # fmt: skip
+
+
+def _score(text, score):
+    """A piece's score, which a SentencePiece model keeps as an f32."""
+    if type(score) not in (int, float) or not abs(score) <= _LARGEST:
+        raise TokenizerError(f"tokenizer.json: the piece {text!r} has the score {score!r:.100}")
+    return score
 
 
 def _piece(text, score, unknown, added):

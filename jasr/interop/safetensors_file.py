@@ -62,11 +62,11 @@ def read(path):
     try:
         entries = sorted((*_offsets(entry), name, entry) for name, entry in header.items())
     except (KeyError, TypeError, ValueError) as e:
-        raise SafetensorsError(f"{path}: its header is malformed: {e}") from e
+        raise SafetensorsError(f"{path}: its header is malformed: {type(e).__name__} {e}") from e
     data = np.asarray(np.memmap(path, np.uint8, "r")) if entries else None
     arrays, done = {}, 0
     for begin, end, name, entry in entries:
-        dtype, shape = DTYPES.get(entry.get("dtype")), entry.get("shape")
+        dtype, shape = DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
         if dtype is None:
             raise SafetensorsError(f"{path}: {name} has the unknown type {entry.get('dtype')!r}")
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
@@ -88,7 +88,9 @@ def read(path):
 
 def _offsets(entry):
     begin, end = entry["data_offsets"]
-    return int(begin), int(end)
+    if type(begin) is not int or type(end) is not int:
+        raise TypeError(f"data_offsets are {begin!r:.100}, {end!r:.100}")
+    return begin, end
 
 
 def _unique(pairs):

@@ -84,11 +84,22 @@ def test_what_is_no_tokenizer_is_refused(bpe):
         ({"model": {"type": "WordPiece"}}, "'WordPiece', not BPE or Unigram"),
         ({"model": {**good["model"], "vocab": {"<unk>": 0, "a": 5}}}, "no token 1 of 64"),
         ({"added_tokens": [3]}, "malformed"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "a"}}, "malformed: Error"),
     ):
         with pytest.raises(TokenizerError, match=reason):
             hf_tokenizer.from_json({**good, **change}, 64)
     with pytest.raises(TokenizerError, match="no token 64 of"):
         hf_tokenizer.from_json(good, 1 << 50)
+
+
+@pytest.mark.parametrize("score", [1e300, float("nan"), "x", None, True])
+def test_a_score_that_is_no_f32_is_refused(score):
+    vocab = [["<unk>", 0.0], ["a", score]]
+    model = {"type": "Unigram", "unk_id": 0, "vocab": vocab}
+    with pytest.raises(TokenizerError, match="the piece 'a' has the score"):
+        hf_tokenizer.from_json({"model": model}, 2)
+    vocab[1][1] = -3.4e38
+    assert hf_tokenizer.from_json({"model": model}, 2).pieces[1].score < -3e38
 
 
 def test_symbols_that_a_user_defined_stay_what_they_are(bpe):

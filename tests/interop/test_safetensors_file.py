@@ -69,6 +69,8 @@ def entry(begin, end, shape=(2,), dtype="F32"):
         ({"a": entry(0, 8, dtype="F4")}, "unknown type 'F4'"),
         ({"a": {"dtype": "F32"}}, "malformed"),
         ({"a": {**entry(0, 8), "data_offsets": [0, 8, 9]}}, "malformed"),
+        ({"a": {**entry(0, 8), "data_offsets": [0, float("inf")]}}, "data_offsets are 0, inf"),
+        ({"a": entry(0, 8, dtype=["F32"])}, "unknown type"),
         ({"a": 3}, "malformed"),
         ([1, 2], "not a mapping"),
         ({"a": entry(0, 8)}, "12 bytes that belong to no tensor"),
