@@ -4,23 +4,21 @@ ParakeetForCTC, ParakeetForRNNT or ParakeetForTDT loads them strictly.
 A directory holds config.json, generation_config.json, model.safetensors, processor_config.json,
 tokenizer.json and tokenizer_config.json. What transformers has no word for (the loss, dither ...)
 stands under "jasr" in config.json, and tokenizer.model is the SentencePiece model itself;
-directories without either, as the hub has them, are read too. Weights go through NeMo's names.
+directories without either, as the hub has them, are read too. Settings are hf_config's matter;
+weights go through NeMo's names.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import tempfile
 
 from jasr import sentencepiece_model
-from jasr.features import FrontEndConfig
-from jasr.interop import hf_tokenizer, nemo, nemo_config, safetensors_file
-from jasr.models.fastconformer_config import FastConformerConfig
-from jasr.models.transducer import JointConfig, PredictionConfig
-from jasr.settings import to_dict
+from jasr.interop import hf_config, hf_tokenizer, nemo, nemo_config, safetensors_file
+from jasr.interop.hf_config import CLASSES, HfError
 
 LARGEST = 64 << 20  # bytes of a JSON file
-CLASSES = {"ctc": "ParakeetForCTC", "rnnt": "ParakeetForRNNT", "tdt": "ParakeetForTDT"}
 # Parts of transformers' names and of NeMo's; a key holds one of them or none.
 NAMES = (
     ("encoder.subsampling.layers.", "encoder.pre_encode.conv."),
@@ -39,51 +37,6 @@ NAMES = (
     ("decoder.lstm.", "decoder.prediction.dec_rnn.lstm."),
     ("joint.head.", "joint.joint_net.2."),
 )
-# FastConformerConfig's field by the key of transformers' encoder_config.
-_ENCODER = {
-    "num_mel_bins": "feat_in",
-    "num_hidden_layers": "n_layers",
-    "hidden_size": "d_model",
-    "num_attention_heads": "n_heads",
-    "subsampling_factor": "subsampling_factor",
-    "subsampling_conv_channels": "subsampling_conv_channels",
-    "conv_kernel_size": "conv_kernel_size",
-    "attention_bias": "use_bias",
-    "scale_input": "xscaling",
-    "dropout": "dropout_pre_encoder",
-    "activation_dropout": "dropout",
-    "attention_dropout": "dropout_att",
-    "dropout_positions": "dropout_emb",
-    "layerdrop": "stochastic_depth_drop_prob",
-}
-# What transformers' encoder always is.
-_FIXED = {
-    "feat_out": (-1,),
-    "subsampling": ("dw_striding",),
-    "causal_downsampling": (False,),
-    "self_attention_model": ("rel_pos",),
-    "att_context_style": ("regular",),
-    "conv_norm_type": ("batch_norm",),
-    "conv_context_size": (None,),
-    "masked_subsampling": (True,),
-}
-# What its feature extractor always does, apart from sizes and pre-emphasis; dither is for training.
-_FRONT_END = (
-    "kind window low_hz high_hz mel_norm mag_power log log_guard log_guard_type normalize pad_to "
-    "pad_value exact_pad frame_splicing"
-).split()
-_EXTRACTOR = {
-    "feature_size": "n_mels",
-    "sampling_rate": "sample_rate",
-    "hop_length": "hop",
-    "win_length": "win",
-    "n_fft": "n_fft",
-    "preemphasis": "preemph",
-}
-
-
-class HfError(ValueError):
-    """A directory that is no Parakeet of transformers, or a model that transformers lacks."""
 
 
 def is_parakeet(path):
@@ -91,7 +44,7 @@ def is_parakeet(path):
     try:
         text = (pathlib.Path(path) / "config.json").read_text("utf-8")
         return json.loads(text)["model_type"] in [f"parakeet_{kind}" for kind in CLASSES]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -112,12 +65,8 @@ def read(directory):
     directory = pathlib.Path(directory)
     try:
         config = _json(directory / "config.json")
-        kind = str(config.get("model_type")).removeprefix("parakeet_")
-        if kind not in CLASSES:
-            raise HfError(f"model_type {config.get('model_type')!r} is not a Parakeet with a head")
-        vocab_size = int(config["vocab_size"]) - 1
-        sections = _sections(kind, config, vocab_size, _extractor(directory))
-        tokenizer = _tokenizer(directory, vocab_size)
+        kind, sections, size = hf_config.read(config, _extractor(directory))
+        tokenizer = _tokenizer(directory, size)
         settings = nemo_config.Settings(kind, sections)
         state = {rename(key, NAMES): array for key, array in _weights(directory).items()}
         written = nemo_config.write(settings, tokenizer.texts)
@@ -125,8 +74,8 @@ def read(directory):
         return dataclasses.replace(model, config=sections)
     except OSError as e:
         raise HfError(f"{directory}: {e.filename or ''} cannot be read: {e.strerror}") from e
-    except (KeyError, TypeError) as e:
-        raise HfError(f"{directory}: config.json is malformed: {type(e).__name__} {e}") from e
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as e:  # no check names it
+        raise HfError(f"{directory}: a file is malformed: {type(e).__name__} {e}") from e
     except ValueError as e:
         raise HfError(f"{directory}: {e}") from e
 
@@ -157,7 +106,10 @@ def _weights(directory):
     index = directory / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file() and not (directory / names[0]).is_file():
-        names = sorted(set(_json(index)["weight_map"].values()))
+        files = _json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+            raise HfError(f"{index.name}: weight_map is no mapping of tensors to files")
+        names = sorted(set(files.values()))
         if any(
             name != os.path.basename(name) or not name.endswith(".safetensors") for name in names
         ):
@@ -179,68 +131,6 @@ def _tokenizer(directory, size):
     return model
 
 
-def _sections(kind, config, size, extractor):
-    encoder = config["encoder_config"]
-    problems = [
-        f"encoder_config.{key} is {encoder[key]!r}"
-        for key, value in {
-            "hidden_act": "silu",
-            "subsampling_conv_kernel_size": 3,
-            "subsampling_conv_stride": 2,
-            "convolution_bias": encoder.get("attention_bias", True),
-        }.items()
-        if encoder.get(key, value) != value
-    ]
-    factor, rest = divmod(encoder["intermediate_size"], encoder["hidden_size"])
-    if rest:
-        problems.append(f"encoder_config.intermediate_size is {encoder['intermediate_size']}")
-    if problems:
-        raise HfError(f"not known here: {', '.join(problems)}")
-    ours = config.get("jasr") or {}
-    fields = {name: encoder[key] for key, name in _ENCODER.items() if key in encoder}
-    fields |= {"ff_expansion_factor": factor, "subsampling": "dw_striding"}
-    front_end = {name: extractor[key] for key, name in _EXTRACTOR.items() if key in extractor}
-    front_end = {k: v for k, v in front_end.items() if v is not None}
-    sections = {
-        "front_end": to_dict(FrontEndConfig(**front_end, **ours.get("front_end", {}))),
-        "encoder": to_dict(FastConformerConfig(**fields, **ours.get("encoder", {}))),
-    }
-    if kind == "ctc":
-        reduction = config.get("ctc_loss_reduction", "mean")
-        return {**sections, "loss": {"kind": "ctc", "reduction": reduction, **ours.get("loss", {})}}
-    hidden, durations = config["decoder_hidden_size"], ()
-    loss = {"kind": kind, "reduction": "mean_batch", "fastemit_lambda": 0.0, "clamp": -1.0}
-    if kind == "tdt":
-        durations = tuple(config["durations"])
-        loss |= {"durations": durations, "sigma": 0.0, "omega": 0.0}
-    decoder = PredictionConfig(
-        vocab_size=size,
-        pred_hidden=hidden,
-        pred_rnn_layers=config["num_decoder_layers"],
-        **ours.get("decoder", {}),
-    )
-    joint = JointConfig(
-        num_classes=size,
-        encoder_hidden=encoder["hidden_size"],
-        pred_hidden=hidden,
-        joint_hidden=hidden,
-        num_extra_outputs=len(durations),
-        activation=config["hidden_act"],
-        **ours.get("joint", {}),
-    )
-    return {
-        **sections,
-        "decoder": to_dict(decoder),
-        "joint": to_dict(joint),
-        "loss": loss | ours.get("loss", {}),
-        "decoding": {
-            "strategy": "greedy_batch",
-            "max_symbols": config["max_symbols_per_step"],
-            **ours.get("decoding", {}),
-        },
-    }
-
-
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -251,11 +141,13 @@ def write(directory, model):
     older NeMo is refused until its settings say otherwise (front_end.kind "nemo",
     encoder.masked_subsampling True), which changes the first and last frames of an utterance.
 
+    A new directory appears whole or not at all; in one that exists, files of the same names are
+    replaced after everything has been written beside it.
+
     Raises:
       HfError: lists what transformers does not have.
     """
-    directory = pathlib.Path(directory)
-    foreign = _foreign(model)
+    foreign = hf_config.foreign(model)
     if foreign:
         raise HfError("transformers' Parakeet does not have: " + "; ".join(foreign))
     tokenizer = nemo.sentencepiece(model)
@@ -269,11 +161,10 @@ def write(directory, model):
     blank = "<pad>" if model.kind == "ctc" and "<pad>" not in tokenizer.texts else "<blank>"
     pad = "<pad>" if model.kind == "tdt" and "<pad>" in tokenizer.texts else blank
     ids = {**{text: i for i, text in enumerate(tokenizer.texts)}, blank: size}
-    os.makedirs(directory, exist_ok=True)
     files = {
-        "config.json": _config(model, size, ids[pad]),
-        "generation_config.json": _generation(model, size, ids[pad]),
-        "processor_config.json": _processor(model),
+        "config.json": hf_config.config(model, size, ids[pad]),
+        "generation_config.json": hf_config.generation(model, size, ids[pad]),
+        "processor_config.json": hf_config.processor(model),
         "tokenizer.json": hf_tokenizer.to_json(tokenizer, (blank,)),
         "tokenizer_config.json": {
             "tokenizer_class": "ParakeetTokenizer",
@@ -286,124 +177,18 @@ def write(directory, model):
             "processor_class": "ParakeetProcessor",
         },
     }
-    for name, content in files.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (directory / name).write_text(text + "\n", "utf-8")
-    (directory / "tokenizer.model").write_bytes(tokenizer.to_bytes())
-    safetensors_file.write(directory / "model.safetensors", state)
-
-
-def _foreign(model):
-    """What of a model transformers' Parakeet cannot be, in words."""
-    if model.kind not in CLASSES:
-        return [f"the kind {model.kind!r}"]
-    config, found = model.config, []
-    encoder, front_end = FastConformerConfig(**config["encoder"]), config["front_end"]
-    for name, allowed in _FIXED.items():
-        if getattr(encoder, name) not in allowed:
-            found.append(f"encoder.{name} {getattr(encoder, name)!r}")
-    if encoder.contexts[0] != (-1, -1):
-        found.append(f"encoder.att_context_size {encoder.att_context_size}")
-    if encoder.has_reduction:
-        found.append("encoder.reduction")
-    if encoder.feat_in % encoder.subsampling_factor:
-        found.append(f"encoder.feat_in {encoder.feat_in}, no multiple of the subsampling")
-    usual = to_dict(FrontEndConfig())
-    for name in _FRONT_END:
-        if front_end[name] != usual[name]:
-            found.append(f"front_end.{name} {front_end[name]!r}")
-    if model.kind != "ctc":
-        hidden, joint = config["decoder"]["pred_hidden"], config["joint"]["joint_hidden"]
-        if not config["decoder"]["blank_as_pad"]:
-            found.append("decoder.blank_as_pad False")
-        if hidden != joint:
-            found.append(f"decoder.pred_hidden {hidden} other than joint.joint_hidden {joint}")
-        durations = config["loss"].get("durations", ())
-        if tuple(durations) != tuple(range(len(durations))):
-            found.append(f"loss.durations {durations}, for it takes their places for them")
-    return found
-
-
-def _config(model, size, pad):
-    """config.json; transformers' words first, then ours for what it has no words for."""
-    config = model.config
-    encoder = FastConformerConfig(**config["encoder"])
-    theirs = {key: getattr(encoder, name) for key, name in _ENCODER.items()}
-    theirs |= {
-        "model_type": "parakeet_encoder",
-        "subsampling_conv_channels": encoder.conv_channels,
-        "convolution_bias": encoder.use_bias,
-        "intermediate_size": encoder.d_model * encoder.ff_expansion_factor,
-        "hidden_act": "silu",
-        "subsampling_conv_kernel_size": 3,
-        "subsampling_conv_stride": 2,
-    }
-    loss = dict(config["loss"])
-    if model.kind == "ctc":
-        head = {"ctc_loss_reduction": "mean" if loss["reduction"] == "mean" else "sum"}
-        head["ctc_zero_infinity"] = True
-    else:
-        head = {
-            "blank_token_id": size,
-            "decoder_hidden_size": config["decoder"]["pred_hidden"],
-            "num_decoder_layers": config["decoder"]["pred_rnn_layers"],
-            "hidden_act": config["joint"]["activation"],
-            "max_symbols_per_step": config["decoding"]["max_symbols"] or 10,
-            "is_encoder_decoder": True,
-        }
-        if model.kind == "tdt":
-            head["durations"] = list(loss.pop("durations"))
-    ours = {
-        "front_end": {"dither": config["front_end"]["dither"]},
-        "encoder": _unsaid(encoder, {*_ENCODER.values(), *_FIXED, "ff_expansion_factor"}),
-        "loss": loss,
-    }
-    if model.kind != "ctc":
-        said = {"vocab_size", "pred_hidden", "pred_rnn_layers", "joint_hidden", "activation"}
-        said |= {"num_classes", "encoder_hidden", "num_extra_outputs"}
-        ours["decoder"] = _unsaid(PredictionConfig(**config["decoder"]), said)
-        ours["joint"] = _unsaid(JointConfig(**config["joint"]), said)
-        ours["decoding"] = dict(config["decoding"])
-    return {
-        "architectures": [CLASSES[model.kind]],
-        "model_type": f"parakeet_{model.kind}",
-        "dtype": "float32",
-        "vocab_size": size + 1,
-        "pad_token_id": pad,
-        **head,
-        "encoder_config": theirs,
-        "jasr": ours,
-    }
-
-
-def _generation(model, size, pad):
-    """generation_config.json; a TDT's durations stand behind the tokens among its logits."""
-    config = {"pad_token_id": pad}
-    if model.kind != "ctc":
-        config["decoder_start_token_id"] = size
-    if model.kind == "tdt":
-        count = len(model.config["loss"]["durations"])
-        config["suppress_tokens"] = list(range(size + 1, size + 1 + count))
-    return config
-
-
-def _unsaid(settings, said):
-    """The fields of settings that transformers has no words for, where they are not usual."""
-    usual = {f.name: f.default for f in dataclasses.fields(settings)}
-    return {k: v for k, v in to_dict(settings).items() if k not in said and v != usual[k]}
-
-
-def _processor(model):
-    front_end = model.config["front_end"]
-    return {
-        "processor_class": "ParakeetProcessor",
-        "blank_token": "<blank>",
-        "decoder_type": model.kind,
-        "feature_extractor": {
-            "feature_extractor_type": "ParakeetFeatureExtractor",
-            **{key: front_end[name] for key, name in _EXTRACTOR.items()},
-            "padding_side": "right",
-            "padding_value": 0.0,
-            "return_attention_mask": True,
-        },
-    }
+    directory = pathlib.Path(directory).resolve()
+    os.makedirs(directory.parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".jasr-") as temporary:
+        made = pathlib.Path(temporary) / directory.name
+        made.mkdir()
+        for name, content in files.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (made / name).write_text(text + "\n", "utf-8")
+        (made / "tokenizer.model").write_bytes(tokenizer.to_bytes())
+        safetensors_file.write(made / "model.safetensors", state)
+        if not directory.exists():
+            os.rename(made, directory)
+            return
+        for name in os.listdir(made):
+            os.replace(made / name, directory / name)

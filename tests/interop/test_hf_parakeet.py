@@ -15,8 +15,10 @@ from jasr.decoding.ctc import ctc_greedy
 from jasr.decoding.transducer import Steps, greedy
 from jasr.interop import hf_parakeet, nemo, nemo_config, safetensors_file
 from jasr.interop.hf_parakeet import HfError
+from jasr.interop.hf_tokenizer import TokenizerError
 from jasr.losses.ctc import ctc_loss
 from jasr.losses.transducer import rnnt_loss, tdt_loss
+from jasr.sentencepiece_model import Piece
 from tests.interop.nemo_models import build, config_of, state_of, tokenizer_of
 
 KINDS = ("ctc", "rnnt", "tdt")
@@ -318,20 +320,40 @@ def test_what_transformers_does_not_have_is_listed(models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_failed_export_leaves_nothing_and_one_that_works_replaces_files(models, tmp_path):
+    model = models["ctc"]
+    pieces = nemo.sentencepiece(model)
+    clash = (*pieces.pieces[:-2], Piece.of("<pad>"), Piece.of("<blank>"))
+    tokenizer = text.SentencePieceTokenizer(pieces.with_pieces(clash).to_bytes()).to_dict()
+    with pytest.raises(TokenizerError, match="'<blank>'"):
+        hf_parakeet.write(tmp_path / "out", dataclasses.replace(model, tokenizer=tokenizer))
+    assert not list(tmp_path.iterdir())
+    hf_parakeet.write(tmp_path / "out", model)
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    (tmp_path / "out" / "README.md").write_text("of its owner")
+    (tmp_path / "out" / "config.json").write_text("{")
+    hf_parakeet.write(tmp_path / "out", model)
+    assert hf_parakeet.read(tmp_path / "out").kind == "ctc"
+    assert (tmp_path / "out" / "README.md").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "usual"]
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "reason"),
     [
         ("config.json", {"model_type": "parakeet_encoder"}, "'parakeet_encoder' is not a Parakeet"),
-        ("config.json", {"vocab_size": None}, "malformed: KeyError 'vocab_size'"),
-        ("config.json", {"vocab_size": 1 << 40}, "the tokenizer has 64 pieces"),
-        ("config.json", {"encoder_config": None}, "KeyError 'encoder_config'"),
+        ("config.json", {"vocab_size": None}, "no vocab_size"),
+        ("config.json", {"vocab_size": 66, "pad_token_id": 65}, "the tokenizer has 64 pieces"),
+        ("config.json", {"encoder_config": None}, "encoder_config is None, not a mapping"),
         ("config.json", {"encoder_config__hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("config.json", {"encoder_config__convolution_bias": False}, "convolution_bias is False"),
         ("config.json", {"encoder_config__intermediate_size": 100}, "intermediate_size is 100"),
         ("config.json", {"encoder_config__num_hidden_layers": 10**9}, "n_layers is 1000000000"),
         ("config.json", {"encoder_config__num_hidden_layers": 3}, "the weights have 2 layers"),
-        ("config.json", {"encoder_config__scale_input": 7, "jasr": {"encoder": 3}}, "malformed"),
+        ("config.json", {"jasr": {"encoder": 3}}, "jasr.encoder is 3, not a mapping"),
         ("processor_config.json", {"feature_extractor": None}, "preprocessor_config.json cannot"),
+        ("processor_config.json", {"feature_extractor__do_normalize": False}, "do_normalize is F"),
     ],
 )
 def test_a_directory_that_does_not_fit_is_refused(models, tmp_path, file, changes, reason):
@@ -358,6 +380,10 @@ def test_weights_in_several_files_are_read_and_only_from_the_directory(models, t
     index.write_text(json.dumps({"weight_map": {**weight_map, names[0]: "../a.safetensors"}}))
     with pytest.raises(HfError, match="outside of the directory"):
         hf_parakeet.read(tmp_path)
+    for weight_map in ([1], {names[0]: 1}, None):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(HfError, match="weight_map is no mapping"):
+            hf_parakeet.read(tmp_path)
     index.unlink()
     with pytest.raises(HfError, match="model.safetensors cannot be read"):
         hf_parakeet.read(tmp_path)
