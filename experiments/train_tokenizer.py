@@ -4,7 +4,8 @@
         --output=data/an4/tokenizer
 
 The output directory is NeMo's: tokenizer.model, tokenizer.vocab, vocab.txt; recipes take the
-.model as config.text.path. The flags are those of NeMo's own script.
+.model as config.text.path. SentencePiece is run as NeMo's own script runs it; the flags are jasr's:
+what NeMo does without --no_lower_case is --normalisation=none --lower_case.
 """
 
 import argparse
@@ -21,6 +22,10 @@ def main(argv=None):
     parser.add_argument("--output", required=True, help="directory of the tokenizer")
     parser.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument("--normalisation", default="lower", help="none, lower, whisper_english")
+    parser.add_argument(
+        "--lower_case", action="store_true",
+        help="the tokenizer itself lower-cases what it reads (nmt_nfkc_cf)",
+    )  # fmt: skip
     parser.add_argument("--character_coverage", type=float, default=1.0)
     parser.add_argument("--allow_smaller", action="store_true", help="take fewer pieces if need be")
     args = parser.parse_args(argv)
@@ -32,6 +37,7 @@ def main(argv=None):
         args.vocab_size,
         args.kind,
         normalisation=args.normalisation,
+        lower_case=args.lower_case,
         character_coverage=args.character_coverage,
         allow_smaller=args.allow_smaller,
     )

@@ -2,9 +2,9 @@
 
     train_directory("hi_tokenizer", ["hi_train.jsonl"], vocab_size=256)
 
-The flags are those of NeMo's process_asr_text_tokenizer.py (specification nemo.md 6.1): id 0 is
-<unk>, there is no <s>, </s> or <pad>, spaces are kept as they are. The same texts in the same
-order give the same bytes.
+SentencePiece's trainer gets the flags that NeMo's process_asr_text_tokenizer.py gives it
+(specification nemo.md 6.1): id 0 is <unk>, there is no <s>, </s> or <pad>, spaces are kept as they
+are. The same texts in the same order give the same bytes.
 """
 
 import io
