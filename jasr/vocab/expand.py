@@ -7,9 +7,10 @@ blank and durations stay behind the last piece, all bit for bit; rows of new pie
 named rule. Nothing else is touched. (NeMo's `change_vocabulary` draws the whole joint, embedding
 and LSTM anew and turns a TDT loss into a plain RNN-T loss: specification nemo.md 6.2, 6.3.)
 
-The logits of old tokens are then sums of the same products as before. A matrix product of another
-width may add these in another order, which on CPUs can be seen in the last bits (some 1e-7 of
-the largest logit).
+The logits of old tokens are then sums of the same products as before: equal to the bit where the
+values sum exactly in any order. Otherwise a matrix product of another width may add them in another
+order, which on CPUs can be seen in the last bits (some 1e-7 of the largest logit; tests/vocab holds
+it to 1e-6).
 """
 
 import dataclasses
@@ -44,7 +45,9 @@ class NewRows:
         ones', which the largest of them reaches or exceeds whatever the input.
       "low": "mean", with biases lower by `margin`: every new logit is at least `margin` below the
         largest old one whatever the input (rounding and noise apart), so that no new token can
-        win before training and transcripts stay as they were.
+        win before training and greedy transcripts stay as they were, but for ties within the last
+        bits. Those of a beam search may change: the new tokens have a share in the probabilities,
+        another one in every frame.
     noise: for "mean" and "low": rows of kernels and embedding are spread around the mean by this
       share of the old rows' standard deviation. At 0 all new rows are equal until trained.
     margin: of "low", in natural-logarithm logits.
