@@ -85,6 +85,8 @@ def file_member(path):
     step = named.pop("step", None)
     if step is None:
         step = _saved(path).get("global_step", 0)
+        if not isinstance(step, int):
+            raise AverageError(f"{path}: global_step is no whole number; put step=... in its name")
     return Member(path, int(step), named)
 
 

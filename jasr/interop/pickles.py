@@ -204,8 +204,10 @@ class _Machine:
         self.refer(arg.replace(" ", ".", 1))
 
     def op_stack_global(self, _):
-        name = self.pop()
-        self.refer(f"{self.pop()}.{name}")
+        name, module = self.pop(), self.pop()
+        if type(name) is not str or type(module) is not str:  # tuples of tuples print for ever
+            raise PickleError("damaged pickle: a global whose name is no text")
+        self.refer(f"{module}.{name}")
 
     def refer(self, name):
         if name in self.values:

@@ -248,6 +248,9 @@ def test_bombs_stay_small(tmp_path):
     as_key = b"\x80\x02}" + nested[2:] + b"Ns."  # hashing it would overflow C's stack
     with pytest.raises(TorchFileError, match="as a key"):
         torch_file.read(make(tmp_path / "key.pt", as_key))
+    name = b"\x80\x04K\x01" + b"2\x86" * 60 + b"X\x01\0\0\0a\x93."  # 2^60 numbers if printed
+    with pytest.raises(TorchFileError, match="a global whose name is no text"):
+        torch_file.read(make(tmp_path / "name.pt", name))
     long = b"\x80\x04\x8d" + struct.pack("<Q", 1 << 40) + b"abc."  # a string of 1 TiB
     with pytest.raises(TorchFileError, match="damaged pickle"):
         torch_file.read(make(tmp_path / "long.pt", long))
