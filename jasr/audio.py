@@ -27,6 +27,7 @@ from jasr.resample import collect, resample, resample_stream  # noqa: F401
 _BLOCK_SAMPLES = 1 << 20  # decoded at a time, all channels together
 _LONGEST_TRUSTED = 1 << 28  # samples: a damaged header must not ask for all memory at once
 _RATES = (1_000, 1_000_000)  # Hz; anything else is a damaged header
+_CANCELLED = 0.01  # of a channel's power: what is left of it where channels cancel each other
 _LOUDEST = 2.0**31  # 32-bit PCM kept as floats; beyond it squares overflow f32
 
 
@@ -43,7 +44,8 @@ class AudioError(ValueError):
 
 
 def read(file, sample_rate: int = 16000) -> np.ndarray:
-    """Mono samples f32[S] of a recording at `sample_rate` Hz: the mean of its channels, resampled.
+    """Mono samples f32[S] of a recording at `sample_rate` Hz: the mean of its channels, resampled;
+    of channels that cancel each other the loudest.
 
     file: path, bytes or binary file object (read to its end), in any format of libsndfile (WAV,
     FLAC, OGG, MP3, AIFF, SPHERE ...). Values beyond ±1 are kept. A path is decoded in blocks, so
@@ -59,15 +61,16 @@ def read(file, sample_rate: int = 16000) -> np.ndarray:
         return collect(resample_stream(blocks, sound.samplerate, sample_rate), expected)
 
 
-def read_blocks(file, sample_rate: int = 16000):
+def read_blocks(file, sample_rate: int = 16000, notes=None):
     """Yields what `read` returns as blocks f32[*] of at most a minute or so, for long recordings.
 
-    Raises AudioError as `read` does, at the latest where the damage lies.
+    To a list `notes` a remark is added where channels could not be averaged. Raises AudioError as `read` does, at the latest where the damage lies.
     """
     name = _name(file)
     sound, length = _open(file, name)
     with sound:
-        yield from resample_stream(_blocks(sound, length, name), sound.samplerate, sample_rate)
+        blocks = _blocks(sound, length, name, notes)
+        yield from resample_stream(blocks, sound.samplerate, sample_rate)
 
 
 def info(file) -> tuple[float, int, int]:
@@ -138,7 +141,23 @@ def _open_data(data, source, name: str):
     return sound, length
 
 
-def _blocks(sound, length: int, name: str):
+def _mixed(samples, start, rate, notes):
+    """The mean f32[S] of channels f32[S, C], or the loudest of them where they cancel out."""
+    mono = samples.mean(axis=1)
+    with np.errstate(all="ignore"):  # what is not finite is named later
+        power, left = np.square(samples).mean(axis=0), np.square(mono).mean()
+    if not left < _CANCELLED * power.max():
+        return mono
+    loudest = int(power.argmax())
+    if notes is not None:
+        notes.append(
+            f"the channels cancel each other from {start / rate:.1f} s on (opposite phases): "
+            f"channel {loudest} is used for up to {len(samples) / rate:.1f} s"
+        )
+    return samples[:, loudest]
+
+
+def _blocks(sound, length: int, name: str, notes=None):
     """Yields a recording as mono blocks f32[*]; raises where it ends before its length."""
     import soundfile
 
@@ -153,7 +172,9 @@ def _blocks(sound, length: int, name: str):
             ) from error
         if not len(samples):
             break
-        mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+        mono = samples[:, 0]
+        if samples.shape[1] > 1:
+            mono = _mixed(samples, decoded, sound.samplerate, notes)
         peak = np.abs(mono).max()
         if not peak <= _LOUDEST:
             what = f"sample of {peak:g}" if np.isfinite(peak) else "NaN or infinite sample"

@@ -24,7 +24,8 @@ def coverage(spans, seconds):
             gaps.append([round(reached, 4), round(start, 4)])
         reached = max(reached, end)
     missing = sum(end - start for start, end in gaps)
-    return {"windows": len(spans), "seconds": round(seconds - missing, 4), "uncovered": gaps}
+    decoded = max(0.0, round(seconds - missing, 4))
+    return {"windows": len(spans), "seconds": decoded, "uncovered": gaps}
 
 
 def not_decoded(uncovered):
@@ -33,7 +34,8 @@ def not_decoded(uncovered):
 
 
 def doubts(found, levels, seconds):
-    """Warnings about a transcript: no words at all, or long stretches as loud as words without any.
+    """Warnings about a transcript: no words at all, words in silence, or long stretches as loud as
+    words without any.
 
     Args:
       found: words with start and end; levels: f32[N] dB of full scale every LEVEL_SECONDS.
@@ -44,6 +46,8 @@ def doubts(found, levels, seconds):
             return [f"no words found: the recording is silent (peak {peak:.0f} dBFS)"]
         loud = LEVEL_SECONDS * int(np.sum(levels > SOUND_DB))
         return [f"no words found although {loud:.1f} s of it are above {SOUND_DB:g} dBFS"]
+    if peak < SILENT_DB:
+        return [f"words found although the recording is silent (peak {peak:.0f} dBFS)"]
     times = (np.arange(len(levels)) + 0.5) * LEVEL_SECONDS
     edges = np.array([[w["start"], w["end"]] for w in found])
     number = np.searchsorted(edges[:, 0], times) - 1  # the last word begun

@@ -40,6 +40,7 @@ def from_pretrained(
     step=None,
     item="",
     model=None,
+    like="",
     beam=0,
     branch="",
     attention="",
@@ -49,7 +50,7 @@ def from_pretrained(
     """The Recognizer of a run, checkpoint step, average, or model of an original system.
 
     Args:
-      path, step, item, model: see `jasr.tasks.load`.
+      path, step, item, model, like: see `jasr.tasks.load`.
       beam, branch, attention, att_context: how NeMo's models decode, see
         `ParakeetTask.with_options`; local attention has windows of LOCAL_SECONDS if not told
         otherwise.
@@ -59,7 +60,7 @@ def from_pretrained(
 
     compilation_cache.enable()
     options = dict(beam=beam, branch=branch, attention=attention, att_context=att_context)
-    task, variables, meta = tasks.load(path, step, item, model, options)
+    task, variables, meta = tasks.load(path, step, item, model, options, like)
     return Recognizer(task, variables, meta=meta, **settings)
 
 
@@ -249,8 +250,10 @@ class Recognizer:
         columns = longform.join(sorted(job.pieces, key=lambda p: p[0]), self.windows, tokenizer)
         marks = getattr(self.task, "marks", frozenset())
         found = words(tokenizer, *columns[:3], self.task.seconds_per_frame, marks)
-        for word in found:  # the last frame may reach beyond the last sample
+        for word in found:  # the last frame may reach beyond the last sample; TDT may give it none
             word["start"] = min(word["start"], result["duration"])
+            if word["end"] <= word["start"]:
+                word["end"] = round(word["start"] + self.task.seconds_per_frame, 4)
             word["end"] = min(word["end"], result["duration"])
         result["text"] = getattr(self.task, "text", tokenizer.decode)(columns[0])
         result["words"], result["segments"] = found, segments(found)
@@ -323,7 +326,7 @@ class Job:
             _, rate, channels = audio.info(file)
             if channels > 2:
                 self.notes.append(f"{channels} channels were averaged")
-            blocks = audio.read_blocks(file, sample_rate)
+            blocks = audio.read_blocks(file, sample_rate, self.notes)
         else:
             rate = array_rate or sample_rate
             blocks = [samples_of(self.recording, rate, sample_rate, self.name)]
@@ -335,10 +338,17 @@ class Job:
             self.seconds = count / sample_rate
             rest = np.concatenate([rest, block])
             whole = len(rest) // size * size
-            power = np.square(rest[:whole]).reshape(-1, size).mean(axis=1)
-            self.levels.append(10 * np.log10(np.maximum(power, 1e-12)).astype(np.float32))
+            self.levels.append(decibels(rest[:whole].reshape(-1, size)))
             rest = rest[whole:]
             yield block
+        if len(rest):
+            self.levels.append(decibels(rest[None]))
+
+
+def decibels(frames):
+    """f32[N] dB of full scale of the power of frames f32[N, S]; -120 at least."""
+    power = np.square(frames).mean(axis=1)
+    return 10 * np.log10(np.maximum(power, 1e-12)).astype(np.float32)
 
 
 def is_file(recording):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from jasr.coverage import doubts
 from jasr.decoding.ctc import ctc_greedy
 from jasr.recognizer import WAITING_JOBS, Recognizer, find_recordings
 from jasr.resample import resample, resample_stream
@@ -236,6 +237,21 @@ def test_sound_without_words_is_named():
     assert warning.startswith("no words found although 1.0 s")
 
 
+def test_milliseconds_of_noise_are_not_called_silent():
+    noise = 0.1 * np.random.default_rng(0).standard_normal(RATE // 100).astype(np.float32)
+    result = recognizer().transcribe(noise)
+    assert not any("silent" in warning for warning in result["warnings"])
+    assert str(recognizer().transcribe(noise[:1])["coverage"]["seconds"])[0] != "-"
+
+
+def test_words_in_silence_and_holes_beside_words_of_no_length_are_named():
+    (warning,) = doubts([{"start": 1.0, "end": 1.1}], np.full(100, -90.0), 2.0)
+    assert warning.startswith("words found although the recording is silent")
+    found = [{"start": 1.0, "end": 1.04}]
+    (warning,) = doubts(found, np.full(3000, -20.0), 60.0)
+    assert warning.startswith("no words between 1.0 and 60.0 s")
+
+
 def test_a_long_loud_stretch_without_words_is_named():
     clicks = np.where(np.arange(5 * RATE) % 25, 0.0, 0.7).astype(np.float32)  # loud, no token
     speech = coded(sentence(0, 100))
@@ -267,6 +283,16 @@ def test_files_of_any_kind_channels_and_names_are_read(tmp_path):
     assert [r["audio_filepath"] for r in results] == [str(p) for p in paths]
     assert results[1]["warnings"] == [] and results[3]["warnings"] == ["8 channels were averaged"]
     assert len({str(r["words"]) for r in results}) == 1
+
+
+def test_channels_that_cancel_are_not_averaged_to_silence(tmp_path):
+    sound = coded([0, 2, 2, 2, 0, 0, 1, 0, 0, 3, 3, 3, 0])
+    path = write(tmp_path / "a.wav", np.stack([0.9 * sound, -sound], axis=1), subtype="FLOAT")
+    result = recognizer().transcribe(path)
+    assert result["text"] == recognizer().transcribe(-sound)["text"]
+    (warning,) = result["warnings"]
+    assert warning.startswith("the channels cancel each other from 0.0 s on")
+    assert "channel 1 is used" in warning
 
 
 def test_broken_files_do_not_stop_the_others(tmp_path):

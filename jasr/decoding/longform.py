@@ -1,17 +1,20 @@
 """Recordings of any length: overlapping windows of samples, and one token sequence from them.
 
 Windows start at multiples of an output frame, so that frame numbers of all windows count on one
-clock. Two windows' tokens are joined at a frame inside their overlap that lies between words of
-both, as far from any token and from the windows' ends as can be.
+clock. Two windows' tokens are joined at a token on which both agree, near the middle of their
+overlap; where they agree on none, at a frame between words of both, as far from any token and from
+the windows' ends as can be.
 """
 
 import bisect
 import dataclasses
+import difflib
 import functools
 import math
 
 import numpy as np
 
+AGREE = 4  # frames by which two windows may differ about the start of the same token
 SEAM_JITTER = 2  # frames by which two windows may differ about a token
 SEAM_CLEAR = 12  # frames: more silence than this around a seam makes it no better
 
@@ -55,7 +58,7 @@ def join(pieces, windows, tokenizer):
 
     Args:
       pieces: [(first sample, tokens, start_frame, end_frame, ...)] in order, frames counted from
-        each window's own start, without padding; further columns (durations) as they are.
+        each window's own start, without padding; a further column holds durations in frames.
       windows: the Windows that made them.
       tokenizer: with `.piece(id)`; a leading space begins a word.
 
@@ -73,11 +76,21 @@ def join(pieces, windows, tokenizer):
         if first > 0:
             high = shift + windows.overlap // windows.frame
             near = bisect.bisect_left(whole, shift - SEAM_CLEAR, key=lambda item: item[1])
-            seam, word_ends = find_seam(whole[near:], items, shift, high, tokenizer)
-            del whole[bisect.bisect_left(whole, seam, key=lambda item: item[1]) :]
-            items = items[bisect.bisect_left(items, seam, key=lambda item: item[1]) :]
+            shared = find_shared(whole[near:], items, shift, high, tokenizer)
+            if shared:
+                left, right = near + shared[0], shared[1]
+                seam, word_ends = items[right][1], False
+            else:
+                seam, word_ends = find_seam(whole[near:], items, shift, high, tokenizer)
+                left, right = (
+                    bisect.bisect_left(x, seam, key=lambda item: item[1]) for x in (whole, items)
+                )
+            del whole[left:]
+            items = items[right:]
             if whole:
                 token, start, end, *rest = whole[-1]
+                start = min(start, seam)
+                rest = [min(duration, seam - start) for duration in rest]
                 whole[-1] = (token, start, min(end, seam), *rest)
             if word_ends and _runs_on(whole, items, tokenizer):
                 whole.append((space_token(tokenizer), seam, seam, *[0] * (width - 3)))
@@ -91,6 +104,37 @@ def _runs_on(left, right, tokenizer):
         return False
     before, after = tokenizer.piece(left[-1][0]), tokenizer.piece(right[0][0])
     return not before[-1:].isspace() and not after[:1].isspace()
+
+
+def find_shared(left, right, low, high, tokenizer):
+    """(index in left, index in right) of a token that both windows have, or None.
+
+    It belongs to the longest common runs of tokens and begins in both within AGREE frames of the
+    same time; of those the one nearest the middle of (low, high), or rather one a little further
+    off that begins a word. Silence tells less: the windows' times of tokens that touch differ by a
+    frame or two, and a seam in time then loses or doubles one.
+
+    Args:
+      left, right: [(token, start frame, end frame, ...)] in order.
+    """
+    first = bisect.bisect_left(left, low - AGREE, key=lambda item: item[1])
+    last = bisect.bisect_right(right, high + AGREE, key=lambda item: item[1])
+    ids = [item[0] for item in left[first:]], [item[0] for item in right[:last]]
+    margin, middle = (high - low) // 8, (low + high) // 2
+    best = None
+    for run in difflib.SequenceMatcher(None, *ids, autojunk=False).get_matching_blocks():
+        for a, b in zip(range(first + run.a, first + run.a + run.size), range(run.b, last)):
+            off = abs(right[b][1] - middle)
+            if abs(left[a][1] - right[b][1]) > AGREE or off > (high - low) // 2 - margin:
+                continue
+            piece = tokenizer.piece(right[b][0])
+            if not piece.strip():  # where a space stands is nobody's guess
+                continue
+            spaced = not b or not tokenizer.piece(right[b - 1][0]).strip()
+            cost = off if spaced or piece[0].isspace() else off + margin
+            if best is None or cost < best[0]:
+                best = cost, a, b
+    return best and best[1:]
 
 
 def find_seam(left, right, low, high, tokenizer):

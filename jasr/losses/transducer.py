@@ -8,6 +8,7 @@ never exist at once. Those named `_of_logits` take logits that do, for tests and
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jasr.losses.joint import joint_cells, row_tokens, within
 from jasr.losses.lattice import NEVER, log_likelihood
@@ -117,13 +118,18 @@ def tdt_loss_of_logits(
     return _tdt(_fastemit(cells, fastemit_lambda), enc_len, token_len, durations, sigma, omega)
 
 
+def check_durations(durations, name="durations"):
+    """Raises ValueError unless they are numbers of frames, each once, with one above 0."""
+    whole = all(isinstance(d, (int, np.integer)) and d >= 0 for d in durations)
+    if not whole or not any(durations) or len(set(durations)) < len(durations):
+        raise ValueError(
+            f"{name} {durations!r}: must be whole numbers of frames, each once, one above 0"
+        )
+
+
 def _durations(durations):
-    durations = tuple(int(d) for d in durations)
-    if not durations or min(durations) < 0 or max(durations) == 0:
-        raise ValueError(f"durations must be numbers of frames, one above 0; got {durations}")
-    if len(set(durations)) < len(durations):
-        raise ValueError(f"durations must differ from each other; got {durations}")
-    return durations
+    check_durations(durations)
+    return tuple(map(int, durations))
 
 
 def _fastemit(cells, weight):

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from jasr import audio, augment, settings
 
 
+REDUCTIONS = ("mean", "mean_batch", "mean_volume")
+
+
 def sections(config):
     """The settings front_end, spec_augment and wave_augment of a run's config, by name."""
     kinds = {
@@ -54,7 +57,7 @@ def reduced(losses, token_len, good, reduction):
         total, weight = jnp.sum(total), jnp.sum(jnp.where(good, token_len, 0))
     else:
         raise ValueError(
-            f"config.loss.reduction {reduction!r}: choose mean, mean_batch or mean_volume"
+            f"config.loss.reduction {reduction!r}: choose {', '.join(REDUCTIONS)}"
         )
     return total, weight.astype(jnp.float32)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -44,6 +45,19 @@ class LossConfig:
     def __post_init__(self):
         if self.kind not in ("ctc", "rnnt", "tdt"):
             raise ValueError(f"config.loss.kind {self.kind!r}: choose ctc, rnnt or tdt")
+        for name in ("reduction", "ctc_reduction"):
+            if getattr(self, name) not in inputs.REDUCTIONS:
+                raise ValueError(
+                    f"config.loss.{name} {getattr(self, name)!r}: choose "
+                    f"{', '.join(inputs.REDUCTIONS)}"
+                )
+        for name, most in (("omega", 1), ("ctc_weight", 1), ("sigma", None)):
+            value = getattr(self, name)
+            if not 0 <= value <= (math.inf if most is None else most):
+                limits = "at least 0" if most is None else f"within 0 and {most}"
+                raise ValueError(f"config.loss.{name} {value!r}: must be {limits}")
+        if self.kind == "tdt":
+            losses.check_durations(self.durations, "config.loss.durations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +79,7 @@ class DecodingConfig:
             )
         if self.branch not in BRANCHES:
             raise ValueError(f"config.decoding.branch {self.branch!r}: choose transducer or ctc")
-        if self.beam < 1 or self.max_symbols < 0 or self.expansion_gamma < 0:
+        if self.beam < 1 or self.max_symbols < 0 or not 0 <= self.expansion_gamma < math.inf:
             raise ValueError(
                 "config.decoding: beam must be at least 1, max_symbols and expansion_gamma not "
                 f"negative, got {self.beam}, {self.max_symbols}, {self.expansion_gamma}"
@@ -149,10 +163,16 @@ class ParakeetTask:
         return sharding(self.config)
 
     def frames_needed(self, tokens):
-        """The fewest encoder frames that these token ids take: CTC's, or one for a transducer."""
+        """The fewest encoder frames that these token ids take.
+
+        One for a transducer, but more for a TDT whose tokens all take time.
+        """
         if self.config.kind == "ctc":
             return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
-        return 1
+        if self.loss_config.kind == "rnnt":
+            return 1
+        durations = self.loss_config.durations
+        return len(tokens) * min(durations) + min(d for d in durations if d > 0)
 
     @property
     def seconds_per_frame(self):
@@ -176,7 +196,7 @@ class ParakeetTask:
     def loss(self, variables, batch, keys, step):
         """Summed training loss, and what to divide it by; see `CtcTask.loss`.
 
-        A hybrid's CTC loss counts where a CTC path exists; the transducer's needs only frames.
+        A hybrid's CTC loss counts where a CTC path exists, the transducer's where one of its own.
         """
         c, loss = self.config, self.loss_config
         mel, mel_len = inputs.augmented_features(self, batch, keys["augment"], step)
@@ -227,6 +247,17 @@ class ParakeetTask:
         }
         return total, (changed.get("batch_stats", {}), metrics)
 
+    def frames(self, variables, batch):
+        """Encoder frames f[B,T,D] to decode and their lengths i32[B], of each row as if alone.
+
+        Padding does not reach them, not even of a model whose subsampling or normalisation lets
+        it do so in training: NeMo before 2.5 gave other frames in other batches.
+        """
+        c = self.config
+        encoder = dataclasses.replace(c.encoder, masked_subsampling=True, padding_counts=False)
+        model = Parakeet(dataclasses.replace(c, encoder=encoder))
+        return model.apply(variables, *self.features(batch), method="encode")
+
     def tables(self, variables):
         """What `predict` computes of the weights alone, to be jitted.
 
@@ -245,8 +276,7 @@ class ParakeetTask:
           full bool[B] (it stopped before the end, having no room for more labels).
         """
         c, how = self.config, self.decoding
-        mel, mel_len = self.features(batch)
-        x, length = self.model.apply(variables, mel, mel_len, method="encode")
+        x, length = self.frames(variables, batch)
         if self.decodes == "ctc":
             logits = self.model.apply(variables, x, method="ctc_logits")
             names = ("tokens", "token_len", "start_frame", "end_frame")
@@ -328,7 +358,7 @@ class ParakeetTask:
           branch: of a hybrid: "transducer" or "ctc".
           attention: "local" lets every frame read `att_context` (left, right) frames, those of
             `LOCAL_CONTEXT` if that is (), with the weights of attention over all (NeMo's
-            change_attention_model); "full" is as trained.
+            change_attention_model); "full" asserts that attention is not local.
 
         Raises:
           ValueError: the model has no such branch or attention, or CTC is given a beam.
@@ -358,6 +388,8 @@ class ParakeetTask:
             )
             params = {**variables["params"], "encoder": params}
             variables = {**variables, "params": params}
+        elif attention == "full" and c.encoder.is_local:
+            raise ValueError("attention 'full': this encoder was trained with local attention")
         elif attention not in ("", "full"):
             raise ValueError(f"attention {attention!r}: choose full or local")
         return task, variables

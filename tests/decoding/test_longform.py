@@ -74,6 +74,42 @@ def test_a_token_heard_a_little_earlier_by_the_next_window_comes_once():
     assert TOKENIZER.decode(tokens) == "a b c"
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_tokens_that_touch_are_neither_lost_nor_doubled_though_windows_differ_by_a_frame(zero):
+    class Syllables:  # nine of ten pieces begin a word
+        vocab_size = 50
+        piece = staticmethod(lambda n: f" {n}" if n % 10 else f"{n}")
+
+    windows = Windows(100 * FRAME, 25 * FRAME, FRAME)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        steps = rng.integers(1, 5, 300)
+        starts = np.cumsum(steps) - steps
+        tokens = rng.integers(0, 50, 300)
+        pieces = []
+        for first, samples in windows.cut([np.zeros(int(starts[-1] + 5) * FRAME, np.float32)]):
+            low, high = first // FRAME, (first + len(samples)) // FRAME
+            inside = (starts >= low) & (starts + steps <= high)
+            here = np.maximum.accumulate(starts[inside] + rng.integers(-1, 2, inside.sum()))
+            here = np.clip(here - low, 0, None)
+            ends = here if zero else np.append(here[1:], here[-1] + 1)
+            pieces.append((first, tokens[inside], here, ends, ends - here))
+        got, begin, end, durations = join(pieces, windows, Syllables())
+        assert len(pieces) > 5 and got == tokens.tolist()
+        assert np.all(np.diff(begin) >= -2) and np.all(np.array(durations) >= 0)
+        assert np.all(np.array(begin) + durations <= np.array(end))
+
+
+def test_the_last_token_before_a_seam_ends_there_by_every_column():
+    windows = Windows(40 * FRAME, 20 * FRAME, FRAME)
+    left = [[2, 3], [20, 26], [24, 34], [4, 8]]
+    right = [[4], [10], [12], [2]]  # they agree on nothing
+    tokens, starts, ends, durations = join([(0, *left), (200, *right)], windows, TOKENIZER)
+    for start, end, duration in zip(starts, ends, durations, strict=True):
+        assert start + duration <= end
+    assert max(ends[:-1]) <= starts[-1]
+
+
 def test_seam_lies_in_the_silence_nearest_the_middle():
     left = [(2, 42, 43), (3, 58, 60)]
     seam, between_words = find_seam(left, [(4, 44, 45)], 40, 60, TOKENIZER)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common
 from jasr import sharding, tasks, text, tree
+from jasr.tasks.parakeet import LossConfig
 
 KINDS = ("ctc", "rnnt", "tdt", "hybrid")
 SOME = ("rnnt", "hybrid")  # every loss is in one of them: a hybrid has TDT and CTC
@@ -192,7 +193,35 @@ def test_contradictions_are_refused():
         tasks.build(config("ctc") | {"model": {"encoder": {"n_leyers": 2}}}, TOKENIZER)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("omega", 2.0), ("sigma", -1.0), ("ctc_weight", 7.0), ("durations", (1, 2.5)),
+        ("durations", (0,)), ("durations", (-1, 1)), ("ctc_reduction", "foo"), ("reduction", "foo"),
+    ],
+)  # fmt: skip
+def test_settings_of_the_loss_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"config.loss.{name} "):
+        LossConfig(**{name: value})
+
+
+@pytest.mark.parametrize("changes", [{}, {"conv_norm_type": "group_norm4"}])
+def test_files_of_nemo_before_2_5_are_heard_alike_in_any_batch(changes):
+    settings = config("ctc")
+    settings["model"]["encoder"] |= {"masked_subsampling": False, "padding_counts": True, **changes}
+    task = tasks.build(settings, TOKENIZER)
+    variables = jax.jit(task.init)(jax.random.key(0), batch())
+    frames = jax.jit(task.frames)
+    want, count = frames(variables, batch((0.6,), 0.6))
+    for longest in (1.0, 2.0):
+        got, length = frames(variables, batch((0.6,), longest))
+        assert length[0] == count[0] > 10
+        np.testing.assert_allclose(got[0, : count[0]], want[0, : count[0]], atol=1e-5)
+
+
 def test_frames_that_texts_need():
     ctc, tdt = (tasks.build(config(kind), TOKENIZER) for kind in ("ctc", "tdt"))
     assert ctc.frames_needed([1, 1, 2]) == 4 and tdt.frames_needed([1, 1, 2]) == 1
+    slow = tasks.build(config("tdt", loss__durations=(1, 2)), TOKENIZER)
+    assert slow.frames_needed([1, 1, 2]) == 4
     assert ctc.seconds_per_frame == pytest.approx(0.04)
