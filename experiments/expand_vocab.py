@@ -3,8 +3,9 @@
     python -m experiments.expand_vocab --checkpoint=parakeet.nemo --tokenizer=hi.model \
         --output=runs/en_hi_init                       # --replace: only the new vocabulary stays
 
-Old pieces keep ids, rows and segmentation; blank and durations move behind the new pieces; the loss
-stays what it was. The output is a run directory: train from it (config.init, with its tokenizer:
+Old pieces keep ids and rows, and texts of their characters the segmentation (unless
+--keep_base_characters); blank and durations move behind the new pieces; the loss stays what it was.
+The output is a run directory: train from it (config.init, with its tokenizer:
 config.text.kind=init), transcribe with it, convert it.
 """
 
@@ -26,15 +27,25 @@ def main(argv=None):
     parser.add_argument(
         "--rows", default="", help="rule of new rows: low (default), mean, zero_bias, normal"
     )
-    parser.add_argument("--scores", choices=("below", "keep"), default="below")
+    parser.add_argument(
+        "--scores", choices=("below", "keep"), help="of new pieces: below the old ones' (default)"
+    )
     parser.add_argument(
         "--keep_base_characters", action="store_true",
         help="also add pieces made of the old vocabulary's characters only: they can change how "
         "old texts are cut",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow_other_normalizer", action="store_true",
+        help="the other tokenizer may normalise texts otherwise (as SentencePiece's defaults do): "
+        "the old one's rules hold, and some new pieces may never match",
+    )  # fmt: skip
     parser.add_argument("--texts", default="", help="manifest or .txt: how its sentences are cut")
     parser.add_argument("--seed", type=int, default=0, help="of rows that are drawn")
     args = parser.parse_args(argv)
+    for name in ("scores", "keep_base_characters", "allow_other_normalizer", "texts"):
+        if args.replace and getattr(args, name):
+            parser.error(f"--{name} is about merging two vocabularies: --replace keeps one alone")
     import jax
 
     from jasr import tasks
@@ -50,7 +61,11 @@ def main(argv=None):
     new = merged = Model.from_file(args.tokenizer)
     if not args.replace:
         result = merge.merge(
-            old, new, scores=args.scores, filter_base_characters=not args.keep_base_characters
+            old,
+            new,
+            scores=args.scores or "below",
+            filter_base_characters=not args.keep_base_characters,
+            allow_other_normalizer=args.allow_other_normalizer,
         )
         merged = result.model
         print("\n".join(result.lines()))

@@ -10,6 +10,7 @@ from experiments import convert, expand_vocab, train_tokenizer, transcribe
 from experiments import train as training
 from jasr import checkpoint, tasks, tree
 from jasr.interop import nemo
+from jasr.sentencepiece_model import Model
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -61,10 +62,47 @@ def test_an_expanded_vocabulary_changes_no_transcript(archive, root, tmp_path, c
     before, after = (tasks.load(p)[0].tokenizer for p in (archive, str(output)))
     assert after.vocab_size > before.vocab_size
     assert after.decode(after.encode("एक दो")) == "एक दो"
+    other = Model.from_file(model).with_settings(remove_extra_whitespaces=True)
+    (tmp_path / "other.model").write_bytes(other.to_bytes())
+    command[1:] = [f"--tokenizer={tmp_path / 'other.model'}", f"--output={tmp_path / 'other'}"]
+    capsys.readouterr()
+    assert expand_vocab.main(command) == 1
+    said = capsys.readouterr().err
+    assert "remove_extra_whitespaces" in said and "--allow_other_normalizer" in said
+    assert expand_vocab.main([*command, "--allow_other_normalizer"]) == 0
+    assert "normalised as in the base: remove_extra_whitespaces" in capsys.readouterr().out
+    assert tasks.load(str(tmp_path / "other"))[0].tokenizer == after
     exported = tmp_path / "both.nemo"
     assert convert.main([str(output), str(exported)]) == 0
     capsys.readouterr()
     assert texts(capsys, f"--checkpoint={exported}", recording) == want
+
+
+@pytest.mark.parametrize(
+    "flag", ["scores=below", "keep_base_characters", "allow_other_normalizer", "texts=a.txt"]
+)
+def test_replacing_a_vocabulary_refuses_the_flags_of_merging(flag, capsys):
+    command = ["--checkpoint=none.nemo", "--tokenizer=none.model", "--output=none", "--replace"]
+    with pytest.raises(SystemExit):
+        expand_vocab.main([*command, f"--{flag}"])
+    assert f"--{flag.split('=')[0]} is about merging" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_lower_cases_reads_capitals(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("Ja nein, ja\nJa, nein\n", encoding="utf-8")
+    command = [
+        str(tmp_path / "a.txt"),
+        "--vocab_size=12",
+        "--allow_smaller",
+        "--normalisation=none",
+    ]
+    for name, flags in (("cased", []), ("lower", ["--lower_case"])):
+        assert train_tokenizer.main([*command, f"--output={tmp_path / name}", *flags]) == 0
+    cased, lower = (Model.from_file(tmp_path / name) for name in ("cased", "lower"))
+    assert lower.setting("normalizer_name") == "nmt_nfkc_cf"
+    assert lower.processor.encode("JA NEIN") == lower.processor.encode("ja nein")
+    assert 0 not in lower.processor.encode("JA NEIN")
+    assert 0 in cased.processor.encode("JA NEIN")  # N is unknown to it
 
 
 def test_init_is_short_for_the_path_of_the_weights_to_start_from():

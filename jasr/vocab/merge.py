@@ -185,8 +185,8 @@ def _judge(base, new, allow_other_normalizer):
         else:
             names = [f"{m.setting('normalizer_name') or 'unnamed'}" for m in (base, new)]
             problems.append(
-                f"they normalise texts differently ({names[0]}, {names[1]}): {said}. Train the "
-                "new model as the base was, or allow it (allow_other_normalizer): then the base's "
+                f"they normalise texts differently ({names[0]}, {names[1]}): {said}. Train the new "
+                "model as the base was, or allow it (--allow_other_normalizer): then the base's "
                 "rules hold and some new pieces may never match"
             )
     if new.setting("byte_fallback") != base.setting("byte_fallback"):
