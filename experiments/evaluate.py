@@ -36,6 +36,7 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="run, step, average, .nemo ...")
+    add("--like", default="", help=".nemo that the weights of a .ckpt belong to")
     add("--manifest", required=True, action="append", help="manifest, CutSet or Shar; repeatable")
     add("--output", default="", help="JSON report with every utterance")
     add("--predictions", default="", help="JSON lines: id, ref, hyp")
@@ -68,7 +69,9 @@ def evaluate(args):
     changed = {"lact_updates": args.lact_updates} if args.lact_updates else None
     baseline = read_report(args.baseline) if args.baseline else None
     options = decoding_options.given(args)
-    task, variables, meta = tasks.load(args.checkpoint, args.step, args.item, changed, options)
+    task, variables, meta = tasks.load(
+        args.checkpoint, args.step, args.item, changed, options, args.like
+    )
     report = score.evaluate(
         task,
         variables,

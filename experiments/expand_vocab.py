@@ -21,6 +21,7 @@ from experiments.errors import in_one_line
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="what transcribe takes")
+    parser.add_argument("--like", default="", help=".nemo that the weights of a .ckpt belong to")
     parser.add_argument("--tokenizer", required=True, help="the other SentencePiece .model")
     parser.add_argument("--output", required=True, help="run directory of the result")
     parser.add_argument("--replace", action="store_true", help="drop the old vocabulary")
@@ -52,7 +53,7 @@ def main(argv=None):
     from jasr.sentencepiece_model import Model, write_directory
     from jasr.vocab import expand, merge
 
-    task, variables, meta = tasks.load(args.checkpoint)
+    task, variables, meta = tasks.load(args.checkpoint, like=args.like)
     heads, durations = heads_of(task)
     description = task.tokenizer.to_dict()
     if description["kind"] != "sentencepiece":

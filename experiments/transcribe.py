@@ -44,6 +44,7 @@ def parse(argv):
     )
     parser.add_argument("inputs", nargs="+", metavar="PATH", help="recording, or directory of them")
     parser.add_argument("--checkpoint", required=True, help="run, step, average, .nemo ...")
+    parser.add_argument("--like", default="", help=".nemo that the weights of a .ckpt belong to")
     parser.add_argument("--format", choices=FORMATS, default="txt")
     parser.add_argument("--output_dir", default="", help="write one file a recording there")
     parser.add_argument("--step", type=int, default=None, help="step of the run (newest)")
@@ -82,6 +83,7 @@ def transcribe(args, out):
     model = from_pretrained(
         args.checkpoint,
         step=args.step,
+        like=args.like,
         item=args.item,
         window=args.window,
         overlap=args.overlap,

@@ -287,6 +287,8 @@ def _values(given, ours, name):
 
 def foreign(model):
     """What of a model transformers' Parakeet cannot be, in words."""
+    if model.kind == "hybrid":
+        return ["the kind 'hybrid', of which convert --branch=transducer or --branch=ctc takes one"]
     if model.kind not in CLASSES:
         return [f"the kind {model.kind!r}"]
     config, found = model.config, []
@@ -304,6 +306,8 @@ def foreign(model):
     for name in _FRONT_END:
         if front_end[name] != usual[name]:
             found.append(f"front_end.{name} {front_end[name]!r}")
+    if front_end["kind"] == "nemo_legacy" or not encoder.masked_subsampling:
+        found.append("what NeMo before 2.5 computed there (convert --modern_front_end replaces it)")
     if model.kind != "ctc":
         hidden, joint = config["decoder"]["pred_hidden"], config["joint"]["joint_hidden"]
         if not config["decoder"]["blank_as_pad"]:

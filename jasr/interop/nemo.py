@@ -14,6 +14,7 @@ import dataclasses
 import os
 import re
 import tempfile
+import warnings
 
 import jax
 import numpy as np
@@ -31,6 +32,7 @@ from jasr.interop.nemo_tables import TRANSDUCERS, rows, shapes
 from jasr.models.fastconformer_config import FastConformerConfig
 from jasr.text import SentencePieceTokenizer
 
+LIKE = "--like=model.nemo of convert, transcribe, evaluate and expand_vocab (like=... in Python)"
 BUFFERS = r"preprocessor\.featurizer\.(window|fb)|.*\.num_batches_tracked"
 
 
@@ -48,7 +50,8 @@ class NemoModel:
       that the kind has; see `nemo_config`.
     tokenizer: what `text.from_dict` takes; None where the file has none (checkpoints) or has an
       aggregate of several (Canary).
-    variables: {"params", "batch_stats"}, trees of f32 numpy arrays.
+    variables: {"params", "batch_stats"}, trees of f32 numpy arrays; a warning says where the file
+      has another precision.
     nemo_config: the config as it stood in the file.
     buffers: {key: array} of the state dict's entries that are no variables: the front end's window
       and filters, counts of batches. They are written back as they came.
@@ -116,8 +119,7 @@ def read(path, *, like=None):
             config, tokenizer = _read_like(os.fspath(like))
         if config is None:
             raise NemoError(
-                f"{path} holds weights without a config; name the .nemo or .yaml that they belong "
-                "to (like=...)"
+                f"{path} holds weights without a config; name the model that they belong to: {LIKE}"
             )
         return _model(path, state, config, tokenizer)
 
@@ -133,13 +135,14 @@ def from_state(state, config, tokenizer=None, what="the weights"):
 
 
 @contextlib.contextmanager
-def _errors(path):
+def _errors(path, done="read"):
     try:
         yield
     except NemoError:
         raise
     except OSError as e:
-        raise NemoError(f"{path} cannot be read: {e.strerror or e}") from e
+        name = path if done == "written" else e.filename or path
+        raise NemoError(f"{name} cannot be {done}: {e.strerror or e}") from e
     except ValueError as e:  # of the parts: archive, YAML, pickle, table, settings, tokenizer
         text = str(e)
         raise NemoError(text if path in text else f"{path}: {text}") from e
@@ -236,6 +239,7 @@ def _model(path, state, config, tokenizer):
         problems.append(str(e))
     if problems:
         raise NemoError(f"{path}: " + "\n".join(problems))
+    _note_precision(state, buffers)
     return NemoModel(
         kind=model.kind,
         config=model.sections,
@@ -244,6 +248,20 @@ def _model(path, state, config, tokenizer):
         nemo_config=config,
         buffers=buffers,
     )
+
+
+def _note_precision(state, buffers):
+    """Warns where weights are of another precision than the f32 that they become."""
+    floats = {}
+    for key, array in state.items():
+        if key not in buffers and array.dtype != np.float32 and array.dtype.kind in "fV":
+            floats.setdefault(array.dtype.name, []).append(array)
+    for name, arrays in floats.items():
+        text = f"weights of {name} become float32, here and in what is written from them"
+        if arrays[0].dtype.itemsize > 4:
+            lost = sum(not np.array_equal(a, a.astype(np.float32), equal_nan=True) for a in arrays)
+            text += f": {lost} of {len(arrays)} tensors lose digits"
+        warnings.warn(text, stacklevel=4)
 
 
 def owned(variables):
@@ -290,7 +308,10 @@ def write(path, model):
     Raises:
       NemoError: a kind, setting or parameter that NeMo does not have, or no tokenizer.
     """
-    with _errors(os.fspath(path)):
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise NemoError(f"{os.fspath(path)} cannot be written: there is no folder {folder}")
+    with _errors(os.fspath(path), "written"):
         settings = nemo_config.Settings(model.kind, model.config)
         tokenizer = sentencepiece(model)
         base = model.nemo_config
@@ -313,7 +334,6 @@ def write(path, model):
         config["tokenizer"] = section
         members[nemo_archive.CONFIG] = nemo_yaml.dump(config)
         state = state_dict(model)
-        folder = os.path.dirname(os.path.abspath(path))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".jasr-") as temporary:
             weights = os.path.join(temporary, nemo_archive.WEIGHTS)
             torch_file.write(weights, state)

@@ -32,21 +32,32 @@ class Original(typing.NamedTuple):
     load: typing.Callable
 
 
-def find(path):
+def find(path, like=None):
     """The Original at `path`, or None where it is none of these: a NeMo archive or checkpoint
-    (.nemo, .ckpt), a Hugging Face Parakeet directory, original LaCT ASR (.pt or directory)."""
+    (.nemo, .ckpt), a Hugging Face Parakeet directory, original LaCT ASR (.pt or directory).
+
+    like: path of the .nemo whose config and tokenizer a file of weights (.ckpt, .pt) belongs to.
+
+    Raises:
+      nemo.NemoError: `like` is given for something else.
+    """
+    if like:
+        if os.path.isdir(path) or os.fspath(path).endswith(".nemo"):
+            raise nemo.NemoError(f"{path} has its own config; --like is for a .ckpt or .pt alone")
+        return _nemo(like)
     if nemo.is_nemo(path) or hf_parakeet.is_parakeet(_directory(path)):
-        return _NEMO
+        return _nemo()
     if lact.is_lact(path):
         return Original(lact.weights_file, lact.load_meta, _load_lact)
     return None
 
 
-def read_parakeet(path):
-    """The NemoModel of a .nemo, a .ckpt with its config, or a Hugging Face Parakeet directory."""
+def read_parakeet(path, like=None):
+    """The NemoModel of a .nemo, a .ckpt with its config (or that of `like`), or a Hugging Face
+    Parakeet directory."""
     if os.path.isdir(path):
         return hf_parakeet.read(path)
-    return nemo.read(path)
+    return nemo.read(path, like=like)
 
 
 def run_config(model):
@@ -141,6 +152,39 @@ def nemo_model(task, variables, meta):
     )
 
 
+def exported(model, branch="", modern_front_end=False):
+    """(NemoModel to be written, sentences that say what was changed).
+
+    Args:
+      branch: of a hybrid: "transducer" or "ctc".
+      modern_front_end: a model of a NeMo before 2.5 takes the front end and subsampling of 2.5 and
+        later, the only ones that transformers has.
+
+    Raises:
+      nemo.NemoError: no such branch.
+    """
+    changes = []
+    if branch:
+        if branch == "transducer" and model.kind == "ctc":
+            raise nemo.NemoError("a model of kind 'ctc' has no branch 'transducer'")
+        model = nemo.branch(model, "ctc" if branch == "ctc" else model.config["loss"]["kind"])
+    if modern_front_end:
+        config = dict(model.config)
+        for section, key, value in (
+            ("front_end", "kind", "nemo"),
+            ("encoder", "masked_subsampling", True),
+        ):
+            if (old := config[section][key]) != value:
+                changes.append(f"{section}.{key} {old!r} -> {value!r}")
+                config[section] = {**config[section], key: value}
+        model = dataclasses.replace(model, config=config)
+        if changes:
+            changes.append("the frames at an utterance's ends are not those of its training")
+        else:
+            changes.append("front end and subsampling are those of NeMo 2.5 already")
+    return model, changes
+
+
 def _array(kept):
     data = np.frombuffer(base64.b64decode(kept["data"]), np.dtype(kept["dtype"]))
     return data.reshape(kept["shape"])
@@ -162,13 +206,16 @@ def _meta(model, path, tokens=True):
     meta["nemo"] = {"config": model.nemo_config, "buffers": buffers}
     if tokens:
         if model.tokenizer is None:
-            raise nemo.NemoError(f"{path} has no tokenizer, which its texts need")
+            raise nemo.NemoError(
+                f"{path} has no tokenizer, which its texts need; name a .nemo that has it: "
+                f"{nemo.LIKE}"
+            )
         meta["tokenizer"] = model.tokenizer
     return meta
 
 
-def _load_nemo(path):
-    model = read_parakeet(path)
+def _load_nemo(path, like=None):
+    model = read_parakeet(path, like)
     return _meta(model, path), model.variables
 
 
@@ -177,11 +224,14 @@ def _nemo_weights(path):
     return path / "model.safetensors" if path.is_dir() else path
 
 
-_NEMO = Original(
-    weights_file=_nemo_weights,
-    load_meta=lambda path, tokens=True: _meta(read_parakeet(_directory(path)), path, tokens),
-    load=lambda path: _load_nemo(_directory(path)),
-)
+def _nemo(like=None):
+    return Original(
+        weights_file=_nemo_weights,
+        load_meta=lambda path, tokens=True: _meta(
+            read_parakeet(_directory(path), like), path, tokens
+        ),
+        load=lambda path: _load_nemo(_directory(path), like),
+    )
 
 
 def _directory(path):

@@ -26,7 +26,7 @@ def build(config, tokenizer):
     return getattr(importlib.import_module(module), cls).build(config, tokenizer)
 
 
-def load(path, step=None, item="", model=None, options=None):
+def load(path, step=None, item="", model=None, options=None, like=""):
     """A task, its variables and the checkpoint's meta.
 
     Args:
@@ -36,6 +36,7 @@ def load(path, step=None, item="", model=None, options=None):
       item: "params" or "ema"; "" = the moving average if the checkpoint has one.
       model: mapping of model settings to change, e.g. {"lact_updates": "off"}.
       options: how to decode, e.g. {"beam": 4}; see `ParakeetTask.with_options`.
+      like: the .nemo whose config and tokenizer weights alone (.ckpt) belong to.
 
     Returns:
       (task, {"params", "batch_stats"} of numpy arrays, meta dict).
@@ -47,7 +48,9 @@ def load(path, step=None, item="", model=None, options=None):
     from jasr import checkpoint, source, text
     from jasr.interop import originals
 
-    if original := originals.find(path):
+    if original := originals.find(path, like):
+        if step is not None or item:
+            raise ValueError(f"{path} has neither steps nor items; leave out --step and --item")
         meta, variables = original.load(path)
     else:
         # One step for all parts: each load by itself could fall back to another one.

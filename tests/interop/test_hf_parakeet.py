@@ -311,11 +311,12 @@ def test_what_transformers_does_not_have_is_listed(models, tmp_path):
         "encoder.conv_norm_type 'layer_norm'",
         "encoder.att_context_size (8, 8)",
         "encoder.masked_subsampling False",
+        "what NeMo before 2.5 computed there (convert --modern_front_end replaces it)",
         "decoder.pred_hidden 48 other than joint.joint_hidden 40",
         "loss.durations (0, 1, 2, 4, 8)",
     ):
         assert reason in str(error.value)
-    with pytest.raises(HfError, match="the kind 'hybrid'"):
+    with pytest.raises(HfError, match="'hybrid', of which convert --branch=transducer"):
         hf_parakeet.write(tmp_path / "out", dataclasses.replace(model, kind="hybrid"))
     assert not (tmp_path / "out").exists()
 
