@@ -11,10 +11,12 @@ for a model without the CTC head. Model and front end are that file's; where ano
 the start is refused with a list of what to set. The tokenizer is the one of config.init.
 
 Of the utterances that are drawn each [path, weight] pair of config.data.train has the share that
-its weight says: half of them English here, so that the first language is not forgotten. The new
-rows learn before the rest does, if the encoder stands still for a first run:
+its weight says. Half of them are English here, for two sets of like size; where there is little of
+the new language give it the share that it has (README, "A second language"). The new rows learn
+before the rest does, if the encoder stands still for a first run:
 
-    --config.init.freeze="('encoder/.*',)" --config.train.steps=2000 --config.optim.lr=1e-3
+    --config.init.freeze="('encoder/.*',)" --config.train.steps=2000 --config.optim.lr=1e-3 \\
+        --config.optim.warmup_steps=200
 
 and a second run with --config.init=runs/en_hi trains everything. Optimizer, schedule and
 SpecAugment are NeMo's. The sizes want accelerators; the run has not been made with jasr.
@@ -53,7 +55,8 @@ def get_config(arg="hybrid"):
         lr=2e-4, b1=0.9, b2=0.98, eps=1e-8, weight_decay=1e-3, decay_rules=((".*", 1.0),)
     )
     schedule = {"name": "CosineAnnealing", "warmup_steps": 1000, "min_lr": 1e-6}
-    config.optim.update(schedules.from_nemo({**schedule, "max_steps": STEPS}, STEPS))
+    config.optim.update(schedules.from_nemo(schedule, STEPS))
+    config.optim.decay_steps = 0  # = config.train.steps, whatever that is set to
     config.train.update(steps=STEPS, log_every=100, eval_every=2000, sample_every=1000)
     config.checkpoint.update(keep_latest=2, keep_best=3)
     return config.lock()

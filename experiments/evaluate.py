@@ -56,7 +56,11 @@ def parse(argv):
     add("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
     add("--limit", type=int, default=0, help="score the first N utterances only")
     decoding_options.add(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    decoding_options.check_windows(parser, args)
+    if args.limit < 0:
+        parser.error(f"--limit={args.limit}: a number of utterances; 0 = all")
+    return args
 
 
 def evaluate(args):

@@ -60,8 +60,7 @@ def parse(argv):
     )
     decoding_options.add(parser)
     args = parser.parse_intermixed_args(argv)
-    if args.window < 0 or args.overlap < 0 or args.batch_seconds <= 0:
-        parser.error("--window, --overlap and --batch_seconds are seconds above 0")
+    decoding_options.check_windows(parser, args)
     if args.timestamps and args.format != "json":
         parser.error("--timestamps=nemo is written in JSON only: add --format=json")
     return args
@@ -83,8 +82,8 @@ def transcribe(args, out):
     model = from_pretrained(
         args.checkpoint,
         step=args.step,
-        like=args.like,
         item=args.item,
+        like=args.like,
         window=args.window,
         overlap=args.overlap,
         batch_seconds=args.batch_seconds,

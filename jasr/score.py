@@ -35,7 +35,8 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
 
     kind = normalisation or getattr(task.tokenizer, "normalisation", "none")
     text.normalise("", kind)  # an unknown kind is refused before any work
-    config = data.DataConfig(sample_rate=task.front_end.sample_rate, cache_audio=False)
+    rate = task.front_end.sample_rate  # an empty text counts too: what is heard there is wrong
+    config = data.DataConfig(sample_rate=rate, cache_audio=False, min_tokens=0)
     source = data.open_eval(config, manifest, task.tokenizer.encode)
     recognizer = Recognizer(task, variables, meta=meta, **settings)
     chosen = set(range(len(source.texts))[: limit or None])
@@ -47,6 +48,8 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
     wall = time.perf_counter() - start - recognizer.compile_seconds
     failed = {n: r["error"] for n, r in results.items() if "error" in r} | dict(source.failed)
     kept = [n for n in sorted(results) if n not in failed]
+    if not any(source.texts[n].strip() for n in kept):
+        raise ValueError(f"{manifest}: {len(kept)} utterances without a word: nothing to score")
     report = score(
         [source.texts[n] for n in kept],
         [results[n]["text"] for n in kept],

@@ -235,6 +235,9 @@ def check_resume(meta, fingerprint, tokenizer, config, allow_data_change):
             "and config.init.drop"
         )
     changes = meaning.differences(meta["config"], config)
+    names = [c.get("optim", {}).get("name", "adamw") for c in (meta["config"], config)]
+    if names[0] != names[1]:  # each has a state of its own
+        changes = {**changes, "optim.name": tuple(names)}
     if changes:
         raise StartError(
             f"the config differs from the checkpoint's in {meaning.listed(changes)}; use another "

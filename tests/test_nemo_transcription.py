@@ -182,6 +182,7 @@ def test_options_that_a_model_does_not_have_are_refused(babble):
         (hybrid, {"beam": 4, "branch": "ctc"}, "CTC is greedy"),
         (task, {"att_context": (4, 4)}, "of attention 'local'"),
         (task, {"attention": "band"}, "choose full or local"),
+        (task.with_options(variables, attention="local")[0], {"attention": "full"}, "was trained"),
     ):
         with pytest.raises(ValueError, match=why):
             other.with_options(variables, **options)
@@ -197,7 +198,7 @@ def test_options_that_a_model_does_not_have_are_refused(babble):
     ):
         with pytest.raises(ValueError, match=why):
             tasks.build(config(changes.pop("kind", "tdt"), **changes), TOKENIZER)
-    for text in ("128", "128,-1", "a,b"):
+    for text in ("128", "128,-1", "a,b", "99999999999,5"):
         with pytest.raises(ValueError, match="--att_context"):
             decoding_options.context(text)
     assert decoding_options.context("64,32") == (64, 32)
@@ -227,6 +228,18 @@ def test_commands_take_the_options_and_report_what_was_covered(babble, tmp_path,
     assert "error: branch 'ctc': a model of kind 'tdt' is no hybrid" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         transcribe.main([*given, str(recording), "--format=srt", "--timestamps=nemo"])
+    for flag in ("--window=-5", "--window=nan", "--overlap=inf"):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([*given, manifest, flag])
+        with pytest.raises(SystemExit, match="2"):
+            transcribe.main([*given, str(recording), flag])
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([*given, manifest, "--limit=-2"])
+    assert transcribe.main([f"--checkpoint={run}", "--beam=0", str(recording)]) == 1
+    (tmp_path / "valid.jsonl").write_text(json.dumps({**rows, "text": " "}) + "\n")
+    capsys.readouterr()
+    assert evaluate.main([*given, manifest]) == 1
+    assert "without a word: nothing to score" in capsys.readouterr().err
 
 
 def run_decoding(config):

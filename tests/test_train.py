@@ -216,6 +216,9 @@ def test_changed_data_or_model_or_tokenizer_is_refused_at_resume(tmp_path):
     harmless = json.loads(config(model__dropout=0.1, model__remat=True).to_json())
     tokenizer = text.from_dict(meta["tokenizer"])
     start.check_resume(meta, meta["fingerprint"], tokenizer, harmless, allow_data_change=False)
+    other = {**harmless, "optim": {**harmless["optim"], "name": "adamw8bit"}}
+    with pytest.raises(start.StartError, match=r"optim.name \(adamw -> adamw8bit\)"):
+        start.check_resume(meta, meta["fingerprint"], tokenizer, other, allow_data_change=False)
 
 
 def test_a_complete_run_says_so_before_anything_is_compiled(tmp_path, caplog, monkeypatch):
