@@ -64,7 +64,8 @@ def read(file, sample_rate: int = 16000) -> np.ndarray:
 def read_blocks(file, sample_rate: int = 16000, notes=None):
     """Yields what `read` returns as blocks f32[*] of at most a minute or so, for long recordings.
 
-    To a list `notes` a remark is added where channels could not be averaged. Raises AudioError as `read` does, at the latest where the damage lies.
+    To a list `notes` a remark is added where channels could not be averaged. Raises AudioError as
+    `read` does, at the latest where the damage lies.
     """
     name = _name(file)
     sound, length = _open(file, name)

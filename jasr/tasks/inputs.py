@@ -5,7 +5,6 @@ import jax.numpy as jnp
 
 from jasr import audio, augment, settings
 
-
 REDUCTIONS = ("mean", "mean_batch", "mean_volume")
 
 
