@@ -25,7 +25,7 @@ def default(task="ctc"):
     config.wave_augment = section(augment.WaveAugmentConfig)
     if task == "parakeet":
         from jasr.models.parakeet import ParakeetConfig
-        from jasr.tasks.parakeet import DecodingConfig, LossConfig
+        from jasr.tasks.parakeet_config import DecodingConfig, LossConfig
 
         config.model, config.loss = section(ParakeetConfig), section(LossConfig)
         config.decoding = section(DecodingConfig)

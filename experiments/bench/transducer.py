@@ -149,7 +149,7 @@ def transducer(args):
     from jasr.models.fastconformer_config import FastConformerConfig
     from jasr.models.transducer import JointConfig, PredictionConfig
     from jasr.settings import to_dict
-    from jasr.tasks.parakeet import LossConfig
+    from jasr.tasks.parakeet_config import LossConfig
 
     V, J, D = args.V, args.J, args.D
     encoder = FastConformerConfig(

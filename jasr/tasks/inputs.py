@@ -55,9 +55,7 @@ def reduced(losses, token_len, good, reduction):
     elif reduction == "mean_volume":
         total, weight = jnp.sum(total), jnp.sum(jnp.where(good, token_len, 0))
     else:
-        raise ValueError(
-            f"config.loss.reduction {reduction!r}: choose {', '.join(REDUCTIONS)}"
-        )
+        raise ValueError(f"config.loss.reduction {reduction!r}: choose {', '.join(REDUCTIONS)}")
     return total, weight.astype(jnp.float32)
 
 

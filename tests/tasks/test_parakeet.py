@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common
 from jasr import sharding, tasks, text, tree
-from jasr.tasks.parakeet import LossConfig
+from jasr.tasks.parakeet_config import LossConfig
 
 KINDS = ("ctc", "rnnt", "tdt", "hybrid")
 SOME = ("rnnt", "hybrid")  # every loss is in one of them: a hybrid has TDT and CTC
