@@ -185,11 +185,12 @@ class ParakeetTask:
     def frames(self, variables, batch):
         """Encoder frames f[B,T,D] to decode and their lengths i32[B], of each row as if alone.
 
-        Padding does not reach them, not even of a model whose subsampling or normalisation lets
-        it do so in training: NeMo before 2.5 gave other frames in other batches.
+        Padding does not reach them through the subsampling, not even of a model of NeMo before 2.5,
+        where the last frames were other ones in other batches. It does, as in NeMo, where it counts
+        in the norm of the convolutions (group, instance) or in the length (stacking).
         """
         c = self.config
-        encoder = dataclasses.replace(c.encoder, masked_subsampling=True, padding_counts=False)
+        encoder = dataclasses.replace(c.encoder, masked_subsampling=True)
         model = Parakeet(dataclasses.replace(c, encoder=encoder))
         return model.apply(variables, *self.features(batch), method="encode")
 

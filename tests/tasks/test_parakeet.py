@@ -205,10 +205,9 @@ def test_settings_of_the_loss_that_make_no_sense_are_refused(name, value):
         LossConfig(**{name: value})
 
 
-@pytest.mark.parametrize("changes", [{}, {"conv_norm_type": "group_norm4"}])
-def test_files_of_nemo_before_2_5_are_heard_alike_in_any_batch(changes):
+def test_files_of_nemo_before_2_5_are_heard_alike_in_any_batch():
     settings = config("ctc")
-    settings["model"]["encoder"] |= {"masked_subsampling": False, "padding_counts": True, **changes}
+    settings["model"]["encoder"] |= {"masked_subsampling": False, "padding_counts": True}
     task = tasks.build(settings, TOKENIZER)
     variables = jax.jit(task.init)(jax.random.key(0), batch())
     frames = jax.jit(task.frames)
