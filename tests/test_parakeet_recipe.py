@@ -57,6 +57,7 @@ def test_an_expanded_model_is_fine_tuned_as_the_recipe_says(goldens, root, tmp_p
         f"--config.init={tmp_path / 'en_hi_init'}", "--config.optim.name=adamw8bit",
         f"--config.data.train={pairs}", "--config.data.valid=()",
         "--config.init.freeze=('encoder/.*',)", "--config.train.steps=2",
+        "--config.optim.warmup_steps=1",
         "--config.train.eval_every=2", "--config.train.log_every=1",
         "--config.train.sample_every=0", "--config.data.num_buckets=1",
         "--config.data.bucket_batch_size=(8,)",

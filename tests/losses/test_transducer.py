@@ -530,5 +530,5 @@ def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"must be \[B, T, J\]"):
         rnnt_loss(parts[0], parts[1][:, 1:], *parts[2:], *rows, blank=3)
     for durations in [(), (0,), (1, 1), (-1, 2)]:
-        with pytest.raises(ValueError, match="durations must"):
+        with pytest.raises(ValueError, match="durations .*: must"):
             tdt_loss(*parts, *rows, blank=3, durations=durations)
