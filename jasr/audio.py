@@ -27,7 +27,7 @@ from jasr.resample import collect, resample, resample_stream  # noqa: F401
 _BLOCK_SAMPLES = 1 << 20  # decoded at a time, all channels together
 _LONGEST_TRUSTED = 1 << 28  # samples: a damaged header must not ask for all memory at once
 _RATES = (1_000, 1_000_000)  # Hz; anything else is a damaged header
-_CANCELLED = 0.01  # of a channel's power: what is left of it where channels cancel each other
+_CANCELLED = 0.02  # of the power of a mean of unrelated channels: less is left where they cancel
 _LOUDEST = 2.0**31  # 32-bit PCM kept as floats; beyond it squares overflow f32
 
 
@@ -142,27 +142,27 @@ def _open_data(data, source, name: str):
     return sound, length
 
 
-def _mixed(samples, start, rate, notes):
-    """The mean f32[S] of channels f32[S, C], or the loudest of them where they cancel out."""
+def _mixed(samples, chosen):
+    """(mono f32[S], None) of channels f32[S, C]; where they cancel out (one of them, its number).
+
+    chosen: the channel of the block before, kept unless another one is ten times as loud.
+    """
     mono = samples.mean(axis=1)
     with np.errstate(all="ignore"):  # what is not finite is named later
         power, left = np.square(samples).mean(axis=0), np.square(mono).mean()
-    if not left < _CANCELLED * power.max():
-        return mono
-    loudest = int(power.argmax())
-    if notes is not None:
-        notes.append(
-            f"the channels cancel each other from {start / rate:.1f} s on (opposite phases): "
-            f"channel {loudest} is used for up to {len(samples) / rate:.1f} s"
-        )
-    return samples[:, loudest]
+        unrelated = power.sum() / len(power) ** 2  # what is left of channels that differ
+    if not left < _CANCELLED * unrelated:
+        return mono, None
+    if chosen is None or 10 * power[chosen] < power.max():
+        chosen = int(power.argmax())
+    return samples[:, chosen], chosen
 
 
 def _blocks(sound, length: int, name: str, notes=None):
     """Yields a recording as mono blocks f32[*]; raises where it ends before its length."""
     import soundfile
 
-    block, decoded = max(1, _BLOCK_SAMPLES // sound.channels), 0
+    block, decoded, channel = max(1, _BLOCK_SAMPLES // sound.channels), 0, None
     while True:
         try:
             samples = sound.read(block, dtype="float32", always_2d=True)
@@ -175,7 +175,14 @@ def _blocks(sound, length: int, name: str, notes=None):
             break
         mono = samples[:, 0]
         if samples.shape[1] > 1:
-            mono = _mixed(samples, decoded, sound.samplerate, notes)
+            mono, used = _mixed(samples, channel)
+            channel = channel if used is None else used
+            if used is not None and notes is not None:
+                notes.append(
+                    f"the channels cancel each other out from {decoded / sound.samplerate:.1f} s "
+                    f"on (opposite phases): where they do, channel {channel} is used"
+                )
+                notes = None  # once
         peak = np.abs(mono).max()
         if not peak <= _LOUDEST:
             what = f"sample of {peak:g}" if np.isfinite(peak) else "NaN or infinite sample"

@@ -49,7 +49,11 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
     failed = {n: r["error"] for n, r in results.items() if "error" in r} | dict(source.failed)
     kept = [n for n in sorted(results) if n not in failed]
     if not any(source.texts[n].strip() for n in kept):
-        raise ValueError(f"{manifest}: {len(kept)} utterances without a word: nothing to score")
+        first = next(iter(failed.values()), "")
+        others = f"; {len(failed)} could not be transcribed, e.g. {first}" if failed else ""
+        raise ValueError(
+            f"{manifest}: {len(kept)} utterances without a word{others}: nothing to score"
+        )
     report = score(
         [source.texts[n] for n in kept],
         [results[n]["text"] for n in kept],
@@ -102,7 +106,7 @@ def score(refs, hyps, durations, normalisation="none"):
         **result,
         "wer_interval": [low, high],
         "cer_interval": [char_low, char_high],
-        "empty": sum(not h for h in hyps),
+        "empty": sum(bool(r) and not h for r, h in zip(refs, hyps, strict=True)),
         "normalisation": normalisation,
         "by_duration": by_duration(counts, durations),
         "utterances": [
@@ -151,6 +155,9 @@ def compare(report, baseline):
       ValueError: the reports are not of the same utterances with the same texts.
     """
     mine, theirs = ({u["id"]: u for u in r["utterances"]} for r in (report, baseline))
+    for one, other in ((mine, theirs), (theirs, mine)):  # reports of before left empty texts out
+        for i in [i for i, u in one.items() if i not in other and not u["ref"]]:
+            del one[i]
     if mine.keys() != theirs.keys():
         only = sorted(mine.keys() ^ theirs.keys())
         raise ValueError(f"reports of different utterances: {len(only)} in one alone: {only[:3]}")

@@ -291,8 +291,26 @@ def test_channels_that_cancel_are_not_averaged_to_silence(tmp_path):
     result = recognizer().transcribe(path)
     assert result["text"] == recognizer().transcribe(-sound)["text"]
     (warning,) = result["warnings"]
-    assert warning.startswith("the channels cancel each other from 0.0 s on")
+    assert warning.startswith("the channels cancel each other out from 0.0 s on")
     assert "channel 1 is used" in warning
+
+
+def test_a_channel_once_chosen_is_kept_and_silent_ones_do_not_cancel(tmp_path, monkeypatch):
+    from jasr import audio
+
+    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 2000)
+    sound = 0.3 * np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+    path, notes = write(tmp_path / "a.wav", np.stack([sound, -sound], axis=1)), []
+    got = np.concatenate(list(audio.read_blocks(path, notes=notes)))
+    assert len(notes) == 1
+    np.testing.assert_allclose(np.abs(got @ sound), sound @ sound, rtol=1e-3)  # one sign throughout
+    one = np.zeros((8000, 16), np.float32)
+    one[:, 3] = sound
+    path, notes = write(tmp_path / "b.wav", one, subtype="FLOAT"), []
+    np.testing.assert_allclose(
+        np.concatenate(list(audio.read_blocks(path, notes=notes))), sound / 16, atol=1e-6
+    )
+    assert notes == []
 
 
 def test_broken_files_do_not_stop_the_others(tmp_path):

@@ -87,11 +87,13 @@ def join(pieces, windows, tokenizer):
                 )
             del whole[left:]
             items = items[right:]
-            if whole:
-                token, start, end, *rest = whole[-1]
+            for n in range(len(whole) - 1, -1, -1):
+                token, start, end, *rest = whole[n]
+                if end <= seam and start < seam - SEAM_CLEAR:
+                    break
                 start = min(start, seam)
                 rest = [min(duration, seam - start) for duration in rest]
-                whole[-1] = (token, start, min(end, seam), *rest)
+                whole[n] = (token, start, min(end, seam), *rest)
             if word_ends and _runs_on(whole, items, tokenizer):
                 whole.append((space_token(tokenizer), seam, seam, *[0] * (width - 3)))
         whole += items

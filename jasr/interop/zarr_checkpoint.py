@@ -52,7 +52,7 @@ class Array:
 
     def check_chunks(self):
         """Raises ZarrError unless every chunk has its file (what misses would be read as zeros) and
-        the chunks do not unpack to many times their size, as weights never do.
+        the chunks do not unpack to many times their size, as weights hardly do.
         """
         grid = zip(self.shape, self.header["chunks"], strict=True)
         wanted = math.prod(math.ceil(size / chunk) for size, chunk in grid)
@@ -69,7 +69,7 @@ class Array:
         if wanted * chunk > most:
             raise ZarrError(
                 f"{self.path}: its chunks unpack to {wanted * chunk} bytes, more than {MOST_GROWTH}"
-                f" times their size and {SLACK}, as weights never do; if it is honest, write it "
+                f" times their size and {SLACK}, as weights hardly do; if it is honest, write it "
                 "again without a compressor"
             )
         compressor = self.header.get("compressor")

@@ -186,8 +186,9 @@ class ParakeetTask:
         """Encoder frames f[B,T,D] to decode and their lengths i32[B], of each row as if alone.
 
         Padding does not reach them through the subsampling, not even of a model of NeMo before 2.5,
-        where the last frames were other ones in other batches. It does, as in NeMo, where it counts
-        in the norm of the convolutions (group, instance) or in the length (stacking).
+        where the last frames were other ones in other batches (and other ones again with its
+        pad_to above 0, which no released model has). It does, as in NeMo, where it counts in the
+        norm of the convolutions (group, instance) or in the length (stacking).
         """
         c = self.config
         encoder = dataclasses.replace(c.encoder, masked_subsampling=True)

@@ -34,7 +34,8 @@ class LossConfig:
         if self.kind not in ("ctc", "rnnt", "tdt"):
             raise ValueError(f"config.loss.kind {self.kind!r}: choose ctc, rnnt or tdt")
         for name in ("reduction", "ctc_reduction"):
-            if getattr(self, name) not in REDUCTIONS:
+            # NeMo's files may say sum, which only training has no use for: `inputs.reduced`
+            if getattr(self, name) not in (*REDUCTIONS, "sum"):
                 raise ValueError(
                     f"config.loss.{name} {getattr(self, name)!r}: choose {', '.join(REDUCTIONS)}"
                 )

@@ -110,6 +110,16 @@ def test_the_last_token_before_a_seam_ends_there_by_every_column():
     assert max(ends[:-1]) <= starts[-1]
 
 
+def test_times_do_not_run_backwards_where_windows_differ_by_frames():
+    windows = Windows(40 * FRAME, 20 * FRAME, FRAME)
+    left = [[2, 3, 4, 5, 2], [20, 30, 31, 32, 33], [21, 31, 32, 33, 34]]
+    right = [[2, 3, 4, 5, 2, 3], [0, 7, 8, 9, 10, 14], [1, 8, 9, 10, 11, 15]]  # 3 frames earlier
+    tokens, starts, ends = join([(0, *left), (200, *right)], windows, TOKENIZER)
+    assert tokens == [2, 3, 4, 5, 2, 3]
+    assert starts == sorted(starts) and ends == sorted(ends)
+    assert all(start <= end for start, end in zip(starts, ends, strict=True))
+
+
 def test_seam_lies_in_the_silence_nearest_the_middle():
     left = [(2, 42, 43), (3, 58, 60)]
     seam, between_words = find_seam(left, [(4, 44, 45)], 40, 60, TOKENIZER)
