@@ -275,6 +275,25 @@ def test_agrees_with_transformers(transformers_tdt):
         close(a, b.grad.numpy(), 1e-4)
 
 
+def test_rnnt_agrees_with_transformers():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchaudio", reason="transformers' loss_rnnt is torchaudio's")
+    theirs = pytest.importorskip("transformers.loss.loss_rnnt").rnnt_loss
+    parts, rows = ragged(3, T=40, U=12, outputs=70, scale=0.5)
+    rows = tuple(x[:4] for x in rows)
+    parts = (parts[0][:4], parts[1][:4], *parts[2:])
+    (loss, _), grad = loss_and_grad(rnnt_loss, parts, rows)
+    given = [torch.tensor(x, requires_grad=True) for x in parts]
+    enc, pred, kernel, bias = given
+    logits = torch.relu(enc[:, :, None] + pred[:, None]) @ kernel + bias
+    enc_len, tokens, token_len = (torch.tensor(x) for x in rows)
+    want = theirs(logits, tokens, enc_len, token_len, 3, reduction="none")
+    want.sum().backward()
+    np.testing.assert_allclose(loss, want.detach().numpy(), rtol=1e-5)
+    for a, b in zip(grad, given):
+        close(a, b.grad.numpy(), 3e-4)  # torchaudio computes in float32
+
+
 def test_gradients_of_a_model_that_is_sure_are_more_than_rounding(goldens, transformers_tdt):
     import torch
 
