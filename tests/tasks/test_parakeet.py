@@ -68,9 +68,8 @@ def made(kind):
     return task, jax.jit(task.init)(jax.random.key(0), batch())
 
 
-@pytest.mark.parametrize("kind", SOME)
-def test_losses_do_not_depend_on_padding_or_batch_mates(kind):
-    task, variables = made(kind)
+def test_losses_do_not_depend_on_padding_or_batch_mates():
+    task, variables = made("hybrid")
     loss = jax.jit(task.loss)
     total, (_, metrics) = loss(variables, batch(), keys(), 0)
     assert metrics["weight"] == 3 and metrics["infeasible"] == 0
