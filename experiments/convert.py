@@ -48,8 +48,6 @@ def main(argv=None):
         parser.error(f"{args.target} holds files that are no run; name a new directory")
     if kind == "jasr" and (args.branch or args.modern_front_end):
         parser.error("--branch and --modern_front_end are for .nemo and Hugging Face targets")
-    if originals.find(args.source, args.like) and (args.step is not None or args.item):
-        parser.error(f"{args.source} has neither steps nor items; leave out --step and --item")
     task, variables, meta = tasks.load(args.source, args.step, args.item, like=args.like)
     said = getattr(task.config, "kind", meta["task"])
     if kind == "jasr":

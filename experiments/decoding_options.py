@@ -2,7 +2,7 @@
 
 import math
 
-MOST_CONTEXT = 100_000  # frames: two hours, more than any piece has
+MOST_CONTEXT = 100_000  # frames to either side: hours, more than any piece has
 
 
 def add(parser):
@@ -28,7 +28,7 @@ def check_windows(parser, args):
     """Ends in the parser's error if --window, --overlap or --batch_seconds are no seconds."""
     values = args.window, args.overlap, args.batch_seconds
     if not all(map(math.isfinite, values)) or min(values) < 0 or args.batch_seconds == 0:
-        parser.error("--window, --overlap and --batch_seconds are seconds above 0")
+        parser.error("--window and --overlap are seconds from 0 on, --batch_seconds above 0")
 
 
 def given(args):
@@ -54,5 +54,7 @@ def context(text):
     parts = text.split(",")
     numbers = [int(part) for part in parts if part.strip().isdecimal()]
     if len(parts) != 2 or len(numbers) != 2 or max(numbers) > MOST_CONTEXT:
-        raise ValueError(f"--att_context={text}: give two numbers of frames, e.g. 128,128")
+        raise ValueError(
+            f"--att_context={text}: give two numbers of frames up to {MOST_CONTEXT}, e.g. 128,128"
+        )
     return tuple(numbers)

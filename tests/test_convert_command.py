@@ -143,7 +143,9 @@ def test_other_precisions_are_noted(archive, state, recwarn):
 
 def test_what_convert_cannot_do_is_said_before_it_does_anything(archive, tmp_path, capsys):
     for option in ("--step=7", "--item=ema"):
-        assert "neither steps nor items" in refused(capsys, archive, tmp_path / "run", option)
+        assert run(archive, tmp_path / "run", option) == 1
+        assert "neither steps nor items" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").touch()

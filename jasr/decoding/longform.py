@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 AGREE = 4  # frames by which two windows may differ about the start of the same token
-SEAM_JITTER = 2  # frames by which two windows may differ about a token
+SEAM_JITTER = 2  # frames that a seam between tokens keeps clear of them, where there is room
 SEAM_CLEAR = 12  # frames: more silence than this around a seam makes it no better
 
 
@@ -111,13 +111,14 @@ def _runs_on(left, right, tokenizer):
 def find_shared(left, right, low, high, tokenizer):
     """(index in left, index in right) of a token that both windows have, or None.
 
-    It belongs to the longest common runs of tokens and begins in both within AGREE frames of the
-    same time; of those the one nearest the middle of (low, high), or rather one a little further
-    off that begins a word. Silence tells less: the windows' times of tokens that touch differ by a
-    frame or two, and a seam in time then loses or doubles one.
+    It lies in a run of tokens that difflib finds in both, and its starts differ by at most AGREE
+    frames; of those it is the one nearest the middle of (low, high), but one that begins a word may
+    be an eighth of that span further off. A seam in time tells less: where tokens touch and the
+    windows differ by a frame or two, it loses or doubles one.
 
     Args:
       left, right: [(token, start frame, end frame, ...)] in order.
+      low, high: frames between which the windows overlap.
     """
     first = bisect.bisect_left(left, low - AGREE, key=lambda item: item[1])
     last = bisect.bisect_right(right, high + AGREE, key=lambda item: item[1])

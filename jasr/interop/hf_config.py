@@ -8,6 +8,7 @@ not needed.
 import dataclasses
 
 from jasr.features import FrontEndConfig
+from jasr.interop import nemo_loss
 from jasr.models.fastconformer_config import FastConformerConfig
 from jasr.models.transducer import JointConfig, PredictionConfig
 from jasr.settings import to_dict
@@ -230,8 +231,8 @@ def _encoder(encoder, ours):
 
 def _durations(config):
     found = config.get("durations", _DURATIONS)
-    if not isinstance(found, list) or not found or any(type(n) is not int or n < 0 for n in found):
-        raise HfError(f"durations is {found!r:.100}, not a list of frames")
+    if not nemo_loss.are_durations(found):
+        raise HfError(f"durations is {found!r:.100}, not a list of frames, each once, one above 0")
     return found
 
 

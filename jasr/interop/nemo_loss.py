@@ -53,7 +53,7 @@ def read(nemo):
         durations = given.get("durations") or (nemo.get("decoding") or {}).get("durations")
         if not durations:
             problems.append(f"loss.{section}.durations is missing")
-        elif not _are_durations(durations):
+        elif not are_durations(durations):
             problems.append(
                 f"loss.{section}.durations is {durations!r:.80}; it lists frames from 0 to "
                 f"{LONGEST}, each once and one of them above 0"
@@ -81,12 +81,13 @@ def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _are_durations(values):
+def are_durations(values):
+    """Whether `values` list numbers of frames, each once and one of them above 0."""
     return (
         isinstance(values, list | tuple)
         and all(type(value) is int and 0 <= value <= LONGEST for value in values)
         and len(set(values)) == len(values)
-        and max(values) > 0
+        and max(values, default=0) > 0
     )
 
 

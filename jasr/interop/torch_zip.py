@@ -66,6 +66,7 @@ def members(path, part):
         try:
             with zipfile.ZipFile(file) as archive:
                 infos, end = archive.infolist(), archive.start_dir
+        # All that zipfile raises on damaged bytes; a cut name or a seek too far is a ValueError.
         except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
             raise Damage(
                 f"a cut or damaged zip file of {part.size} bytes ({e}); copy it again"

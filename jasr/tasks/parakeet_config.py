@@ -34,16 +34,17 @@ class LossConfig:
         if self.kind not in ("ctc", "rnnt", "tdt"):
             raise ValueError(f"config.loss.kind {self.kind!r}: choose ctc, rnnt or tdt")
         for name in ("reduction", "ctc_reduction"):
-            # NeMo's files may say sum, which only training has no use for: `inputs.reduced`
+            # a file of NeMo's may say sum: it is decoded, and refused where it is to be trained
             if getattr(self, name) not in (*REDUCTIONS, "sum"):
                 raise ValueError(
                     f"config.loss.{name} {getattr(self, name)!r}: choose {', '.join(REDUCTIONS)}"
                 )
-        for name, most in (("omega", 1), ("ctc_weight", 1), ("sigma", None)):
-            value = getattr(self, name)
-            if not 0 <= value <= (math.inf if most is None else most):
-                limits = "at least 0" if most is None else f"within 0 and {most}"
-                raise ValueError(f"config.loss.{name} {value!r}: must be {limits}")
+        most = {"omega": 1, "ctc_weight": 1, "sigma": math.inf, "fastemit_lambda": math.inf}
+        for name, limit in most.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise ValueError(
+                    f"config.loss.{name} {getattr(self, name)!r}: must be within 0 and {limit}"
+                )
         if self.kind == "tdt":
             check_durations(self.durations, "config.loss.durations")
 
