@@ -18,6 +18,8 @@ KINDS = ("ctc", "rnnt", "tdt", "hybrid")
 SOME = ("rnnt", "hybrid")  # every loss is in one of them: a hybrid has TDT and CTC
 RATE = 16000
 TOKENIZER = text.CharTokenizer((*" abcd", text.BLANK))
+# Compiled with little optimisation: these graphs run once, and compiling is what a test waits for.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def config(kind, **changes):
@@ -65,12 +67,13 @@ def keys():
 def made(kind):
     """(task, variables) of a tiny model."""
     task = tasks.build(config(kind), TOKENIZER)
-    return task, jax.jit(task.init)(jax.random.key(0), batch())
+    return task, jit(task.init)(jax.random.key(0), batch())
 
 
-def test_losses_do_not_depend_on_padding_or_batch_mates():
-    task, variables = made("hybrid")
-    loss = jax.jit(task.loss)
+@pytest.mark.parametrize("kind", SOME)
+def test_losses_do_not_depend_on_padding_or_batch_mates(kind):
+    task, variables = made(kind)
+    loss = jit(task.loss)
     total, (_, metrics) = loss(variables, batch(), keys(), 0)
     assert metrics["weight"] == 3 and metrics["infeasible"] == 0
     longer, _ = loss(variables, batch(longest=1.5), keys(), 0)
@@ -91,7 +94,7 @@ def test_gradients_are_finite_and_reach_every_parameter(kind):
     def loss(params):
         return task.loss({**variables, "params": params}, rows, keys(), 0)[0]
 
-    grads = tree.flatten(jax.jit(jax.grad(loss))(variables["params"]))
+    grads = tree.flatten(jit(jax.grad(loss))(variables["params"]))
     assert all(np.all(np.isfinite(g)) for g in grads.values())
     dead = [path for path, g in grads.items() if not np.any(g)]
     # one key bias moves all scores of a query alike
@@ -125,7 +128,7 @@ def test_a_batch_on_eight_devices_is_worked_on_where_it_lies():
     moved = re.findall(
         r"= (\S+?)\{\S* (?:all-gather|all-to-all|collective-permute)", spread.as_text()
     )
-    assert set(moved) <= {"f32[8,104,160]"}  # the front end's frames of the audio, nothing later
+    assert set(moved) == {"f32[8,104,160]"}  # the front end's frames of the audio, nothing later
     alone = variables["params"], rows
     (got, grad), (want, want_grad) = spread(*placed), step(task, *alone)(*alone)
     np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -143,7 +146,7 @@ def test_predictions_do_not_depend_on_batch_mates_and_lie_inside(kind):
     path = name.get(kind, "joint/joint_net/bias")
     flat[path] = flat[path].at[:5].add(0.5)
     variables = {**variables, "params": tree.unflatten(flat)}
-    predict = jax.jit(task.predict)
+    predict = jit(task.predict)
     together = jax.device_get(predict(variables, batch()))
     for r in range(3):
         one = jax.device_get(predict(variables, jax.tree.map(lambda x, r=r: x[r : r + 1], batch())))
@@ -157,11 +160,11 @@ def test_predictions_do_not_depend_on_batch_mates_and_lie_inside(kind):
 
 def test_hybrid_is_the_weighted_sum_and_decodes_with_either_branch():
     task, variables = made("hybrid")
-    total, _ = jax.jit(task.loss)(variables, batch(), keys(), 0)
+    total, _ = jit(task.loss)(variables, batch(), keys(), 0)
     parts = []
     for weight in (0.0, 1.0):
         part = tasks.build(config("hybrid", loss__ctc_weight=weight), TOKENIZER)
-        parts.append(jax.jit(part.loss)(variables, batch(), keys(), 0)[0])
+        parts.append(jit(part.loss)(variables, batch(), keys(), 0)[0])
     np.testing.assert_allclose(total, 0.7 * parts[0] + 0.3 * parts[1], rtol=1e-5)
     by_ctc = tasks.build(config("hybrid", decoding__branch="ctc"), TOKENIZER)
     assert "durations" not in jax.eval_shape(by_ctc.predict, variables, batch())
@@ -169,13 +172,13 @@ def test_hybrid_is_the_weighted_sum_and_decodes_with_either_branch():
 
 def test_omega_draws_one_of_two_losses_for_the_batch():
     _, variables = made("hybrid")
-    loss = jax.jit(tasks.build(config("hybrid", loss__omega=0.5), TOKENIZER).loss)
+    loss = jit(tasks.build(config("hybrid", loss__omega=0.5), TOKENIZER).loss)
     seen = {
         float(loss(variables, batch(), keys() | {"dropout": jax.random.key(n)}, 0)[0])
         for n in range(12)
     }
     assert len(seen) == 2
-    plain = jax.jit(made("hybrid")[0].loss)(variables, batch(), keys(), 0)[0]
+    plain = jit(made("hybrid")[0].loss)(variables, batch(), keys(), 0)[0]
     assert min(abs(x - plain) for x in seen) < 1e-4
 
 
@@ -209,8 +212,8 @@ def test_files_of_nemo_before_2_5_are_heard_alike_in_any_batch():
     settings = config("ctc")
     settings["model"]["encoder"] |= {"masked_subsampling": False, "padding_counts": True}
     task = tasks.build(settings, TOKENIZER)
-    variables = jax.jit(task.init)(jax.random.key(0), batch())
-    frames = jax.jit(task.frames)
+    variables = jit(task.init)(jax.random.key(0), batch())
+    frames = jit(task.frames)
     want, count = frames(variables, batch((0.6,), 0.6))
     for longest in (1.0, 2.0):
         got, length = frames(variables, batch((0.6,), longest))
