@@ -1,10 +1,11 @@
 """A run that was killed goes on as if it had not been."""
 
-import os
 import subprocess
 import sys
 
 import pytest
+
+from tests.children import environment
 
 
 @pytest.mark.slow
@@ -14,7 +15,7 @@ def test_run_killed_inside_its_saves_ends_bit_for_bit_like_an_undisturbed_one(ro
     done = subprocess.run(
         [*command, "--kills=5", "--steps=6", "--save_every=1"],
         cwd=root,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},  # one device
+        env=environment(),
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,6 @@
 """The loop: it learns, resumes bit for bit, and gives the same numbers on any mesh."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 from experiments.train import train
 from jasr import checkpoint, checkpoint_check, data, settings, source, start, text, tree
 from tests import tiny
+from tests.children import environment
 
 
 def losses(workdir):
@@ -40,7 +40,7 @@ def run(workdir, c):
 def one_device(tmp_path_factory):
     """A run of 20 steps on one device of the eight."""
     workdir = tmp_path_factory.mktemp("one")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = environment()
     command([tiny_flag(), f"--workdir={workdir}"], env)
     return workdir
 
@@ -89,7 +89,7 @@ def processes(command, devices=1, status=0):
         subprocess.Popen(
             [sys.executable, *command(address, number)],
             cwd=pathlib.Path(tiny.__file__).parent.parent,
-            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+            env=environment(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -148,7 +148,7 @@ def test_stopped_and_resumed_run_equals_the_whole_one_bit_for_bit(tmp_path):
 
 
 def test_sigterm_saves_the_step_and_leaves(tmp_path):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = environment()
     args = ["--config.train.steps=1000000", "--config.data.valid=()", f"--workdir={tmp_path}"]
     run = subprocess.Popen(
         [sys.executable, "-m", "experiments.train", tiny_flag(), *args],

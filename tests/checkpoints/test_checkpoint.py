@@ -1,6 +1,5 @@
 """Checkpoints: whole or not trusted, on any mesh, loud when damaged."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 from jasr import checkpoint
 from jasr.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from tests.checkpoints.states import abstract, assert_same, host_params, make_state
+from tests.children import environment
 
 
 def files_of(step):
@@ -136,7 +136,7 @@ def test_state_saved_on_eight_devices_comes_back_on_another_mesh_and_on_none(roo
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=root,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=environment(),
         capture_output=True,
         text=True,
     )

@@ -12,6 +12,7 @@ import pytest
 from jasr import checkpoint
 from jasr.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from tests.checkpoints.states import abstract, assert_same, make_state
+from tests.children import environment
 
 INSTANTS = (
     "before the manifest",
@@ -212,7 +213,7 @@ def test_two_processes_agree_on_what_to_restore_and_on_which_saves_failed(root, 
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = environment(2)
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", "import jax.experimental.multihost_utils\n" + TWO_PROCESSES]

@@ -47,14 +47,14 @@ def test_bombs_are_refused_early(monkeypatch):
         b"a%d: &a%d {<<: [%s]}\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9))
         for n in range(1, 12)
     )
-    for bomb, reason in {
+    for bomb, reason in {  # of deep nesting either this loader or PyYAML is the first to complain
         laughs: "more than 200000 nodes",
         merges: "more than 200000 nodes",
         b"a: &a [*a]": "holds itself",
-        b"[" * 5000: "levels",
+        b"[" * 5000: "levels|not YAML",
         b"a: " * 5000: "not YAML",
-        b"- " * 5000: "levels",
-        b"? " * 5000: "levels",
+        b"- " * 5000: "levels|not YAML",
+        b"? " * 5000: "levels|not YAML",
         b"a: " + b"9" * 5000: "not YAML",
         b"x" * (nemo_yaml.LARGEST + 1): "bytes of YAML",
         b"a: \xff": "not YAML",

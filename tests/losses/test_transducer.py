@@ -307,8 +307,11 @@ def test_gradients_of_a_model_that_is_sure_are_more_than_rounding(goldens, trans
     want = transformers_tdt(logits, rows, 64, DURATIONS, 0.0)
     want.sum().backward()
     np.testing.assert_allclose(loss, want.detach().numpy(), rtol=1e-5)
-    for a, b in zip(grad, exact):
-        close(a, b.grad.numpy(), 2e-4)  # PyTorch in float32: 9e-4
+    for a, b in zip(grad, [x.grad.numpy() for x in exact]):
+        # Probabilities near 1 are known to one eps; the largest gradient of `enc` is 2.7e-4.
+        # PyTorch in float32 is off by 9e-4 of the largest.
+        limit = np.finfo(np.float32).eps + 2e-4 * np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=limit)
 
 
 def test_omega_mixes_in_the_rnnt_loss_of_the_token_logits():
