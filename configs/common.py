@@ -8,9 +8,10 @@ def default(task="ctc"):
 
     task: "ctc" is LaCT ASR with CTC, "parakeet" FastConformer with CTC, RNN-T, TDT or hybrid heads.
     """
-    from jasr import augment, checkpoint, optim, settings, sharding, start, step
-    from jasr.audio import FrontEndConfig
+    from jasr import checkpoint, settings, sharding
+    from jasr.audio import FrontEndConfig, augment
     from jasr.data import DataConfig
+    from jasr.training import optim, start, step
 
     def section(cls):
         return ConfigDict(settings.to_dict(cls()))
@@ -24,14 +25,14 @@ def default(task="ctc"):
     config.spec_augment = section(augment.SpecAugmentConfig)
     config.wave_augment = section(augment.WaveAugmentConfig)
     if task == "parakeet":
-        from jasr.models.parakeet import ParakeetConfig
-        from jasr.tasks.parakeet_config import DecodingConfig, LossConfig
+        from jasr.systems.fastconformer.model import ParakeetConfig
+        from jasr.systems.fastconformer.settings import DecodingConfig, LossConfig
 
         config.model, config.loss = section(ParakeetConfig), section(LossConfig)
         config.decoding = section(DecodingConfig)
     else:
-        from jasr.models.lact import LactConfig
-        from jasr.tasks.ctc import CtcLossConfig
+        from jasr.systems.lact.model import LactConfig
+        from jasr.systems.lact.task import CtcLossConfig
 
         config.model, config.loss = section(LactConfig), section(CtcLossConfig)
     config.optim = section(optim.OptimConfig)

@@ -25,7 +25,7 @@ def get_config(arg="base"):
     """The recipe of a size, see the module's docstring."""
     from jasr import settings
     from jasr.audio import HTK
-    from jasr.models import lact
+    from jasr.systems.lact import model as lact
 
     size, _, reference = (arg or "base").partition("_")
     if size not in VARIANTS or reference not in ("", "reference"):

@@ -29,7 +29,7 @@ STEPS = 20000
 
 def get_config(arg="hybrid"):
     """The recipe, with or without the CTC head."""
-    from jasr import schedules
+    from jasr.training import schedules
 
     kind = arg or "hybrid"
     if kind not in ("hybrid", "tdt"):

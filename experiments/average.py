@@ -140,7 +140,7 @@ def foreign_kind(folder):
 def average_foreign(args):
     """Averages NeMo's .ckpt files or zarr directories into the files that `args` names."""
     from jasr import averaging
-    from jasr.interop import foreign_averages
+    from jasr.averaging import foreign as foreign_averages
 
     if args.foreign == "zarr":
         chosen = foreign_averages.find_directories(args.checkpoint_dir, args.steps)
@@ -220,15 +220,17 @@ def check_manifest(manifest):
 
 def compare(output, members, manifest, item):
     """Prints the error rates of the average and of each member on one data set."""
-    from jasr import compilation_cache, score, tasks
+    from jasr import compilation_cache
+    from jasr.recognition import report
+    from jasr.systems import loading
 
     compilation_cache.enable()
     rows = [(f"step {m.step}", m.path, item) for m in members] + [("average", output, "")]
     print(f"{'':<16} {'WER %':>8} {'CER %':>8}   on {manifest}")
     for name, path, which in rows:
         with contextlib.redirect_stdout(sys.stderr):
-            task, variables, meta = tasks.load(path, item=which)
-            got = score.evaluate(task, variables, (manifest,), meta=meta)
+            task, variables, meta = loading.load(path, item=which)
+            got = report.evaluate(task, variables, (manifest,), meta=meta)
         print(f"{name:<16} {100 * got['wer']:8.2f} {100 * got['cer']:8.2f}", flush=True)
 
 

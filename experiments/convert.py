@@ -38,8 +38,8 @@ def main(argv=None):
     parser.add_argument("--step", type=int, default=None, help="step of a run (newest)")
     parser.add_argument("--item", default="", help="params or ema (ema if there is one)")
     args = parser.parse_args(argv)
-    from jasr import tasks
-    from jasr.interop import hf_parakeet, nemo, originals
+    from jasr.systems import loading, originals
+    from jasr.systems.fastconformer import hf_parakeet, nemo
 
     kind = args.to or format_of(args.target)
     if os.path.exists(args.target) and (kind != "jasr" or os.path.isfile(args.target)):
@@ -48,10 +48,10 @@ def main(argv=None):
         parser.error(f"{args.target} holds files that are no run; name a new directory")
     if kind == "jasr" and (args.branch or args.modern_front_end):
         parser.error("--branch and --modern_front_end are for .nemo and Hugging Face targets")
-    task, variables, meta = tasks.load(args.source, args.step, args.item, like=args.like)
+    task, variables, meta = loading.load(args.source, args.step, args.item, like=args.like)
     said = getattr(task.config, "kind", meta["task"])
     if kind == "jasr":
-        tasks.save(args.target, meta, variables)
+        loading.save(args.target, meta, variables)
     else:
         model = originals.nemo_model(task, variables, meta)
         model, changes = originals.exported(model, args.branch, args.modern_front_end)

@@ -13,9 +13,9 @@ import sys
 from experiments.errors import in_one_line
 
 CHECKS = {
-    "data": "jasr.data.check",
-    "checkpoint": "jasr.checkpoint_check",
-    "numerics": "jasr.numerics",
+    "data": "experiments.checks.data",
+    "checkpoint": "experiments.checks.checkpoint",
+    "numerics": "experiments.checks.numerics",
 }
 
 

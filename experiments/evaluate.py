@@ -65,7 +65,9 @@ def parse(argv):
 
 def evaluate(args):
     """Lines for standard output."""
-    from jasr import compilation_cache, score, tasks
+    from jasr import compilation_cache
+    from jasr.recognition import report as score
+    from jasr.systems import loading
 
     compilation_cache.enable()
     for path in filter(None, (args.output, args.predictions)):  # now, not after the work
@@ -73,7 +75,7 @@ def evaluate(args):
     changed = {"lact_updates": args.lact_updates} if args.lact_updates else None
     baseline = read_report(args.baseline) if args.baseline else None
     options = decoding_options.given(args)
-    task, variables, meta = tasks.load(
+    task, variables, meta = loading.load(
         args.checkpoint, args.step, args.item, changed, options, args.like
     )
     report = score.evaluate(

@@ -49,11 +49,11 @@ def main(argv=None):
             parser.error(f"--{name} is about merging two vocabularies: --replace keeps one alone")
     import jax
 
-    from jasr import tasks
-    from jasr.sentencepiece_model import Model, write_directory
-    from jasr.vocab import expand, merge
+    from jasr.systems import loading
+    from jasr.text.sentencepiece_model import Model, write_directory
+    from jasr.text.vocab import expand, merge
 
-    task, variables, meta = tasks.load(args.checkpoint, like=args.like)
+    task, variables, meta = loading.load(args.checkpoint, like=args.like)
     heads, durations = heads_of(task)
     description = task.tokenizer.to_dict()
     if description["kind"] != "sentencepiece":
@@ -82,12 +82,12 @@ def main(argv=None):
         replace=args.replace,
     )
     if args.texts:
-        from jasr.vocab.train import texts_of
+        from jasr.data.entries import sentences
 
-        print("\n".join(merge.segmentation(old, merged, texts_of([args.texts])).lines()))
+        print("\n".join(merge.segmentation(old, merged, sentences([args.texts])).lines()))
     tokenizer = {**description, "model": base64.b64encode(merged.to_bytes()).decode("ascii")}
     meta = {**meta, "tokenizer": tokenizer}
-    tasks.save(args.output, meta, {**variables, "params": params})
+    loading.save(args.output, meta, {**variables, "params": params})
     write_directory(pathlib.Path(args.output) / "tokenizer", merged)
     print(f"{args.output}: {len(old.pieces)} -> {len(merged.pieces)} pieces, rows by rule {rule}")
     print(f"train with --config.init={args.output} --config.text.kind=init")

@@ -23,7 +23,7 @@ def an4(argv):
     p.add_argument("--valid_speakers", nargs="*", help="default: eight of the training speakers")
     p.add_argument("--download", action="store_true", help="fetch the archive from CMU")
     args = p.parse_args(argv)
-    from jasr.data import recipes
+    from experiments.prepare import recipes
 
     speakers = recipes.AN4_VALID if args.valid_speakers is None else args.valid_speakers
     recipes.an4(args.source, args.out_dir, tuple(speakers), args.download)
@@ -39,7 +39,7 @@ def librispeech(argv):
     p.add_argument("--keep_case", action="store_true", help="texts in capitals, as they are")
     p.add_argument("--shard_size", type=int, default=1000)
     a = p.parse_args(argv)
-    from jasr.data import recipes
+    from experiments.prepare import recipes
 
     parts, lower = tuple(a.parts), not a.keep_case
     recipes.librispeech(a.corpus_dir, a.out_dir, parts, a.download, lower, a.shard_size)
@@ -55,7 +55,7 @@ def manifest(argv):
     p.add_argument("--text_column", default="")
     p.add_argument("--lower", action="store_true", help="texts in lower case")
     a = p.parse_args(argv)
-    from jasr.data import manifest as manifests
+    from experiments.prepare import manifest as manifests
 
     manifests.make(a.source, a.out, a.audio_dir, a.path_column, a.text_column, a.lower)
 
@@ -68,14 +68,14 @@ def shar(argv):
     p.add_argument("--shard_size", type=int, default=1000, help="utterances in a tar")
     p.add_argument("--max_bad_share", type=float, default=0.05)
     a = p.parse_args(argv)
-    from jasr.data import manifest as manifests
+    from experiments.prepare import manifest as manifests
 
     manifests.to_shar(a.source, a.out_dir, a.shard_size, a.max_bad_share)
 
 
 def synth(argv):
     """A synthetic corpus of connected words through espeak-ng (extra [tts])."""
-    from jasr.data import synth as corpus
+    from experiments.prepare import synth as corpus
 
     p = parser("synth", synth.__doc__)
     corpus.add_arguments(p)

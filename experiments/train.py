@@ -30,7 +30,7 @@ from ml_collections import config_flags
 
 from experiments import huge_pages
 from experiments.errors import in_one_line, report
-from experiments.loop import (
+from jasr.training.loop import (
     asked_to_stop,
     check_failed,
     check_finite,
@@ -57,7 +57,8 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     log_to_stderr()
-    from jasr import compilation_cache, rundir, sharding
+    from jasr import compilation_cache, sharding
+    from jasr.training import rundir
 
     several = sharding.init_distributed(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     compilation_cache.enable()
@@ -87,20 +88,10 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     """
     import jax
 
-    from jasr import (
-        checkpoint,
-        data,
-        evaluation,
-        metrics,
-        optim,
-        settings,
-        sharding,
-        source,
-        start,
-        tasks,
-        tree,
-    )
-    from jasr import step as steps
+    from jasr import checkpoint, data, metrics, settings, sharding, tree
+    from jasr.systems import loading, source
+    from jasr.training import optim, start, validation
+    from jasr.training import step as steps
 
     started, chief = time.monotonic(), jax.process_index() == 0
     plain = config if isinstance(config, dict) else json.loads(config.to_json())
@@ -117,7 +108,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     words = settings.build(start.TextConfig, plain["text"], "config.text")
     texts = functools.partial(data.texts, sources.train)
     tokenizer = start.make_tokenizer(words, texts, given, workdir / "checkpoints")
-    task = tasks.build(plain, tokenizer)
+    task = loading.build(plain, tokenizer)
     train_data = data.open_train(
         sources,
         tokenizer.encode,
@@ -133,7 +124,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         ways = math.lcm(
             sources.batch_multiple, mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
         )
-        bounded = evaluation.bounded(sources, train_data.shapes, opt.accumulate, ways)
+        bounded = validation.bounded(sources, train_data.shapes, opt.accumulate, ways)
         valid_data = data.open_eval(
             bounded, sources.valid, tokenizer.encode, path, jax.process_index()
         )
@@ -215,7 +206,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     for shape in valid_data.shapes if valid_data is not None else ():
         label = f"validation batch of {shape[0]} x {shape[1] / sources.sample_rate:.1f} s"
         fn = jax.jit(task.predict)
-        predictions[shape] = compile_step(shape, fn, evaluation.variables(state), mesh, label)
+        predictions[shape] = compile_step(shape, fn, validation.variables(state), mesh, label)
     sharding.meet()
     compile_seconds = time.monotonic() - tick
 
@@ -228,8 +219,8 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
         (workdir / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
 
     def validate(batches=0):
-        variables = evaluation.variables(state)
-        result = evaluation.evaluate(task, predictions, valid_data, mesh, variables, batches)
+        variables = validation.variables(state)
+        result = validation.evaluate(task, predictions, valid_data, mesh, variables, batches)
         check_failed(valid_data.loader)
         true, pred = result.pop("sample")
         if chief:

@@ -18,7 +18,7 @@ import time
 
 from experiments import decoding_options, huge_pages
 from experiments.errors import in_one_line
-from jasr.formats import FORMATS, render
+from jasr.recognition.formats import FORMATS, render
 
 
 @in_one_line
@@ -69,7 +69,7 @@ def parse(argv):
 def transcribe(args, out):
     """Runs the command; the exit status."""
     from jasr.metrics import progress
-    from jasr.recognizer import find_recordings, from_pretrained
+    from jasr.recognition.recognizer import find_recordings, from_pretrained
 
     found, problems = find_recordings(args.inputs)
     for problem in problems:

@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "average": "jasr.averaging",
-    "from_pretrained": "jasr.recognizer",
+    "from_pretrained": "jasr.recognition.recognizer",
     "load_params": "jasr.checkpoint",
-    "transcribe": "jasr.recognizer",
+    "transcribe": "jasr.recognition.recognizer",
 }
 __all__ = ["average", "from_pretrained", "load_params", "transcribe"]
 

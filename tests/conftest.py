@@ -35,3 +35,27 @@ def shared_dir():
     if not (path / "goldens").is_dir():
         pytest.skip("the shared goldens and data are not here (set JASR_SHARED to their folder)")
     return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """(manifest, entries) of 24 utterances of noise, not to be changed."""
+    from tests.corpora import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def golden(goldens, request):
+    """name -> dict of arrays of the reference fast-weight code: first those committed,
+    then those of the shared folder."""
+    import numpy as np
+
+    def load(name):
+        path = goldens / "fast_weights" / f"{name}.npz"
+        if not path.exists():
+            path = request.getfixturevalue("shared_dir") / "goldens" / "fast_weights" / path.name
+        with np.load(path) as f:
+            return dict(f)
+
+    return load

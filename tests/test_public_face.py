@@ -20,7 +20,8 @@ def test_average_takes_trees_and_weights():
 
 
 def test_functions_are_their_modules_functions():
-    from jasr import averaging, checkpoint, recognizer
+    from jasr import averaging, checkpoint
+    from jasr.recognition import recognizer
 
     assert jasr.load_params is checkpoint.load_params
     assert jasr.from_pretrained is recognizer.from_pretrained

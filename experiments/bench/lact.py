@@ -30,7 +30,7 @@ PEAK_FLOPS = 989e12  # H100 and H200, dense bf16
 
 def settings(args, muon):
     """The layer's LactConfig."""
-    from jasr.models.lact_config import LactConfig
+    from jasr.systems.lact.settings import LactConfig
 
     return LactConfig(
         hidden_size=args.hidden,
@@ -52,8 +52,8 @@ def problem(config, batch, frames, seed=0):
     import jax
 
     from jasr import tree
-    from jasr.models.attention import rope_table
-    from jasr.models.lact_layer import LactLayer
+    from jasr.layers.attention import rope_table
+    from jasr.systems.lact.layer import LactLayer
 
     def init():
         table = rope_table(1, config.head_dim, config.rope_theta)
@@ -75,8 +75,8 @@ def jasr_side(config, params, x, cotangent):
     import jax.numpy as jnp
 
     from jasr import tree
-    from jasr.models.attention import rope_table
-    from jasr.models.lact_layer import LactLayer
+    from jasr.layers.attention import rope_table
+    from jasr.systems.lact.layer import LactLayer
 
     frames = x.shape[1]
     length = jnp.full(x.shape[0], frames)
@@ -106,7 +106,7 @@ def torch_side(config, params, x, cotangent, device="cpu", compiled=False):
     import torch
 
     from experiments.bench import lact_torch
-    from jasr.models.attention import rope_table, visible
+    from jasr.layers.attention import rope_table, visible
 
     torch.set_num_threads(timing.threads())
     frames = x.shape[1]
@@ -158,7 +158,7 @@ def compare(ours, theirs, muon):
 
 def forward_flops(config, batch, frames):
     """{part: floating-point operations of one forward pass}, by the analytic count."""
-    from jasr.models import lact_flops
+    from experiments.bench import lact_flops
 
     return {part: batch * n for part, n in lact_flops.layer(config, frames).items()}
 

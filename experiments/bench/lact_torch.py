@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from jasr.models.newton_schulz import MUON_TUNED
+from jasr.layers.newton_schulz import MUON_TUNED
 
 
 def newton_schulz(g):

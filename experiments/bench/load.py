@@ -53,12 +53,13 @@ def main(argv=None):
 
 def measure(args, folder):
     """Writes the model, compares, times and prints."""
-    from jasr import tasks, tree
-    from jasr.interop import nemo
+    from jasr import tree
+    from jasr.systems import loading
+    from jasr.systems.fastconformer import nemo
 
     model, path = random_model(args), str(folder / "model.nemo")
     nemo.write(path, model)
-    _, variables, _ = tasks.load(path)
+    _, variables, _ = loading.load(path)
     want = tree.flatten(model.variables)
     for name, array in tree.flatten(variables).items():
         if array.tobytes() != want[name].tobytes():
@@ -89,13 +90,13 @@ def random_model(args):
     """A NemoModel: hybrid, TDT and CTC, with random weights."""
     import jax
 
-    from jasr import sentencepiece_model as spm
     from jasr import text
-    from jasr.features import FrontEndConfig
-    from jasr.interop import nemo, nemo_config
-    from jasr.models.fastconformer_config import FastConformerConfig
-    from jasr.models.transducer import JointConfig, PredictionConfig
+    from jasr.audio.features import FrontEndConfig
+    from jasr.models.fastconformer.settings import FastConformerConfig
     from jasr.settings import to_dict
+    from jasr.systems.fastconformer import nemo, nemo_config
+    from jasr.systems.fastconformer.transducer import JointConfig, PredictionConfig
+    from jasr.text import sentencepiece_model as spm
 
     encoder = FastConformerConfig(
         n_layers=args.layers,
@@ -130,7 +131,7 @@ def random_model(args):
 
 def compare(model, path):
     """Raises where NeMo's weights, by their sums in `path`, are not the model's."""
-    from jasr.interop import nemo
+    from jasr.systems.fastconformer import nemo
 
     if not path.exists():  # without NeMo
         return
@@ -148,9 +149,9 @@ def load(path):
     """The variables of a model, on the device."""
     import jax
 
-    from jasr import tasks
+    from jasr.systems import loading
 
-    _, variables, _ = tasks.load(path)
+    _, variables, _ = loading.load(path)
     return jax.block_until_ready(jax.device_put(variables))
 
 

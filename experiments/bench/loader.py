@@ -50,7 +50,7 @@ def make_corpus(folder, count):
     """The manifest of `count` FLAC files, which compress about as speech does."""
     import soundfile
 
-    from jasr.data.manifest import write_manifest
+    from experiments.prepare.manifest import write_manifest
 
     rng, entries = np.random.default_rng(0), []
     for i in range(count):

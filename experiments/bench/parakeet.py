@@ -88,14 +88,15 @@ def write(args, directory):
     """Writes the model both ways and the inputs; the number of parameters."""
     import jax
 
-    from jasr import sentencepiece_model as spm
-    from jasr import tasks, text, tree
-    from jasr.interop import hf_parakeet, nemo, originals
+    from jasr import text, tree
+    from jasr.systems import loading, originals
+    from jasr.systems.fastconformer import hf_parakeet, nemo
+    from jasr.text import sentencepiece_model as spm
 
     pieces = [spm.Piece.of("<unk>", type=spm.UNKNOWN)]
     pieces += [spm.Piece.of(f"\u2581{n}", -float(n)) for n in range(1, args.vocabulary)]
     model = spm.Model(tuple(pieces), ()).with_settings(model_type=1)
-    task = tasks.build(config(args), text.SentencePieceTokenizer(model.to_bytes()))
+    task = loading.build(config(args), text.SentencePieceTokenizer(model.to_bytes()))
     frames = int(100 * args.seconds)
     rng = np.random.default_rng(0)
     length = (np.linspace(args.shortest, 1, args.batch)[::-1] * frames).astype(np.int32)
@@ -124,11 +125,11 @@ def jasr_side(args, directory, inputs):
     import jax
     import optax
 
-    from jasr import tasks
+    from jasr.audio.inputs import reduced
     from jasr.losses.ctc import ctc_loss
-    from jasr.tasks.inputs import reduced
+    from jasr.systems import loading
 
-    task, variables, _ = tasks.load(directory / "hf")
+    task, variables, _ = loading.load(directory / "hf")
     variables, inputs = jax.device_put((variables, inputs))
     apply = task.model.apply
     if args.part == "encoder":

@@ -139,9 +139,10 @@ def load_modules():
     import soundfile  # noqa: F401
 
     import experiments.train  # noqa: F401
-    from jasr import audio, checkpoint, data, evaluation, metrics, optim, start, step  # noqa: F401
+    from jasr import audio, checkpoint, data, metrics  # noqa: F401
     from jasr.data import batches  # noqa: F401
-    from jasr.tasks import ctc  # noqa: F401
+    from jasr.systems.lact import task  # noqa: F401
+    from jasr.training import optim, start, step, validation  # noqa: F401
 
 
 def start(config, workdir, delay=0.0, instant=""):
@@ -184,8 +185,9 @@ def child(config, workdir, instant, pipe):
     os.dup2(log, 1)
     os.dup2(log, 2)
     from experiments import train
-    from jasr import compilation_cache, rundir
+    from jasr import compilation_cache
     from jasr.data import batches
+    from jasr.training import rundir
 
     compilation_cache.enable()
     plain = batches.Train.iterate
@@ -213,7 +215,8 @@ def child(config, workdir, instant, pipe):
 
 def arm(directory, instant):
     """Makes this process kill itself at an instant of a save."""
-    from jasr import checkpoint, checkpoint_files
+    from jasr import checkpoint
+    from jasr.checkpoint import files
 
     def die(name):
         if name == instant:
@@ -233,7 +236,7 @@ def arm(directory, instant):
         setattr(owner, name, wrapped)
 
     def replacing(_, target):
-        if str(target).endswith(checkpoint_files.MANIFEST):
+        if str(target).endswith(files.MANIFEST):
             die("manifest not renamed")
 
     def syncing(path):
@@ -248,9 +251,9 @@ def arm(directory, instant):
             die(instant)
 
     around(checkpoint, "seal", lambda *_: die("items written"), "sealed")
-    around(checkpoint_files.os, "replace", replacing)
+    around(files.os, "replace", replacing)
     around(checkpoint, "sync_directory", syncing)
-    around(checkpoint_files.shutil, "rmtree", removing)
+    around(files.shutil, "rmtree", removing)
 
 
 def outcome(workdir):
@@ -275,7 +278,7 @@ def outcome(workdir):
 def digests(workdir):
     """See `outcome`."""
     from jasr import checkpoint
-    from jasr.checkpoint_read import leaves
+    from jasr.checkpoint.read import leaves
 
     directory = checkpoint.find_step(workdir)
     items = {}

@@ -52,11 +52,13 @@ def random_batch(args, vocabulary, sample_rate):
 def measure(config, args):
     import jax
 
-    from jasr import optim, settings, step, tasks, text, tree
-    from jasr.models import lact_flops
+    from experiments.bench import lact_flops
+    from jasr import settings, text, tree
+    from jasr.systems import loading
+    from jasr.training import optim, step
 
     tokenizer = text.CharTokenizer((text.BLANK, *config["text"]["vocabulary"]))
-    task = tasks.build(config, tokenizer)
+    task = loading.build(config, tokenizer)
     opt = settings.build(optim.OptimConfig, config["optim"])
     batch = jax.device_put(random_batch(args, tokenizer.vocab_size, task.front_end.sample_rate))
     key = jax.random.key(0)

@@ -143,13 +143,14 @@ def transducer(args):
     """A NemoModel of kind "tdt": an encoder of one small layer, the rest of full size, random."""
     import jax
 
-    from jasr import sentencepiece_model, text
-    from jasr.features import FrontEndConfig
-    from jasr.interop import nemo, nemo_config
-    from jasr.models.fastconformer_config import FastConformerConfig
-    from jasr.models.transducer import JointConfig, PredictionConfig
+    from jasr import text
+    from jasr.audio.features import FrontEndConfig
+    from jasr.models.fastconformer.settings import FastConformerConfig
     from jasr.settings import to_dict
-    from jasr.tasks.parakeet_config import LossConfig
+    from jasr.systems.fastconformer import nemo, nemo_config
+    from jasr.systems.fastconformer.settings import LossConfig
+    from jasr.systems.fastconformer.transducer import JointConfig, PredictionConfig
+    from jasr.text import sentencepiece_model
 
     V, J, D = args.V, args.J, args.D
     encoder = FastConformerConfig(
@@ -198,10 +199,10 @@ def jasr_greedy(args, folder, words=False):
     """Thunk -> (ids, first frames) of each row; `words`: with text and NeMo's timestamps too."""
     import jax
 
-    from jasr import tasks
     from jasr.decoding.transducer import Steps, greedy
+    from jasr.systems import loading
 
-    task, variables, _ = tasks.load(folder)
+    task, variables, _ = loading.load(folder)
 
     @jax.jit
     def decode(variables, table, frames, length):
@@ -318,7 +319,7 @@ def memory_of(side, args):
 
 
 def greedy_report(args):
-    from jasr.interop import hf_parakeet, nemo
+    from jasr.systems.fastconformer import hf_parakeet, nemo
 
     with tempfile.TemporaryDirectory() as folder:
         model = transducer(args)

@@ -89,6 +89,35 @@ def texts(sources):
                 yield e.text
 
 
+def sentences(sources):
+    """Yields the texts of manifests, CutSets, Shar directories and plain text files (.txt, a
+    sentence a line); says on standard error how many entries were left out.
+
+    Raises:
+      DataError: a source that cannot be read.
+    """
+    for path, _ in source_pairs(sources):
+        if path.endswith(".txt"):
+            yield from _lines(path)
+            continue
+        bad = []
+        for entry in entries_of(path):
+            if isinstance(entry, Entry):
+                yield entry.text
+            else:
+                bad.append(entry)
+        if bad:
+            say(f"{path}: {len(bad)} entries left out; {named(bad[0])}")
+
+
+def _lines(path):
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            yield from f
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"cannot read {path}: {e}") from e
+
+
 def manifest_entries(path):
     """Yields an Entry or Bad for each line of a NeMo manifest."""
     for number, at, d, reason in json_lines(path):

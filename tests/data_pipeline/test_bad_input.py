@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from experiments.checks.data import ctc_frames
 from jasr.data import DataConfig, DataError, index, open_eval, open_train
-from jasr.data.check import ctc_frames
 from jasr.data.entries import reason_class
-
-from .conftest import encode, make_corpus, noise, write_lines
+from tests.corpora import encode, make_corpus, noise, write_lines
 
 CFG = DataConfig(batch_duration=6.0, num_buckets=2, max_bad_share=1.0, num_threads=0)
 

@@ -12,8 +12,7 @@ import soundfile
 from jasr import audio
 from jasr.data import DataConfig, DataError, batches, open_eval, open_train
 from jasr.text import TextError
-
-from .conftest import encode, make_corpus, noise, write_lines
+from tests.corpora import encode, make_corpus, noise, write_lines
 
 CFG = DataConfig(batch_duration=6.0, num_buckets=2, num_threads=0, batch_multiple=2)
 RICH = dataclasses.replace(CFG, speeds=(0.9, 1.0, 1.1), concat=2, concat_duration=2.5)

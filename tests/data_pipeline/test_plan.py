@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from jasr.data import DataConfig, DataError, buckets, index, plan
-
-from .conftest import encode, make_corpus
+from tests.corpora import encode, make_corpus
 
 CFG = DataConfig(batch_duration=6.0, num_buckets=3, token_multiple=4)
 RICH = dataclasses.replace(CFG, speeds=(0.9, 1.0, 1.1), concat=3, concat_share=0.7)

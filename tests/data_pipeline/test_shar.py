@@ -14,8 +14,7 @@ import pytest
 import soundfile
 
 from jasr.data import DataConfig, DataError, index, open_eval, shar
-
-from .conftest import encode, make_corpus, noise, write_lines
+from tests.corpora import encode, make_corpus, noise, write_lines
 
 CFG = DataConfig(batch_duration=6.0, num_buckets=2, num_threads=0, max_bad_share=1.0)
 

@@ -10,7 +10,7 @@ import pytest
 
 from jasr.decoding.transducer import Steps, batch_axes, greedy
 from jasr.interop import torch_file
-from jasr.models.transducer import Joint, JointConfig, Prediction, PredictionConfig
+from jasr.systems.fastconformer.transducer import Joint, JointConfig, Prediction, PredictionConfig
 from tests.decoding.transducers import (
     BLANK,
     DURATIONS,

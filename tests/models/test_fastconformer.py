@@ -11,10 +11,11 @@ import pytest
 
 from jasr import tree
 from jasr.interop import torch_file
-from jasr.models import fastconformer, relative_attention
-from jasr.models.fastconformer import FastConformer, FastConformerConfig, output_lengths
-from jasr.models.relative_attention import Reach
-from tests.models.fast_weight_goldens import close, error, jit
+from jasr.layers import relative_attention
+from jasr.layers.relative_attention import Reach
+from jasr.models.fastconformer import encoder
+from jasr.models.fastconformer.encoder import FastConformer, FastConformerConfig, output_lengths
+from tests.layers.fast_weight_goldens import close, error, jit
 
 VARIANTS = (
     "layernorm_conv groupnorm_conv nobias noxscale local_attn local_attn_global1 "
@@ -550,7 +551,7 @@ def test_training_skips_layers_and_draws_contexts():
 def test_dropout_keeps_the_mean_of_the_attention():
     x = jnp.ones((1, 64, 16))
     config = dataclasses.replace(SMALL, dropout_att=0.25)
-    attention = fastconformer.Attention(config)
+    attention = encoder.Attention(config)
     key = {"dropout": jax.random.key(0)}
     drop = attention.apply({}, True, rngs=key, method="dropout")
     weights = drop(jnp.broadcast_to(x, (64, 64, 16)), 0)
@@ -603,9 +604,9 @@ def test_bfloat16_stays_close_and_keeps_parameters_and_statistics_in_f32():
 def test_sharding_rules_cover_every_parameter_and_none_is_dead(kind):
     config = dataclasses.replace(SMALL, **KINDS[kind])
     flat = tree.flatten({"encoder": shapes(config)["params"]})
-    axes = tree.match(fastconformer.sharding(config), flat, what="sharding rule")
+    axes = tree.match(encoder.sharding(config), flat, what="sharding rule")
     assert all(len(axes[path]) <= len(flat[path].shape) for path in flat)
-    tree.match(fastconformer.sharding(config, ""), shapes_of(config), what="sharding rule")
+    tree.match(encoder.sharding(config, ""), shapes_of(config), what="sharding rule")
 
 
 def shapes_of(config):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jasr.models import subsampling
+from jasr.models.fastconformer import subsampling
 
 B, T, F, C, D = 2, 45, 11, 3, 4
 

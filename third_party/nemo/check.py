@@ -90,9 +90,9 @@ def job(folder, number, entry):
     """What peer.py is told of a model; its input is written."""
     import numpy as np
 
-    from jasr import tasks
+    from jasr.systems import loading
 
-    task, _, _ = tasks.load(entry["source"])
+    task, _, _ = loading.load(entry["source"])
     recordings = audio(task.front_end.sample_rate)
     length = np.array([len(x) for x in recordings], np.int32)
     batch = np.zeros((len(recordings), length.max()), np.float32)
@@ -156,15 +156,15 @@ def loaded(entry):
     NeMo 3.0.0 runs files of versions before 2.5 as newer ones, though it keeps the version in them;
     jasr runs them as their own version did unless it is told otherwise, as here.
     """
-    from jasr import tasks
+    from jasr.systems import loading
 
-    task, variables, meta = tasks.load(entry["source"])
+    task, variables, meta = loading.load(entry["source"])
     if entry["old"]:
         config = meta["config"]
         encoder = {**config["model"]["encoder"], "masked_subsampling": True}
         config = {**config, "model": {**config["model"], "encoder": encoder}}
         config["front_end"] = {**config["front_end"], "kind": "nemo"}
-        task = tasks.build(config, task.tokenizer)
+        task = loading.build(config, task.tokenizer)
     return task, variables
 
 
@@ -288,7 +288,7 @@ def in_frames(times):
 
 def saved_again(job):
     """Whether what NeMo saved is bit for bit what it was given; and notes."""
-    from jasr.interop import nemo
+    from jasr.systems.fastconformer import nemo
 
     first, again = nemo.read(job["model"]), nemo.read(job["saved"])
     want, got = nemo.state_dict(first), nemo.state_dict(again)

@@ -67,7 +67,7 @@ def make(folder, steps, given=(), only=()):
     source: what jasr loads. nemo: its export. old: whether the export asks for NeMo before 2.5.
     """
     from experiments import average, convert, expand_vocab
-    from jasr.interop import nemo
+    from jasr.systems.fastconformer import nemo
 
     def entry(name, source, old=False):
         exported = folder / f"{name.replace(', ', '_').replace(' ', '_')}.nemo"
@@ -148,13 +148,13 @@ def trained(folder, name, steps):
 def fine_tuned(folder, steps):
     """The run directory of NeMo's golden with the digits' pieces added, trained on them."""
     from experiments import expand_vocab, train
-    from jasr import tasks
+    from jasr.systems import loading
 
     start, output = folder / "golden_and_digits", folder / "fine_tuned"
     if not start.exists():
         pieces = f"--tokenizer={tokenizer(folder)}"
         run(expand_vocab, f"--checkpoint={GOLDEN}", pieces, f"--output={start}")
-    _, _, meta = tasks.load(str(start))
+    _, _, meta = loading.load(str(start))
     config = json.loads(config_of("ctc", {}).to_json())
     config |= {key: meta["config"][key] for key in ("model", "front_end", "loss", "decoding")}
     config["text"] = {**config["text"], "kind": "init", "path": ""}
@@ -169,7 +169,8 @@ def fresh(folder, name, kind, encoder):
     import jax
     import numpy as np
 
-    from jasr import tasks, text
+    from jasr.systems import loading
+    from jasr import text
 
     output = folder / f"fresh_{kind}_{len(name)}"
     if output.exists():
@@ -178,7 +179,7 @@ def fresh(folder, name, kind, encoder):
     config = json.loads(config_of(kind, encoder).to_json())
     if encoder.get("masked_subsampling") is False:
         config["front_end"]["kind"] = "nemo_legacy"
-    task = tasks.build(config, pieces)
+    task = loading.build(config, pieces)
     batch = {
         "audio": np.zeros((1, 16000), np.float32),
         "audio_len": np.array([16000], np.int32),
@@ -186,7 +187,7 @@ def fresh(folder, name, kind, encoder):
     }
     variables = jax.device_get(jax.jit(task.init)(jax.random.key(0), batch))
     meta = {"config": config, "task": "parakeet", "tokenizer": pieces.to_dict()}
-    tasks.save(output, meta, variables)
+    loading.save(output, meta, variables)
     return output
 
 

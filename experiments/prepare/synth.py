@@ -1,0 +1,196 @@
+"""A spoken corpus made on the spot: connected digits in many synthetic voices.
+
+Three sets, with strings that no other set has:
+
+    train    24 voice variants x 4 accents of English
+    valid    8 other variants, the same accents: unseen voices
+    accents  the training variants, 3 other accents: unseen accents
+
+A set is a pure function of its name, its size and the seed. espeak-ng speaks it (`espeak.py`); it
+is resampled to 16 kHz and written as FLAC, a NeMo-style manifest and lhotse Shar.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from experiments.prepare import espeak
+from jasr.audio.resample import resample
+from jasr.data import shar as shar_format
+
+SAMPLE_RATE = 16000
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUM_WORDS = (2, 7)  # in one string, both ends included
+WORD_RATE = (100, 175)  # words a minute; faster strings outrun 25 CTC frames a second
+PITCH = (25, 75)  # 50 is the voice's own
+
+TRAIN_ACCENTS = ("en", "en-us", "en-us-nyc", "en-gb-x-gbcwmd")  # en: British
+OTHER_ACCENTS = ("en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan")
+# Variants that keep the word rate: "Andrea", "anika" and the robots speak a third faster.
+TRAIN_VARIANTS = (
+    "f1", "f2", "f3", "f5", "m1", "m3", "m4", "m5", "m7", "m8", "Annie", "Alicia", "Andy", "Gene",
+    "Jacky", "Mike", "Reed", "belinda", "david", "edward", "linda", "max", "quincy", "steph",
+)  # fmt: skip
+OTHER_VARIANTS = ("f4", "m2", "m6", "Alex", "Denis", "Michael", "aunty", "paul")
+
+VOICES = {
+    "train": (TRAIN_ACCENTS, TRAIN_VARIANTS),
+    "valid": (TRAIN_ACCENTS, OTHER_VARIANTS),
+    "accents": (OTHER_ACCENTS, TRAIN_VARIANTS),
+}
+
+_HELD_OUT = 4  # one string in four is for evaluation only
+_PEAK = 0.5  # of full scale, in every file
+_FLOOR = 2e-4  # standard deviation of the white noise under it: digital silence is no recording
+_MARGIN = 1600  # samples of it before and after the speech, 0.1 s
+_PROCESS_UTTERANCES = 48  # spoken by one process; part of the corpus' identity
+
+
+def plan(name: str, count: int, seed: int) -> list[espeak.Say]:
+    """The utterances of set `name` in order, every voice about equally often.
+
+    Whether a string may occur in `train` is decided by a hash of it, so training and evaluation
+    share none whatever their sizes and seeds.
+    """
+    accents, variants = VOICES[name]
+    rng = np.random.default_rng([seed, list(VOICES).index(name)])
+    voices = [f"{accent}+{variant}" for accent in accents for variant in variants]
+    order = np.concatenate([rng.permutation(len(voices)) for _ in range(-(-count // len(voices)))])
+    says = []
+    for i in range(count):
+        text = _string(rng)
+        while _held_out(text) != (name != "train"):
+            text = _string(rng)
+        rate = int(rng.integers(WORD_RATE[0], WORD_RATE[1] + 1))
+        pitch = int(rng.integers(PITCH[0], PITCH[1] + 1))
+        says.append(espeak.Say(text, voices[order[i]], rate, pitch))
+    return says
+
+
+def _string(rng: np.random.Generator) -> str:
+    """A string of digits: its length uniform, then each word."""
+    count = rng.integers(NUM_WORDS[0], NUM_WORDS[1] + 1)
+    return " ".join(WORDS[i] for i in rng.integers(len(WORDS), size=count))
+
+
+def _held_out(text: str) -> bool:
+    """Whether `text` belongs to the sets for evaluation."""
+    return hashlib.sha256(text.encode()).digest()[0] % _HELD_OUT == 0
+
+
+def waveform(pcm: bytes, rng: np.random.Generator) -> np.ndarray:
+    """espeak-ng's int16 at 22,050 Hz as f32[S] at 16 kHz: peak 0.5, faint noise, margins."""
+    speech = np.frombuffer(pcm, np.int16).astype(np.float32)
+    speech = resample(speech, espeak.SAMPLE_RATE, SAMPLE_RATE)
+    audio = rng.normal(0, _FLOOR, len(speech) + 2 * _MARGIN).astype(np.float32)
+    audio[_MARGIN : _MARGIN + len(speech)] += speech * (_PEAK / max(np.abs(speech).max(), 1.0))
+    return audio
+
+
+def write_corpus(
+    out_dir: str | Path,
+    *,
+    num_train: int = 960,
+    num_valid: int = 192,
+    num_accents: int = 192,
+    seed: int = 0,
+    shar: bool = True,
+) -> dict[str, Path]:
+    """The manifest of each set, {"train": out_dir/train.jsonl, "valid": ..., "accents": ...}.
+
+    Writes out_dir/{set}/{set}-00000.flac ..., then the manifest, and with `shar` the same
+    utterances as lhotse Shar in out_dir/shar/{set}/. A manifest appears when its set is complete.
+    A set of size 0 is left out. Equal arguments give equal files (with the same versions of
+    espeak-ng and libsndfile). Raises EspeakError where the extra `[tts]` is missing.
+    """
+    out_dir = Path(out_dir)
+    sizes = {"train": num_train, "valid": num_valid, "accents": num_accents}
+    return {
+        name: _write_set(out_dir, name, plan(name, count, seed), seed, shar)
+        for name, count in sizes.items()
+        if count > 0
+    }
+
+
+def _write_set(out_dir: Path, name: str, says: list[espeak.Say], seed: int, shar: bool) -> Path:
+    """The manifest of one set, its audio written first."""
+    (out_dir / name).mkdir(parents=True, exist_ok=True)
+
+    def write_block(start: int) -> list[tuple[dict, bytes]]:
+        block = says[start : start + _PROCESS_UTTERANCES]
+        written = []
+        for number, (say, pcm) in enumerate(zip(block, espeak.speak(block), strict=True), start):
+            audio = waveform(pcm, np.random.default_rng([seed, list(VOICES).index(name), number]))
+            path = f"{name}/{name}-{number:05d}.flac"
+            entry = {
+                "audio_filepath": path,
+                "duration": len(audio) / SAMPLE_RATE,
+                "text": say.text,
+                "speaker": say.voice,
+                "lang": "en",
+            }
+            encoded = _flac(audio)
+            (out_dir / path).write_bytes(encoded)
+            written.append((entry, encoded))
+        return written
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        blocks = pool.map(write_block, range(0, len(says), _PROCESS_UTTERANCES))
+        written = [one for block in blocks for one in block]
+    if shar:
+        shar_format.write(out_dir / "shar" / name, written)
+    manifest = out_dir / f"{name}.jsonl"
+    half = manifest.with_suffix(".jsonl.half")
+    half.write_text("".join(json.dumps(entry) + "\n" for entry, _ in written), encoding="utf-8")
+    os.replace(half, manifest)
+    return manifest
+
+
+def _flac(audio: np.ndarray) -> bytes:
+    """f32[S] as a 16-bit FLAC file."""
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, audio, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `prepare_data synth`."""
+    parser.add_argument("--out_dir", default="corpora/synth", help="folder that is written")
+    parser.add_argument("--num_train", type=int, default=960, help="utterances for training")
+    parser.add_argument("--num_valid", type=int, default=192, help="... of unseen voices")
+    parser.add_argument("--num_accents", type=int, default=192, help="... of unseen accents")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no_shar", action="store_true", help="FLAC and manifests only")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the corpus and says on standard error what it wrote."""
+    start = time.perf_counter()
+    manifests = write_corpus(
+        args.out_dir,
+        num_train=args.num_train,
+        num_valid=args.num_valid,
+        num_accents=args.num_accents,
+        seed=args.seed,
+        shar=not args.no_shar,
+    )
+    for manifest in manifests.values():
+        entries = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+        minutes = sum(entry["duration"] for entry in entries) / 60
+        voices = len({entry["speaker"] for entry in entries})
+        print(
+            f"{manifest}: {len(entries)} utterances, {minutes:.1f} minutes, {voices} voices",
+            file=sys.stderr,
+        )
+    print(f"synthesised in {time.perf_counter() - start:.1f} s", file=sys.stderr)

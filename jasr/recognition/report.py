@@ -1,0 +1,227 @@
+"""Word error rate of a model on a manifest, as its users would transcribe it, with a report."""
+
+import json
+import math
+import time
+
+import numpy as np
+
+from jasr import metrics, text
+from jasr.recognition.recognizer import Recognizer
+
+DURATION_EDGES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)  # s
+
+
+def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0, **settings):
+    """Transcribes a manifest and scores it.
+
+    Every usable utterance counts once; those that are not are listed under "left_out". Texts and
+    hypotheses are normalised alike before they are compared. Utterances longer than the window go
+    through in several, as in a transcription.
+
+    Args:
+      manifest: a NeMo manifest, CutSet or Shar directory, or a list of them.
+      normalisation: "none", "lower", "whisper_english"; "" = the tokenizer's.
+      meta: the checkpoint's.
+      limit: score only so many utterances, the first ones; 0 = all.
+      settings: window, overlap, batch_seconds of `recognizer.Recognizer`.
+
+    Returns:
+      dict, JSON-able but for NaN: wer, cer, their 95 % intervals, counts, by_duration, speed,
+      updates_per_utterance (of models with fast weights), window (s), cut (utterances longer than
+      it), left_out and `utterances` (one dict each, in the manifest's order).
+    """
+    from jasr import data
+
+    kind = normalisation or getattr(task.tokenizer, "normalisation", "none")
+    text.normalise("", kind)  # an unknown kind is refused before any work
+    rate = task.front_end.sample_rate  # an empty text counts too: what is heard there is wrong
+    config = data.DataConfig(sample_rate=rate, cache_audio=False, min_tokens=0)
+    source = data.open_eval(config, manifest, task.tokenizer.encode)
+    recognizer = Recognizer(task, variables, meta=meta, **settings)
+    chosen = set(range(len(source.texts))[: limit or None])
+    order = []
+    start = time.perf_counter()
+    stream = recognizer.stream(_rows(source, chosen, order))
+    stream = metrics.progress(stream, total=len(chosen), label="evaluating")
+    results = {order[n]: result for n, result in enumerate(stream)}
+    wall = time.perf_counter() - start - recognizer.compile_seconds
+    failed = {n: r["error"] for n, r in results.items() if "error" in r} | dict(source.failed)
+    kept = [n for n in sorted(results) if n not in failed]
+    if not any(source.texts[n].strip() for n in kept):
+        first = next(iter(failed.values()), "")
+        others = f"; {len(failed)} could not be transcribed, e.g. {first}" if failed else ""
+        raise ValueError(
+            f"{manifest}: {len(kept)} utterances without a word{others}: nothing to score"
+        )
+    report = score(
+        [source.texts[n] for n in kept],
+        [results[n]["text"] for n in kept],
+        [results[n]["duration"] for n in kept],
+        kind,
+    )
+    for row, n in zip(report["utterances"], kept, strict=True):
+        row.update(id=source.ids[n])
+        if "updates" in results[n]:
+            row["updates"] = results[n]["updates"]
+    updates = [r["updates"] for r in report["utterances"] if "updates" in r]
+    seconds = sum(r["duration"] for r in results.values())
+    window = recognizer.windows.length / recognizer.sample_rate
+    return {
+        **{k: v for k, v in report.items() if k != "utterances"},
+        **({"updates_per_utterance": float(np.mean(updates))} if updates else {}),
+        "window": round(window, 3),
+        "cut": sum(results[n]["duration"] > window for n in kept),
+        "left_out": [f"{source.ids[n]}: {reason}" for n, reason in sorted(failed.items())]
+        + [f"{bad.source}:{bad.line}: {bad.audio}: {bad.reason}" for bad in source.bad],
+        "audio_seconds": round(seconds, 2),
+        "seconds": round(wall, 3),
+        "compile_seconds": round(recognizer.compile_seconds, 3),
+        "real_time_factor": wall / seconds if seconds else math.nan,
+        "utterances": report["utterances"],
+    }
+
+
+def _rows(source, chosen, order):
+    """Yields the samples of an Eval's utterances, noting their numbers in `order`."""
+    for batch in source.iterate():
+        for audio, length, index in zip(
+            batch["audio"], batch["audio_len"], batch["index"], strict=True
+        ):
+            if int(index) in chosen:
+                order.append(int(index))
+                yield np.asarray(audio[:length])
+
+
+def score(refs, hyps, durations, normalisation="none"):
+    """Error rates of texts with intervals, by duration and for each utterance."""
+    refs = [text.normalise(r, normalisation) for r in refs]
+    hyps = [text.normalise(h, normalisation) for h in hyps]
+    result = metrics.wer(refs, hyps)
+    counts = result.pop("per_utterance")
+    low, high = metrics.interval(counts[:, 0], counts[:, 1])
+    char_low, char_high = metrics.interval(counts[:, 2], counts[:, 3])
+    return {
+        "num_utterances": len(refs),
+        **result,
+        "wer_interval": [low, high],
+        "cer_interval": [char_low, char_high],
+        "empty": sum(bool(r) and not h for r, h in zip(refs, hyps, strict=True)),
+        "normalisation": normalisation,
+        "by_duration": by_duration(counts, durations),
+        "utterances": [
+            {
+                "duration": float(d),
+                "ref": r,
+                "hyp": h,
+                "word_errors": int(c[0]),
+                "words": int(c[1]),
+                "char_errors": int(c[2]),
+                "chars": int(c[3]),
+            }
+            for r, h, d, c in zip(refs, hyps, durations, counts, strict=True)
+        ],
+    }
+
+
+def by_duration(counts, durations):
+    """Error rates of the utterances in each span of DURATION_EDGES that has any."""
+    durations = np.asarray(durations, np.float64)
+    rows = []
+    for low, high in zip(DURATION_EDGES, DURATION_EDGES[1:], strict=False):
+        inside = (durations >= low) & (durations < high)
+        if inside.any():
+            total = counts[inside].sum(axis=0)
+            rows.append(
+                {
+                    "from": low,
+                    "to": high,
+                    "utterances": int(inside.sum()),
+                    "words": int(total[1]),
+                    "wer": metrics.rate(total[0], total[1]),
+                    "cer": metrics.rate(total[2], total[3]),
+                }
+            )
+    return rows
+
+
+def compare(report, baseline):
+    """Paired bootstrap of a report against an earlier one on the same utterances.
+
+    Returns:
+      as `metrics.compare`, with a = baseline and b = report.
+
+    Raises:
+      ValueError: the reports are not of the same utterances with the same texts.
+    """
+    mine, theirs = ({u["id"]: u for u in r["utterances"]} for r in (report, baseline))
+    for one, other in ((mine, theirs), (theirs, mine)):  # reports of before left empty texts out
+        for i in [i for i, u in one.items() if i not in other and not u["ref"]]:
+            del one[i]
+    if mine.keys() != theirs.keys():
+        only = sorted(mine.keys() ^ theirs.keys())
+        raise ValueError(f"reports of different utterances: {len(only)} in one alone: {only[:3]}")
+    differing = [i for i in mine if mine[i]["ref"] != theirs[i]["ref"]]
+    if differing:
+        raise ValueError(f"reports with different references, e.g. of {differing[0]}")
+    columns = [[r[i]["word_errors"] for i in mine] for r in (theirs, mine)]
+    return metrics.compare(*columns, [mine[i]["words"] for i in mine])
+
+
+def lines(report):
+    """The report for people: rates with intervals, by duration, speed, what was left out."""
+
+    def percent(x):
+        return f"{100 * x:.2f} %"
+
+    low, high = report["wer_interval"]
+    char_low, char_high = report["cer_interval"]
+    yield f"WER {percent(report['wer'])} [{percent(low)}, {percent(high)}]   " + (
+        f"{report['word_errors']} of {report['words']} words: {report['sub']} substituted, "
+        f"{report['ins']} inserted, {report['del']} deleted"
+    )
+    yield f"CER {percent(report['cer'])} [{percent(char_low)}, {percent(char_high)}]"
+    for row in report["by_duration"]:
+        yield f"  {row['from']:g} to {row['to']:g} s: WER {percent(row['wer'])}, " + (
+            f"{row['utterances']} utterances, {row['words']} words"
+        )
+    yield (
+        f"normalisation {report['normalisation']}, {report['empty']} empty hypotheses"
+        + (
+            f", {report['updates_per_utterance']:.1f} fast-weight updates an utterance and layer"
+            if "updates_per_utterance" in report
+            else ""
+        )
+    )
+    yield (
+        f"{report['audio_seconds']:.0f} s of audio in {report['seconds']:.1f} s: real-time factor "
+        f"{report['real_time_factor']:.4f} (compiling, apart: {report['compile_seconds']:.1f} s)"
+    )
+    if report["cut"]:
+        yield (
+            f"{report['cut']} utterances are longer than {report['window']:g} s and were seen in "
+            "windows of that length (--window)"
+        )
+    if report["left_out"]:
+        yield f"left out: {len(report['left_out'])}, e.g. {report['left_out'][0]}"
+
+
+def last_line(report, label=""):
+    """The one line that says it all."""
+    what = f" of {label}" if label else ""
+    return f"WER {100 * report['wer']:.2f} % on {report['num_utterances']} utterances{what}"
+
+
+def dump(report, path):
+    """Writes a report as JSON; NaN and infinity become null."""
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(_plain(report), f, indent=1, ensure_ascii=False, allow_nan=False)
+        f.write("\n")
+
+
+def _plain(x):
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x

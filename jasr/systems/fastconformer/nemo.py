@@ -1,0 +1,383 @@
+"""NeMo's speech models (.nemo archives, Lightning checkpoints, bare state dicts): read as our
+variables without running anything from them, and written so that NeMo restores them.
+
+    model = nemo.read("parakeet-tdt_ctc-110m.nemo")
+    model.kind, model.config["encoder"]["d_model"], model.variables["params"]["encoder"]
+    nemo.write("copy.nemo", model)
+
+Names are translated by `nemo_tables`, settings by `nemo_config`.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import os
+import re
+import tempfile
+import warnings
+
+import jax
+import numpy as np
+
+from jasr import tree
+from jasr.interop import nemo_archive, plain_yaml, table, torch_file
+from jasr.models.fastconformer.settings import FastConformerConfig
+from jasr.systems.fastconformer import nemo_config, nemo_problems
+from jasr.systems.fastconformer.nemo_tables import TRANSDUCERS, rows, shapes
+from jasr.text import SentencePieceTokenizer, sentencepiece_model
+
+LIKE = "--like=model.nemo of convert, transcribe, evaluate and expand_vocab (like=... in Python)"
+BUFFERS = r"preprocessor\.featurizer\.(window|fb)|.*\.num_batches_tracked"
+
+
+class NemoError(ValueError):
+    """A file that is no model known here, or a model that NeMo does not have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NemoModel:
+    """A model as data.
+
+    kind: "ctc", "rnnt", "tdt", "hybrid" (a transducer with a CTC branch), or "encoder" (what is
+      read of Canary).
+    config: {"front_end", "encoder", "decoder", "joint", "loss", "decoding"} as plain dicts, those
+      that the kind has; see `nemo_config`.
+    tokenizer: what `text.from_dict` takes; None where the file has none (checkpoints) or has an
+      aggregate of several (Canary).
+    variables: {"params", "batch_stats"}, trees of f32 numpy arrays; a warning says where the file
+      has another precision.
+    nemo_config: the config as it stood in the file.
+    buffers: {key: array} of the state dict's entries that are no variables: the front end's window
+      and filters, counts of batches. They are written back as they came.
+    """
+
+    kind: str
+    config: dict
+    tokenizer: dict | None = dataclasses.field(repr=False)
+    variables: dict = dataclasses.field(repr=False)
+    nemo_config: dict = dataclasses.field(default_factory=dict, repr=False)
+    buffers: dict = dataclasses.field(default_factory=dict, repr=False)
+
+
+def is_nemo(path):
+    """Whether `path` looks like one of NeMo's files, by its name."""
+    return os.path.isfile(path) and os.fspath(path).endswith((".nemo", ".ckpt"))
+
+
+def branch(model, kind):
+    """The CTC ("ctc") or the transducer branch ("rnnt" or "tdt") of a hybrid, as its own model.
+
+    Raises:
+      NemoError: the model has no such branch.
+    """
+    if kind == model.kind:
+        return model
+    loss = dict(model.config["loss"])
+    weight = {name: loss.pop(f"ctc_{name}", None) for name in ("weight", "reduction")}
+    if model.kind != "hybrid" or kind not in ("ctc", loss["kind"]):
+        raise NemoError(f"a model of kind {model.kind!r} has no branch {kind!r}")
+    params, config = dict(model.variables["params"]), dict(model.config)
+    head = params.pop("ctc_decoder")
+    if kind == "ctc":
+        params = {"encoder": params["encoder"], "decoder": head}
+        config = {name: config[name] for name in ("front_end", "encoder")}
+        loss = {"kind": "ctc", "reduction": weight["reduction"]}
+    return dataclasses.replace(
+        model,
+        kind=kind,
+        config={**config, "loss": loss},
+        variables={**model.variables, "params": params},
+    )
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read(path, *, like=None):
+    """The NemoModel of a file: .nemo (tar or tar.gz), a Lightning .ckpt, or a bare state dict.
+
+    Weights stay in the file until they are copied one by one, so that the peak of memory is the
+    result and a few tensors.
+
+    Args:
+      path: the file.
+      like: path of a .nemo, or of a model's config or recipe (.yaml), whose config and tokenizer
+        the weights belong to; for files that hold weights alone.
+
+    Raises:
+      NemoError: the path and everything that does not fit.
+    """
+    path = os.fspath(path)
+    with _errors(path), _opened(path) as (state, config, tokenizer):
+        if like is not None:
+            config, tokenizer = _read_like(os.fspath(like))
+        if config is None:
+            raise NemoError(
+                f"{path} holds weights without a config; name the model that they belong to: {LIKE}"
+            )
+        return _model(path, state, config, tokenizer)
+
+
+def from_state(state, config, tokenizer=None, what="the weights"):
+    """The NemoModel of a state dict {key: array}, a NeMo config and a SentencePiece model's bytes.
+
+    Raises:
+      NemoError: as `read`.
+    """
+    with _errors(what):
+        return _model(what, state, config, tokenizer)
+
+
+@contextlib.contextmanager
+def _errors(path, done="read"):
+    try:
+        yield
+    except NemoError:
+        raise
+    except OSError as e:
+        name = path if done == "written" else e.filename or path
+        raise NemoError(f"{name} cannot be {done}: {e.strerror or e}") from e
+    except ValueError as e:  # of the parts: archive, YAML, pickle, table, settings, tokenizer
+        text = str(e)
+        raise NemoError(text if path in text else f"{path}: {text}") from e
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Context of (state dict, config or None, bytes of the SentencePiece model or None)."""
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if is_zip:
+        saved = torch_file.read(path)
+        yield _state_dict(saved, path), _hyper_parameters(saved), None
+        return
+    with nemo_archive.opened(path) as archive:
+        config = _config(archive)
+        start, size = archive.member(nemo_archive.WEIGHTS)
+        try:
+            saved = torch_file.read(archive.tar, start=start, size=size)
+        except torch_file.TorchFileError as e:
+            reason = str(e).removeprefix(f"{archive.tar}: ")
+            raise NemoError(f"{path}: {nemo_archive.WEIGHTS}: {reason}") from e
+        yield _state_dict(saved, path), config, _tokenizer(archive, config)
+
+
+def _read_like(path):
+    """(config, bytes of the SentencePiece model or None) of a .nemo, or of a YAML file."""
+    if path.endswith((".yaml", ".yml")):
+        with open(path, "rb") as file:
+            return plain_yaml.load(file.read()), None
+    with nemo_archive.opened(path) as archive:
+        config = _config(archive)
+        return config, _tokenizer(archive, config)
+
+
+def _config(archive):
+    config = plain_yaml.load(archive.read(nemo_archive.CONFIG))
+    if not isinstance(config, dict):
+        raise NemoError(f"{archive.path}: {nemo_archive.CONFIG} is not a mapping")
+    return config
+
+
+def _state_dict(saved, path):
+    """{key: array} of what was saved: a state dict, or a dict with "state_dict"."""
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, np.ndarray) for key, value in state.items()
+    ):
+        raise NemoError(f"{path}: neither a state dict nor a dict with state_dict in it")
+    return state
+
+
+def _hyper_parameters(saved):
+    """The model's config in a Lightning checkpoint, if it has one."""
+    found = plain_yaml.plain(saved.get("hyper_parameters")) if isinstance(saved, dict) else None
+    if isinstance(found, dict) and isinstance(found.get("cfg"), dict):
+        found = found["cfg"]
+    return found if isinstance(found, dict) and "encoder" in found else None
+
+
+def _tokenizer(archive, config):
+    """The bytes of the archive's SentencePiece model; None for Canary's aggregate."""
+    section = plain_yaml.resolve(config, ("tokenizer",)).get("tokenizer")
+    if not isinstance(section, dict):
+        raise NemoError(f"{archive.path}: the config has no tokenizer")
+    kind, name = section.get("type"), section.get("model_path")
+    if kind == "agg":
+        return None
+    if kind != "bpe":  # NeMo's word for all of SentencePiece
+        raise NemoError(f"{archive.path}: a tokenizer of type {kind!r}; known are bpe and agg")
+    if not isinstance(name, str) or not name.startswith("nemo:"):
+        raise NemoError(
+            f"{archive.path}: tokenizer.model_path is {name!r}, not a member of the archive "
+            '("nemo:..."), so the tokenizer is not in it'
+        )
+    return archive.read(name)
+
+
+def _model(path, state, config, tokenizer):
+    model, nemo = nemo_config.parse(config, _head(state))
+    buffers = {key: np.array(v) for key, v in state.items() if re.fullmatch(BUFFERS, key)}
+    vocab_size = _vocab_size(model, _head(state))
+    problems = [
+        *nemo_problems.layers(model.sections, state),
+        *nemo_problems.buffers(buffers, model.sections["front_end"]),
+        *nemo_problems.vocabulary(model.kind, nemo, tokenizer, vocab_size),
+    ]
+    variables = None
+    try:
+        variables = table.convert(
+            rows(model, _joint_index(state)), state, shapes(model, vocab_size), what="the weights"
+        )
+    except table.TableError as e:
+        problems.append(str(e))
+    if problems:
+        raise NemoError(f"{path}: " + "\n".join(problems))
+    _note_precision(state, buffers)
+    return NemoModel(
+        kind=model.kind,
+        config=model.sections,
+        tokenizer=SentencePieceTokenizer(tokenizer).to_dict() if tokenizer else None,
+        variables=owned(variables),
+        nemo_config=config,
+        buffers=buffers,
+    )
+
+
+def _note_precision(state, buffers):
+    """Warns where weights are of another precision than the f32 that they become."""
+    floats = {}
+    for key, array in state.items():
+        if key not in buffers and array.dtype != np.float32 and array.dtype.kind in "fV":
+            floats.setdefault(array.dtype.name, []).append(array)
+    for name, arrays in floats.items():
+        text = f"weights of {name} become float32, here and in what is written from them"
+        if arrays[0].dtype.itemsize > 4:
+            lost = sum(not np.array_equal(a, a.astype(np.float32), equal_nan=True) for a in arrays)
+            text += f": {lost} of {len(arrays)} tensors lose digits"
+        warnings.warn(text, stacklevel=4)
+
+
+def owned(variables):
+    """The tree with its arrays in memory of their own: what is mapped from a file is copied, in C
+    order and to a multiple of 64 bytes, where JAX on CPUs uses it without another copy."""
+    return jax.tree.map(lambda x: x if x.flags.owndata else _aligned(x), variables)
+
+
+def _aligned(array):
+    room = np.empty(array.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    np.copyto(copy, array)
+    return copy
+
+
+def _head(state):
+    """The number of outputs of the joint network, or of the CTC head; None without either."""
+    keys = (f"joint.joint_net.{_joint_index(state)}.bias", "decoder.decoder_layers.0.bias")
+    return next((state[key].size for key in keys if key in state), None)
+
+
+def _vocab_size(model, head):
+    """The number of pieces, without the blank and the durations; 1 where nothing says it."""
+    if model.kind in TRANSDUCERS:
+        return model.sections["decoder"]["vocab_size"]
+    return max(1, (head or 2) - 1)
+
+
+def _joint_index(state):
+    """Where joint_net's linear layer stands: 2 behind a dropout, else 1."""
+    return 1 if "joint.joint_net.1.weight" in state else 2
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def write(path, model):
+    """Writes a .nemo that NeMo restores (strictly) and `read` reads back bit for bit.
+
+    What the model's nemo_config says besides its settings (optim, data sets ...) stays in it.
+    The file appears whole or not at all.
+
+    Raises:
+      NemoError: a kind, setting or parameter that NeMo does not have, or no tokenizer.
+    """
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise NemoError(f"{os.fspath(path)} cannot be written: there is no folder {folder}")
+    with _errors(os.fspath(path), "written"):
+        settings = nemo_config.Settings(model.kind, model.config)
+        tokenizer = sentencepiece(model)
+        base = model.nemo_config
+        if "encoder" not in base and isinstance(base.get("model"), dict):
+            base = base["model"]
+        config = nemo_config.write(settings, tokenizer.texts, base)
+        artefacts = {
+            "model_path": ("tokenizer.model", tokenizer.to_bytes()),
+            "vocab_path": ("vocab.txt", sentencepiece_model.vocab_txt(tokenizer).encode()),
+            "spe_tokenizer_vocab": (
+                "tokenizer.vocab",
+                sentencepiece_model.vocab_tsv(tokenizer).encode(),
+            ),
+        }
+        members, section = {}, {"dir": "", "type": "bpe"}
+        for key, (name, content) in artefacts.items():
+            member = nemo_archive.fresh_name(name)
+            members[member], section[key] = content, f"nemo:{member}"
+        _check_artefacts(config)
+        config["tokenizer"] = section
+        members[nemo_archive.CONFIG] = plain_yaml.dump(config)
+        state = state_dict(model)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".jasr-") as temporary:
+            weights = os.path.join(temporary, nemo_archive.WEIGHTS)
+            torch_file.write(weights, state)
+            nemo_archive.write(path, {**members, nemo_archive.WEIGHTS: weights})
+
+
+def _check_artefacts(config):
+    """Nothing, if the config refers to no artefact of the file it was read from but tokenizers."""
+    for path, value in tree.flatten(config).items():
+        if (
+            isinstance(value, str)
+            and value.startswith("nemo:")
+            and not path.startswith("tokenizer/")
+        ):
+            raise NemoError(
+                f"the config refers to {value!r} in {path.replace('/', '.')}, a file that is not "
+                "kept with the model; set it to None in nemo_config"
+            )
+
+
+def sentencepiece(model):
+    """The sentencepiece_model.Model of a NemoModel's tokenizer."""
+    if not model.tokenizer or model.tokenizer.get("kind") != "sentencepiece":
+        raise NemoError("NeMo's model needs a SentencePiece tokenizer, and this one has none")
+    return sentencepiece_model.Model.from_bytes(base64.b64decode(model.tokenizer["model"]))
+
+
+def state_dict(model):
+    """{key: array} that NeMo's class loads strictly: weights as views, and buffers.
+
+    Raises:
+      table.TableError, tree.TreeError: parameters that the settings do not have, or that miss.
+    """
+    settings = nemo_config.Settings(model.kind, model.config)
+    pieces = len(sentencepiece(model).pieces)
+    tree.compare(shapes(settings, pieces), model.variables, what="the model to be written")
+    index = 1 if not model.config.get("joint", {}).get("dropout", 1) else 2
+    state = table.invert(rows(settings, index), model.variables, what="the model to be written")
+    config = FastConformerConfig(**model.config["encoder"])
+    for layer in range(1, config.n_layers if config.tied_biases else 1):
+        for name in ("pos_bias_u", "pos_bias_v"):
+            first = state[f"encoder.layers.0.self_attn.{name}"]
+            state[f"encoder.layers.{layer}.self_attn.{name}"] = first
+    buffers = {
+        key: make()
+        for key, (_, make) in nemo_problems.featurizer(model.config["front_end"]).items()
+    }
+    buffers |= {
+        key.replace("running_mean", "num_batches_tracked"): np.array(0, np.int64)
+        for key in state
+        if key.endswith(".running_mean")
+    }
+    return {**state, **{key: model.buffers.get(key, value) for key, value in buffers.items()}}

@@ -1,0 +1,363 @@
+"""The task of NeMo's recognisers: FastConformer with CTC, RNN-T, TDT, or a transducer and CTC."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jasr import audio, settings
+from jasr.audio import augment, inputs
+from jasr.decoding import transducer as decoding
+from jasr.decoding.beam import beam_search
+from jasr.decoding.ctc import ctc_greedy
+from jasr.losses import transducer as losses
+from jasr.losses.ctc import ctc_loss
+from jasr.systems.fastconformer import times
+from jasr.systems.fastconformer.model import Parakeet, ParakeetConfig, sharding
+from jasr.systems.fastconformer.settings import DecodingConfig, LossConfig
+
+LOCAL_CONTEXT = (128, 128)  # encoder frames left and right, as NeMo suggests for long recordings
+
+
+@dataclasses.dataclass(frozen=True)
+class ParakeetTask:
+    """Training and inference of one of NeMo's recognisers; see `build`."""
+
+    tokenizer: Any
+    model: Any
+    front_end: audio.FrontEndConfig
+    spec_augment: augment.SpecAugmentConfig
+    wave_augment: augment.WaveAugmentConfig
+    loss_config: LossConfig
+    decoding: DecodingConfig
+    groups: int = 1  # devices that a batch is split over: see `losses.joint`
+
+    # What a vocabulary gives its meaning to.
+    TOKEN_PARAMETERS = (
+        r"(decoder/decoder_layers_0|ctc_decoder/decoder_layers_0|decoder/prediction/embed"
+        r"|joint/joint_net)/.*"
+    )
+
+    @classmethod
+    def build(cls, config, tokenizer):
+        """A task from the run's config (mapping with model, loss, ...) and its tokenizer.
+
+        Raises:
+          settings.SettingsError: a misspelt key or a value of the wrong kind.
+          ValueError: settings that contradict each other, or a blank that is not the last id.
+        """
+        model = settings.build(ParakeetConfig, config["model"], "config.model")
+        loss = settings.build(LossConfig, config.get("loss", {}), "config.loss")
+        given = inputs.sections(config)
+        if tokenizer.blank_id != tokenizer.vocab_size - 1:
+            raise ValueError(
+                "these models need the blank as the last id: config.text.kind = 'sentencepiece', "
+                "or a character vocabulary that ends with it"
+            )
+        if model.encoder.feat_in != given["front_end"].n_mels:
+            raise ValueError(
+                f"config.model.encoder.feat_in {model.encoder.feat_in} differs from "
+                f"config.front_end.n_mels {given['front_end'].n_mels}"
+            )
+        if model.kind != loss.kind and (model.kind != "hybrid" or loss.kind == "ctc"):
+            raise ValueError(
+                f"config.loss.kind {loss.kind!r} does not train a model of kind {model.kind!r}"
+            )
+        how = settings.build(DecodingConfig, config.get("decoding", {}), "config.decoding")
+        if how.branch == "ctc" and not model.has_ctc:
+            raise ValueError(f"config.decoding.branch: a model of kind {model.kind!r} has no CTC")
+        if how.strategy == "beam" and (not model.is_transducer or how.branch == "ctc"):
+            raise ValueError(
+                "config.decoding.strategy 'beam' is a transducer's; CTC is decoded greedily: set "
+                "'greedy_batch'"
+            )
+        extra = len(loss.durations) if loss.kind == "tdt" else 0
+        model = dataclasses.replace(
+            model,
+            vocab_size=tokenizer.vocab_size - 1,
+            joint=dataclasses.replace(model.joint, num_extra_outputs=extra),
+        )
+        return cls(
+            tokenizer=tokenizer,
+            model=Parakeet(model),
+            **given,
+            loss_config=loss,
+            decoding=how,
+        )
+
+    @property
+    def config(self):
+        """The model's settings."""
+        return self.model.config
+
+    @property
+    def sharding(self):
+        """Regex rules parameter path -> axis names."""
+        return sharding(self.config)
+
+    def frames_needed(self, tokens):
+        """The fewest encoder frames that these token ids take.
+
+        One for a transducer, but more for a TDT whose tokens all take time.
+        """
+        if self.config.kind == "ctc":
+            return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+        if self.loss_config.kind == "rnnt":
+            return 1
+        durations = self.loss_config.durations
+        return len(tokens) * min(durations) + min(d for d in durations if d > 0)
+
+    @property
+    def seconds_per_frame(self):
+        """Seconds between two encoder frames."""
+        front = self.front_end
+        return front.hop * self.config.frame_rate_divisor / front.sample_rate
+
+    def check(self, shapes):
+        """Raises ValueError for buckets (B, S, L) that could not be trained on: there are none."""
+
+    def features(self, batch):
+        """Log-mel frames f32[B,T,F] and their lengths i32[B] of a batch's audio."""
+        return inputs.features(self, batch)
+
+    def init(self, rng, batch):
+        """Fresh variables {"params", "batch_stats"} for a batch's shapes."""
+        mel, mel_len = self.features(batch)
+        variables = self.model.init({"params": rng}, mel, mel_len, batch["tokens"])
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+    def loss(self, variables, batch, keys, step):
+        """Summed training loss, and what to divide it by; see `CtcTask.loss`.
+
+        A hybrid's CTC loss counts where a CTC path exists, the transducer's where one of its own.
+        """
+        c, loss = self.config, self.loss_config
+        mel, mel_len = inputs.augmented_features(self, batch, keys["augment"], step)
+        dropout, joint_key, omega_key = jax.random.split(keys["dropout"], 3)
+        run = functools.partial(self.model.apply, rngs={"dropout": dropout})
+        (x, length), changed = run(
+            variables, mel, mel_len, train=True, method="encode", mutable=["batch_stats"]
+        )
+        tokens, token_len = batch["tokens"], batch["token_len"]
+        present = batch["audio_len"] > 0
+        parts = []  # (share, reduction, losses, feasible)
+        if c.is_transducer:
+            enc, pred, kernel, bias = run(variables, x, tokens, train=True, method="joint_parts")
+            options = dict(
+                blank=c.blank,
+                fastemit_lambda=loss.fastemit_lambda,
+                clamp=loss.clamp,
+                groups=self.groups,
+                activation=c.joint.activation,
+                dropout=c.joint.dropout,
+                key=augment.row_keys(joint_key, batch["index"]),
+            )
+            score = losses.rnnt_loss
+            if loss.kind == "tdt":
+                score = losses.tdt_loss
+                options |= dict(durations=loss.durations, sigma=loss.sigma)
+                if loss.omega:
+                    options["omega"] = losses.sampled_omega(omega_key, loss.omega)
+            got = score(enc, pred, kernel, bias, length, tokens, token_len, **options)
+            share = 1 - loss.ctc_weight if c.kind == "hybrid" else 1.0
+            parts.append((share, loss.reduction, *got))
+        if c.has_ctc:
+            logits = run(variables, x, method="ctc_logits")
+            got = ctc_loss(logits, length, tokens, token_len, blank=c.blank)
+            hybrid = c.kind == "hybrid"
+            share = loss.ctc_weight if hybrid else 1.0
+            parts.append((share, loss.ctc_reduction if hybrid else loss.reduction, *got))
+        main = parts[0]
+        total, weight = inputs.reduced(main[2], token_len, present & main[3], main[1])
+        total = main[0] * total
+        for share, reduction, values, feasible in parts[1:]:
+            # what is summed here is divided by the main loss's divisor later
+            extra, own = inputs.reduced(values, token_len, present & feasible, reduction)
+            total += share * extra * weight / jnp.maximum(own, 1.0)
+        metrics = {
+            "weight": weight,
+            **inputs.counts(self, batch, functools.reduce(jnp.logical_and, [p[3] for p in parts])),
+        }
+        return total, (changed.get("batch_stats", {}), metrics)
+
+    def frames(self, variables, batch):
+        """Encoder frames f[B,T,D] to decode and their lengths i32[B], of each row as if alone.
+
+        Padding does not reach them through the subsampling, not even of a model of NeMo before 2.5,
+        where the last frames were other ones in other batches (and other ones again with its
+        pad_to above 0, which no released model has). It does, as in NeMo, where it counts in the
+        norm of the convolutions (group, instance) or in the length (stacking).
+        """
+        c = self.config
+        encoder = dataclasses.replace(c.encoder, masked_subsampling=True)
+        model = Parakeet(dataclasses.replace(c, encoder=encoder))
+        return model.apply(variables, *self.features(batch), method="encode")
+
+    def tables(self, variables):
+        """What `predict` computes of the weights alone, to be jitted.
+
+        Where many batches are decoded it is kept as "tables" of the variables.
+        """
+        if self.decodes == "ctc":
+            return {}
+        return {"gates": self.model.apply(variables, method="gate_table")}
+
+    def predict(self, variables, batch):
+        """The best hypothesis of each row of a batch, to be jitted.
+
+        Returns:
+          dict of tokens i32[B,L], token_len i32[B], start_frame and end_frame i32[B,L] (encoder
+          frames), logit_len i32[B]; of a transducer also durations i32[B,L], score f32[B] and
+          full bool[B] (it stopped before the end, having no room for more labels).
+        """
+        c, how = self.config, self.decoding
+        x, length = self.frames(variables, batch)
+        if self.decodes == "ctc":
+            logits = self.model.apply(variables, x, method="ctc_logits")
+            names = ("tokens", "token_len", "start_frame", "end_frame")
+            found = zip(names, ctc_greedy(logits, length, blank=c.blank), strict=True)
+            return {**dict(found), "logit_len": length}
+        run = functools.partial(self.model.apply, variables)
+        table = variables.get("tables", {}).get("gates")
+        if table is None and c.vocab_size < x.shape[0] * x.shape[1]:  # else it costs too much
+            table = run(method="gate_table")
+        steps = decoding.Steps(
+            predict=functools.partial(run, method="step", table=table),
+            initial_state=functools.partial(run, method="initial_state"),
+            output=functools.partial(run, method="joint_output"),
+        )
+        options = dict(
+            blank=c.blank,
+            durations=self.loss_config.durations if self.decodes == "tdt" else None,
+        )
+        enc = run(x, method="encoder_part")
+        if how.strategy == "beam":
+            found = beam_search(
+                enc,
+                length,
+                steps,
+                beam=how.beam,
+                max_symbols=how.max_symbols or 10,
+                expansion_gamma=how.expansion_gamma,
+                length_normalised=how.length_normalised,
+                **options,
+            )
+            found = jax.tree.map(lambda x: x[:, 0], found)
+        else:
+            found = decoding.greedy(
+                enc,
+                length,
+                steps,
+                max_symbols=how.max_symbols or None,
+                strategy=how.strategy,
+                **options,
+            )
+        return {**found, "logit_len": length}
+
+    @property
+    def decodes(self):
+        """What transcripts come from: "ctc", "rnnt" or "tdt"."""
+        if not self.config.is_transducer or self.decoding.branch == "ctc":
+            return "ctc"
+        return self.loss_config.kind
+
+    def text(self, tokens):
+        """The text of tokens as NeMo writes it; see `nemo_times.text`."""
+        return times.text(tokens, self.tokenizer)
+
+    @property
+    def marks(self):
+        """The punctuation marks before which `text` has no space."""
+        return times.punctuation(self.tokenizer)
+
+    def timestamps(self, tokens, start_frame, end_frame, durations=None, **options):
+        """NeMo's timestamps of a row of `predict`; see `nemo_times.timestamps`."""
+        front = self.front_end
+        return times.timestamps(
+            self.decodes,
+            tokens,
+            start_frame,
+            end_frame,
+            self.tokenizer,
+            durations=durations if self.decodes == "tdt" else None,
+            window_stride=front.hop / front.sample_rate,
+            subsampling=self.config.frame_rate_divisor,
+            **options,
+        )
+
+    def with_options(self, variables, *, beam=0, branch="", attention="", att_context=()):
+        """(task, variables) that decode in another way.
+
+        Args:
+          beam: hypotheses of a beam search; 1 = greedy.
+          branch: of a hybrid: "transducer" or "ctc".
+          attention: "local" lets every frame read `att_context` (left, right) frames, those of
+            `LOCAL_CONTEXT` if that is (), with the weights of attention over all (NeMo's
+            change_attention_model); "full" asserts that attention is not local.
+
+        Raises:
+          ValueError: the model has no such branch or attention, or CTC is given a beam.
+        """
+        c, how = self.config, self.decoding
+        if branch:
+            if branch != ("transducer" if c.is_transducer else "ctc") and c.kind != "hybrid":
+                raise ValueError(f"branch {branch!r}: a model of kind {c.kind!r} is no hybrid")
+            how = dataclasses.replace(how, branch=branch)
+        if branch == "ctc" and not beam:
+            beam = 1
+        if beam > 1 and (not c.is_transducer or how.branch == "ctc"):
+            raise ValueError(f"beam {beam}: a beam search is a transducer's; CTC is greedy")
+        if beam:
+            greedy = how.strategy if how.strategy != "beam" else "greedy_batch"
+            strategy = "beam" if beam > 1 else greedy
+            how = dataclasses.replace(how, strategy=strategy, beam=beam)
+        task = dataclasses.replace(self, decoding=how)
+        if att_context and attention != "local":
+            raise ValueError("att_context is of attention 'local'")
+        if attention == "local":
+            encoder, params = with_local_attention(
+                c.encoder, variables["params"]["encoder"], att_context or LOCAL_CONTEXT
+            )
+            task = dataclasses.replace(
+                task, model=Parakeet(dataclasses.replace(c, encoder=encoder))
+            )
+            params = {**variables["params"], "encoder": params}
+            variables = {**variables, "params": params}
+        elif attention == "full" and c.encoder.is_local:
+            raise ValueError("attention 'full': this encoder was trained with local attention")
+        elif attention not in ("", "full"):
+            raise ValueError(f"attention {attention!r}: choose full or local")
+        return task, variables
+
+
+def with_local_attention(config, params, context):
+    """(FastConformerConfig, encoder's parameters) of the same encoder with local attention.
+
+    Layers that shared position biases get copies of their own, as local attention has them.
+
+    Raises:
+      ValueError: an encoder without relative positions, or of chunks.
+    """
+    if config.self_attention_model == "abs_pos":
+        raise ValueError("attention 'local': this encoder has absolute positions ('abs_pos')")
+    if config.att_context_style != "regular":
+        raise ValueError(
+            f"attention 'local': this encoder reads in chunks ({config.att_context_style!r}), "
+            "which bounds its memory already"
+        )
+    if config.tied_biases:
+        first = params["layers_0"]["self_attn"]
+        shared = {name: first[name] for name in ("pos_bias_u", "pos_bias_v")}
+        params = dict(params)
+        for n in range(config.n_layers):
+            layer = params[f"layers_{n}"]
+            params[f"layers_{n}"] = {**layer, "self_attn": {**layer["self_attn"], **shared}}
+    config = dataclasses.replace(
+        config,
+        self_attention_model="rel_pos_local_attn",
+        att_context_size=tuple(context),
+        att_context_probs=(),
+    )
+    return config, params

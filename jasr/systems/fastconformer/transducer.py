@@ -1,0 +1,380 @@
+"""Prediction network and joint network of a transducer, as in NeMo (RNNTDecoder, RNNTJoint).
+
+Weights have NeMo's names: `prediction/embed/embedding`, `prediction/dec_rnn/lstm/weight_ih_l0` ...
+under the decoder, `enc`, `pred` and `joint_net` with kernel and bias under the joint network. The
+LSTM's arrays are torch's own: [4P, P], gates in the order input, forget, cell, output.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jasr.layers.basic import record
+from jasr.layers.lstm import gates_of, lstm, lstm_step
+
+ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh, "sigmoid": nn.sigmoid}
+DTYPES = ("float32", "bfloat16")
+
+
+class TransducerConfigError(ValueError):
+    """A decoder or joint section that is not one known here, with the key and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionConfig:
+    """NeMo's RNNTDecoder: keys of its section and of `prednet` in it, with their defaults; dtype
+    is ours. The blank is the id after the last token, `vocab_size`."""
+
+    vocab_size: int
+    pred_hidden: int = 640
+    pred_rnn_layers: int = 1
+    dropout: float = 0.0  # after each layer
+    blank_as_pad: bool = True  # whether the table has a row for the blank, all zeros
+    random_state_sampling: bool = False  # training starts from states drawn from N(0, 1)
+    # initial values
+    forget_gate_bias: float | None = 1.0
+    hidden_hidden_bias_scale: float = 0.0  # of the second bias of the forget gate
+    weights_init_scale: float = 1.0
+    t_max: int | None = None  # instead: biases for memories of 1 to t_max - 1 tokens
+    dtype: str = "float32"
+
+    @classmethod
+    def from_nemo(cls, decoder):
+        """The config of the `decoder` section of a NeMo model config.
+
+        Raises:
+          TransducerConfigError: a key or value that this network does not know.
+        """
+        section, prednet = dict(decoder), dict(decoder.get("prednet") or {})
+        section.pop("prednet", None)
+        hidden = prednet.get("pred_hidden", cls.pred_hidden)
+        silent = ("_target_", "vocabulary")
+        fixed = {"normalization_mode": (None,), "rnn_hidden_size": (None, -1, 0, hidden)}
+        return _read(cls, "RNNTDecoder", section, prednet, silent, fixed)
+
+    def to_nemo(self):
+        """The `decoder` section that NeMo builds this network from."""
+        fields = dataclasses.asdict(self)
+        outer = ("vocab_size", "blank_as_pad", "random_state_sampling")
+        return {
+            "_target_": "nemo.collections.asr.modules.RNNTDecoder",
+            "normalization_mode": None,
+            **{key: fields.pop(key) for key in outer},
+            "prednet": {key: value for key, value in fields.items() if key != "dtype"},
+        }
+
+    def __post_init__(self):
+        for name in ("vocab_size", "pred_hidden", "pred_rnn_layers"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        _check(self, "t_max", self.t_max is None or self.t_max > 2, "None or above 2")
+        _check(self, "dtype", self.dtype in DTYPES, f"one of {DTYPES}")
+
+    @property
+    def blank(self):
+        return self.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class JointConfig:
+    """NeMo's RNNTJoint: keys of its section and of `jointnet` in it; dtype is ours."""
+
+    num_classes: int  # tokens without the blank, which follows them
+    encoder_hidden: int
+    pred_hidden: int
+    joint_hidden: int
+    num_extra_outputs: int = 0  # TDT: a logit of each duration, after the blank's
+    activation: str = "relu"
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @classmethod
+    def from_nemo(cls, joint):
+        """The config of the `joint` section of a NeMo model config.
+
+        Raises:
+          TransducerConfigError: a key or value that this network does not know.
+        """
+        section, jointnet = dict(joint), dict(joint.get("jointnet") or {})
+        section.pop("jointnet", None)
+        # They choose how much is computed at once, or normalise what every reader normalises.
+        silent = ("_target_", "vocabulary", "log_softmax", "preserve_memory", "fuse_loss_wer")
+        silent += ("fused_batch_size", "experimental_fuse_loss_wer")
+        fixed = {"masking_prob": (None, -1, -1.0, 0.0)}
+        return _read(cls, "RNNTJoint", section, jointnet, silent, fixed)
+
+    def to_nemo(self):
+        """The `joint` section that NeMo builds this network from."""
+        fields = dataclasses.asdict(self)
+        outer = ("num_classes", "num_extra_outputs")
+        return {
+            "_target_": "nemo.collections.asr.modules.RNNTJoint",
+            "log_softmax": None,
+            "preserve_memory": False,
+            "fuse_loss_wer": False,
+            "fused_batch_size": -1,
+            **{key: fields.pop(key) for key in outer},
+            "jointnet": {key: value for key, value in fields.items() if key != "dtype"},
+        }
+
+    def __post_init__(self):
+        for name in ("num_classes", "encoder_hidden", "pred_hidden", "joint_hidden"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(self, "num_extra_outputs", self.num_extra_outputs >= 0, "at least 0")
+        _check(self, "activation", self.activation in ACTIVATIONS, f"one of {(*ACTIVATIONS,)}")
+        _check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        _check(self, "dtype", self.dtype in DTYPES, f"one of {DTYPES}")
+
+    @property
+    def blank(self):
+        return self.num_classes
+
+    @property
+    def outputs(self):
+        """Logits of a node: the tokens, the blank, the durations."""
+        return self.num_classes + 1 + self.num_extra_outputs
+
+
+def _read(cls, kind, section, inner, silent, fixed):
+    """A config from a section of NeMo's and the section inside of it, checked."""
+    target = str(section.get("_target_") or kind).rpartition(".")[2]
+    if target != kind:
+        raise TransducerConfigError(f"the section is of {target}, not of {kind}")
+    given = {**section, **inner}
+    names = {f.name for f in dataclasses.fields(cls)} - {"dtype"}
+    unknown = [
+        f"{key}: {value!r}"
+        for key, value in given.items()
+        if key not in names and key not in silent and value not in fixed.get(key, ())
+    ]
+    if unknown:
+        raise TransducerConfigError(
+            f"the {kind} has settings that jasr does not know: {', '.join(unknown)}"
+        )
+    fields = {key: given[key] for key in names & set(given)}
+    if fields.get("dropout", 0.0) is None:
+        fields["dropout"] = 0.0
+    if "activation" in fields:
+        fields["activation"] = fields["activation"].lower()
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.name not in fields
+    ]
+    if missing:
+        raise TransducerConfigError(f"the {kind} lacks {', '.join(missing)}")
+    return cls(**fields)
+
+
+def _check(config, name, good, wanted):
+    if not good:
+        raise TransducerConfigError(
+            f"{type(config).__name__}.{name} must be {wanted}, got {getattr(config, name)!r}"
+        )
+
+
+def uniform(bound):
+    """Initial values from U(-bound, bound), torch's way."""
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+class _Recurrence(nn.Module):
+    """`dec_rnn`: the layers' weights under torch.nn.LSTM's names."""
+
+    config: PredictionConfig
+
+    def setup(self):
+        self.lstm = self.param("lstm", _lstm_init(self.config))
+
+    def layers(self):
+        """Of each layer weight_ih, weight_hh, both [4P, P], and the sum of its two biases."""
+        for i in range(self.config.pred_rnn_layers):
+            w_ih, w_hh, b_ih, b_hh = (
+                self.lstm[f"{name}_l{i}"]
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            yield w_ih, w_hh, b_ih + b_hh
+
+
+def _lstm_init(config):
+    """key -> torch.nn.LSTM's arrays with NeMo's initial values."""
+    c, P = config, config.pred_hidden
+    draw = uniform(P**-0.5)
+
+    def init(key):
+        weights = {}
+        for i in range(c.pred_rnn_layers):
+            keys = jax.random.split(jax.random.fold_in(key, i), 4)
+            weights |= {
+                f"weight_ih_l{i}": draw(keys[0], (4 * P, P)),
+                f"weight_hh_l{i}": draw(keys[1], (4 * P, P)),
+                f"bias_ih_l{i}": _bias(c, "ih", keys[2], draw),
+                f"bias_hh_l{i}": _bias(c, "hh", keys[3], draw),
+            }
+        return jax.tree.map(lambda x: x * c.weights_init_scale, weights)
+
+    return init
+
+
+def _bias(config, name, key, draw):
+    P = config.pred_hidden
+    if config.t_max is not None:  # chrono initialisation (Tallec and Ollivier, 2018)
+        forget = jnp.log(jax.random.uniform(key, (P,), minval=1.0, maxval=config.t_max - 1.0))
+        return jnp.concatenate([-forget, forget, jnp.zeros(2 * P)])
+    bias = draw(key, (4 * P,))
+    if config.forget_gate_bias is None:
+        return bias
+    gate = slice(P, 2 * P)
+    if name == "ih":
+        return bias.at[gate].set(config.forget_gate_bias)
+    return bias.at[gate].multiply(config.hidden_hidden_bias_scale)
+
+
+class _Network(nn.Module):
+    """`prediction`: the table and the recurrence."""
+
+    config: PredictionConfig
+
+    def setup(self):
+        c = self.config
+        self.embed = nn.Embed(
+            c.vocab_size + c.blank_as_pad, c.pred_hidden, embedding_init=_table_init(c)
+        )
+        self.dec_rnn = _Recurrence(c)
+        self.drop = nn.Dropout(c.dropout)
+
+    def look_up(self, tokens):
+        """Rows of the table; zeros, without gradient, of the blank."""
+        is_token = tokens != self.config.blank
+        rows = self.embed(jnp.where(is_token, tokens, 0))
+        return jnp.where(is_token[..., None], rows, 0.0).astype(self.config.dtype)
+
+
+def _table_init(config):
+    def init(key, shape, dtype=jnp.float32):
+        table = jax.random.normal(key, shape, dtype)
+        return table.at[config.blank].set(0.0) if config.blank_as_pad else table
+
+    return init
+
+
+class Prediction(nn.Module):
+    """What the labels so far say of the next one.
+
+    tokens i32[B, U] -> [B, U + 1, P]: the output after the start and after each token. `step` does
+    one token at a time. Dropout and drawn states take the random stream "dropout".
+    """
+
+    config: PredictionConfig
+
+    def setup(self):
+        self.prediction = _Network(self.config)
+
+    def __call__(self, tokens, train=False):
+        c, net = self.config, self.prediction
+        x = jnp.pad(net.look_up(tokens), ((0, 0), (1, 0), (0, 0)))  # a zero vector first
+        state = self.initial_state(len(tokens))
+        if train and c.random_state_sampling:
+            keys = jax.random.split(self.make_rng("dropout"))
+            state = tuple(jax.random.normal(k, s.shape) for k, s in zip(keys, state))
+        for i, (w_ih, w_hh, bias) in enumerate(net.dec_rnn.layers()):
+            x = lstm(x, w_ih, w_hh, bias, state[0][i], state[1][i])
+            x = net.drop(x, deterministic=not train)
+        record(self, "decoder_out", x)
+        return x
+
+    def initial_state(self, batch):
+        """(h, c), zeros f32[L, B, P] each."""
+        zeros = jnp.zeros((self.config.pred_rnn_layers, batch, self.config.pred_hidden))
+        return zeros, zeros
+
+    def gate_table(self):
+        """What each token and the blank add to the first layer's gates, f32[V + 1, 4P].
+
+        Made once for a batch that is decoded, it spares `step` the larger of its two products.
+        """
+        w_ih, _, bias = next(self.prediction.dec_rnn.layers())
+        every = jnp.arange(self.config.vocab_size + 1)
+        return gates_of(self.prediction.look_up(every), w_ih, bias)
+
+    def step(self, token, state, table=None):
+        """The output [B, P] after one more token i32[B], and the state after it.
+
+        Decoding starts with the blank, which stands for the start, and `initial_state`. table: the
+        `gate_table`.
+        """
+        net, dtype = self.prediction, self.config.dtype
+        x, h, c = None, [], []
+        for i, (w_ih, w_hh, bias) in enumerate(net.dec_rnn.layers()):
+            if i == 0 and table is not None:
+                gates = table[token]
+            else:
+                gates = gates_of(net.look_up(token) if i == 0 else x, w_ih, bias)
+            after = lstm_step(gates, w_hh, state[0][i], state[1][i], dtype)
+            h.append(after[0])
+            c.append(after[1])
+            x = after[0].astype(dtype)
+        return x, (jnp.stack(h), jnp.stack(c))
+
+
+class _Linear(nn.Module):
+    """torch.nn.Linear, initial values included; kernel and bias can be read."""
+
+    inputs: int
+    features: int
+    dtype: str
+
+    def setup(self):
+        draw = uniform(1 / math.sqrt(self.inputs))
+        self.kernel = self.param("kernel", draw, (self.inputs, self.features))
+        self.bias = self.param("bias", draw, (self.features,))
+
+    def __call__(self, x):
+        return x.astype(self.dtype) @ self.kernel.astype(self.dtype) + self.bias.astype(self.dtype)
+
+
+class Joint(nn.Module):
+    """Logits of all nodes, from the encoder's and the prediction network's outputs.
+
+    joint(f [B, T, D], g [B, U + 1, P]) -> [B, T, U + 1, V + 1 + E]: tokens, blank, durations. The
+    losses take the parts instead, `encoder_part`, `prediction_part` and `output_layer`; decoding
+    `output(encoder_part(f) + prediction_part(g))` of the nodes it comes to.
+    """
+
+    config: JointConfig
+
+    def setup(self):
+        c = self.config
+        self.enc = _Linear(c.encoder_hidden, c.joint_hidden, c.dtype)
+        self.pred = _Linear(c.pred_hidden, c.joint_hidden, c.dtype)
+        self.joint_net = _Linear(c.joint_hidden, c.outputs, c.dtype)
+        self.drop = nn.Dropout(c.dropout)
+
+    def __call__(self, f, g, train=False):
+        x = self.encoder_part(f)[:, :, None] + self.prediction_part(g)[:, None]
+        return self.output(x, train)
+
+    def encoder_part(self, f):
+        """[..., D] -> [..., J]."""
+        x = self.enc(f)
+        record(self, "enc_proj", x)
+        return x
+
+    def prediction_part(self, g):
+        """[..., P] -> [..., J]."""
+        x = self.pred(g)
+        record(self, "pred_proj", x)
+        return x
+
+    def output(self, x, train=False):
+        """Logits [..., V + 1 + E] of the sum of the two parts [..., J]: activation, dropout and
+        the output layer, as NeMo's `joint_net`."""
+        hidden = ACTIVATIONS[self.config.activation](x)
+        return self.joint_net(self.drop(hidden, deterministic=not train))
+
+    def output_layer(self):
+        """kernel f32[J, V + 1 + E] and bias f32[V + 1 + E] of the output layer."""
+        return self.joint_net.kernel, self.joint_net.bias

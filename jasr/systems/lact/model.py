@@ -1,0 +1,268 @@
+"""LaCT ASR: log-mel frames -> convolutions -> blocks of (attention + fast weights, gated MLP) ->
+CTC logits.
+
+The original is NeverWL/LaCT's lact_asr; every parameter keeps its name, with torch's dots as
+slashes and list indices joined by "_" ("model.layers.0.attn.qkv.weight" is
+"model/layers_0/attn/qkv/kernel"):
+
+    model/audio_feature_extractor/conv_layers_{4i}/{kernel,bias}      convolution i, kernel [3, in,
+    out] model/audio_feature_extractor/conv_layers_{4i+1}/{scale,bias}     its batch norm;
+    batch_stats: {mean,var} model/layers_{n}/{attn_norm,mlp_norm}/scale
+    model/layers_{n}/attn/...                                         see lact_layer.py
+    model/layers_{n}/mlp/{gate_proj,up_proj,down_proj}/kernel
+    model/norm/scale, ctc_head/kernel
+    model/layers_{n}/conv/...                                         ours, when conv_kernel > 0
+    self_condition/kernel                                             ours, with self_conditioning
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jasr.layers.attention import rope_table
+from jasr.layers.basic import BatchNorm, Dropout, RMSNorm, depthwise, frame_mask, record
+from jasr.systems.lact.layer import LactLayer, kernel_init, linear
+from jasr.systems.lact.settings import (  # noqa: F401  (the model's public names)
+    BASE,
+    IMPROVED,
+    LARGE,
+    LactConfig,
+    check_updates,
+    encoder_frames,
+    num_updates,
+)
+
+
+def sinusoids(frames, dim):
+    """f32[T,D] sinusoidal positions: sin in even channels, cos in odd ones, base 10000."""
+    angle = np.outer(np.arange(frames), 10000.0 ** (-np.arange(0, dim, 2) / dim))
+    return jnp.asarray(
+        np.stack([np.sin(angle), np.cos(angle)], -1).reshape(frames, -1)[:, :dim], jnp.float32
+    )
+
+
+class Conv(nn.Module):
+    """Convolution of width 3 over time, padding 1, as one product of stacked neighbours: [B,T,C]
+    -> [B,ceil(T/stride),features].
+
+    stride 2 puts output t on frames 2t-1, 2t, 2t+1 (torch's padding=1).
+    """
+
+    features: int
+    stride: int
+    config: LactConfig
+
+    @nn.compact
+    def __call__(self, x):
+        batch, frames, dim = x.shape
+        kernel = self.param("kernel", kernel_init(self.config), (3, dim, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = x.astype(self.config.dtype)
+        out = -(-frames // self.stride)
+        x = jnp.pad(x, ((0, 0), (1, 1 + out * self.stride - frames), (0, 0)))
+        x = jnp.concatenate(
+            [x[:, i : i + out * self.stride : self.stride] for i in range(3)], axis=-1
+        )
+        return x @ kernel.reshape(3 * dim, -1).astype(x.dtype) + bias.astype(x.dtype)
+
+
+class AudioFeatureExtractor(nn.Module):
+    """Convolution stack: channels double from the mel bins and end at hidden_size; positions are
+    added."""
+
+    config: LactConfig
+
+    @nn.compact
+    def __call__(self, mel, mel_len, train):
+        c = self.config
+        record(self, "mel", mel)
+        masked = c.batch_norm == "masked"
+        x, length, dim, left = mel, mel_len, mel.shape[-1], c.subsampling
+        for i in range(c.audio_encoder_layers):
+            dim = c.hidden_size if i == c.audio_encoder_layers - 1 else 2 * dim
+            stride = 2 if left > 1 else 1
+            left //= stride
+            if masked:  # what lies in the padding must not reach a valid frame through the kernel
+                x = jnp.where(frame_mask(length, x.shape[1]), x, 0)
+            x = Conv(dim, stride, c, name=f"conv_layers_{4 * i}")(x)
+            length = -(-length // stride)
+            mask = frame_mask(length, x.shape[1]) if masked else None
+            x = BatchNorm(name=f"conv_layers_{4 * i + 1}")(x, mask, train)
+            x = jax.nn.relu(x)
+            x = Dropout(c.audio_encoder_dropout)(x, train)
+            record(self, f"conv_{i}", x)
+        if c.positions == "sinusoidal":
+            x = x + sinusoids(x.shape[1], dim)
+        record(self, "pe", x)
+        return x.astype(c.dtype), length
+
+
+class GatedMLP(nn.Module):
+    config: LactConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        gate = linear(c, c.mlp_size, "gate_proj")(x)
+        up = linear(c, c.mlp_size, "up_proj")(x)
+        return linear(c, c.hidden_size, "down_proj")(jax.nn.silu(gate) * up)
+
+
+class ConvModule(nn.Module):
+    """The Conformer's convolution module with RMS norms in place of batch norm; reads no
+    padding."""
+
+    config: LactConfig
+
+    @nn.compact
+    def __call__(self, x, mask):
+        c = self.config
+        x, gate = jnp.split(linear(c, 2 * c.hidden_size, "pointwise_conv1")(x), 2, axis=-1)
+        x = jnp.where(mask, x * jax.nn.sigmoid(gate), 0)
+        kernel = self.param(
+            "depthwise_conv",
+            nn.initializers.normal(c.conv_kernel**-0.5),
+            (c.conv_kernel, c.hidden_size),
+        )
+        before = c.conv_kernel - 1 if c.causal else (c.conv_kernel - 1) // 2
+        x = depthwise(x, kernel.astype(x.dtype), before)
+        x = jax.nn.silu(RMSNorm(c.norm_eps, name="norm")(x))
+        return linear(c, c.hidden_size, "pointwise_conv2")(x)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention + fast weights, convolution module (optional), gated
+    MLP."""
+
+    config: LactConfig
+    fast: bool
+
+    @nn.compact
+    def __call__(self, x, length, table, train):
+        c = self.config
+
+        def drop(x):
+            return Dropout(c.dropout)(x, train)
+
+        def norm(name, x):
+            return RMSNorm(c.norm_eps, c.elementwise_affine, name=name)(x)
+
+        y = norm("attn_norm", x)
+        record(self, "attn_norm_out", y)
+        x = x + drop(LactLayer(c, self.fast, name="attn")(y, length, table))
+        if c.conv_kernel:
+            y = ConvModule(c, name="conv")(norm("conv_norm", x), frame_mask(length, x.shape[1]))
+            record(self, "conv_out", y)
+            x = x + drop(y)
+        y = GatedMLP(c, name="mlp")(norm("mlp_norm", x))
+        record(self, "mlp_out", y)
+        return x + drop(y)
+
+
+class Model(nn.Module):
+    """The encoder: mel f32[B,T,F] -> hidden [B,T',D] after the final norm, their length, and what
+    intermediate CTC reads."""
+
+    config: LactConfig
+
+    @nn.compact
+    def __call__(self, mel, mel_len, train, head):
+        c = self.config
+        x, length = AudioFeatureExtractor(c, name="audio_feature_extractor")(mel, mel_len, train)
+        x = Dropout(c.dropout)(x, train)
+        table = rope_table(x.shape[1], c.head_dim, c.rope_theta)
+        norm = RMSNorm(c.norm_eps, c.elementwise_affine, name="norm")
+        block = nn.remat(Block, static_argnums=(4,)) if c.remat else Block
+        intermediate = []
+        if c.self_conditioning and c.intermediate_ctc:
+            condition = linear(c, c.hidden_size, "self_condition")
+        for n in range(c.num_hidden_layers):
+            x = block(c, c.has_lact(n), name=f"layers_{n}")(x, length, table, train)
+            if n + 1 in c.intermediate_ctc:
+                logits = head(norm(x))
+                intermediate.append(logits)
+                if c.self_conditioning:
+                    probabilities = jax.nn.softmax(logits.astype(jnp.float32)).astype(x.dtype)
+                    x = x + condition(probabilities)
+        x = norm(x)
+        record(self, "norm_out", x)
+        return x, length, tuple(intermediate)
+
+
+class LactCtc(nn.Module):
+    """The recogniser. Variables: params, batch_stats; rngs: dropout (training only)."""
+
+    config: LactConfig = LactConfig()
+
+    @nn.compact
+    def __call__(self, mel, mel_len, *, train=False):
+        """CTC logits of a batch of log-mel frames.
+
+        Args:
+          mel: f32[B,T,F]. mel_len: i32[B] valid frames; what lies beyond has no effect (with
+          batch_norm="masked").
+          train: batch statistics and dropout; batch_stats must then be mutable.
+
+        Returns:
+          dict of logits f32[B,T',V] with T' = ceil(T / subsampling), logit_len i32[B],
+          intermediate (tuple of f32[B,T',V]) and updates i32[B], the number of fast-weight updates
+          of each utterance in each fast-weight layer.
+        """
+        c = self.config
+        head = linear(c, c.ctc_vocab_size, "ctc_head")
+        x, length, intermediate = Model(c, name="model")(mel, mel_len, train, head)
+        logits = head(x).astype(jnp.float32)
+        record(self, "logits", logits)
+        return {
+            "logits": logits,
+            "logit_len": length,
+            "intermediate": tuple(y.astype(jnp.float32) for y in intermediate),
+            "updates": num_updates(c, mel_len),
+        }
+
+
+def sharding(config):
+    """Sharding rules of the parameters that `config` has: ((regex, mesh axes per dimension), ...).
+
+    Every parameter is covered and no rule is dead. Heads of the fast weights and the wide sides of
+    the projections go to `tensor`, the other side to `fsdp`.
+    """
+    blocks = range(config.num_hidden_layers)
+    fast = any(map(config.has_lact, blocks))
+    layer, attn = r"model/layers_\d+", r"model/layers_\d+/attn"
+    down, up = ("tensor", "fsdp"), ("fsdp", "tensor")
+    rules = [
+        (r"model/audio_feature_extractor/conv_layers_\d+/kernel", (None, "fsdp", "tensor")),
+        (r"model/audio_feature_extractor/conv_layers_\d+/(bias|scale)", ()),
+        (rf"{attn}/qkv/kernel", up),
+        (rf"{attn}/o_proj/kernel", down),
+        (rf"{layer}/mlp/(gate|up)_proj/kernel", up),
+        (rf"{layer}/mlp/down_proj/kernel", down),
+        (r"ctc_head/kernel", ("fsdp", None)),
+    ]
+    if config.elementwise_affine:
+        rules.append((r"model/(layers_\d+/(attn|mlp|conv)_)?norm/scale", ()))
+    if config.qkv_bias:
+        rules.append((rf"{attn}/qkv/bias", ("tensor",)))
+    if config.attn_qk_norm:
+        rules.append((rf"{attn}/[qk]_norm/scale", ()))
+    if fast:
+        low_rank = "/w_(left|right)" if config.w0_w2_low_rank > 0 else ""
+        rules += [
+            (rf"{attn}/w1", ("tensor", "fsdp", None)),
+            (rf"{attn}/w[02]{low_rank}", ("tensor", "fsdp", None)),
+            (rf"{attn}/qk_(scale|offset)", ()),
+            (rf"{attn}/ttt_norm/scale", ()),
+            (rf"{attn}/(lr_proj|momentum_proj_0|ttt_scale_proj)/kernel", ("fsdp", None)),
+            (rf"{attn}/(lr_proj|momentum_proj_0|ttt_scale_proj)/bias", ()),
+        ]
+    if config.conv_kernel:
+        rules += [
+            (rf"{layer}/conv/pointwise_conv1/kernel", up),
+            (rf"{layer}/conv/pointwise_conv2/kernel", down),
+            (rf"{layer}/conv/(depthwise_conv|norm/scale)", ()),
+        ]
+    if config.self_conditioning and config.intermediate_ctc:
+        rules.append((r"model/self_condition/kernel", (None, "fsdp")))
+    return tuple(rules)

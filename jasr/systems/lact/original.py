@@ -1,0 +1,412 @@
+r"""Checkpoints of the original LaCT ASR (NeverWL/LaCT, lact_asr): read, and written so that the
+original loads them.
+
+A run of the original leaves checkpoint-step-N.pt, best_model.pt and latest_checkpoint.pt, each
+{"model_state_dict", "config", "optimizer_state_dict", ...}, beside config.json. Its vocabulary
+file, if there is one, has a character a line; the original's own reader strips the lines and so
+loses the space, which shifts every id after it (its published 91.9 % word error rate). Here a line
+that is a space is the space.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+from jasr import settings, tree
+from jasr.interop import table, torch_file
+from jasr.interop.table import Row
+from jasr.systems.lact.model import LactConfig, LactCtc
+from jasr.text import CharTokenizer
+
+BLANK = "<blank>"
+# The characters of the original's LibriSpeech runs (its logs, train-clean-100 and -360 alike).
+LIBRISPEECH = (BLANK, *" etaonihsrdlumcwfgypbvk'xjqz")
+VOCABULARY_FILES = ("vocab.txt", "vocabulary.txt", "vocab.json")
+_FIELDS = tuple(f.name for f in dataclasses.fields(LactConfig))
+OURS = _FIELDS[_FIELDS.index("fw_base_lr") :]  # not in the original's config
+
+
+class LactFileError(ValueError):
+    """A checkpoint of the original that cannot be read, or a model that it could not load."""
+
+
+def is_lact(path):
+    """Whether `path` looks like the original's: a .pt file or a directory of its own."""
+    path = pathlib.Path(path)
+    if path.is_file():
+        return path.suffix in (".pt", ".pth", ".bin")
+    try:
+        if json.loads((path / "config.json").read_text("utf-8"))["model_type"] == "lact_asr":
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return path.is_dir() and find_weights(path) is not None
+
+
+def find_weights(directory):
+    """The weights file of a run's directory: the best, the latest, or the highest step."""
+    directory = pathlib.Path(directory)
+    for name in ("best_model.pt", "latest_checkpoint.pt"):
+        if (directory / name).is_file():
+            return directory / name
+    steps = {
+        int(match[1]): path
+        for path in directory.glob("checkpoint-step-*.pt")
+        if (match := re.fullmatch(r"checkpoint-step-(\d+)\.pt", path.name))
+    }
+    return steps[max(steps)] if steps else None
+
+
+def read_lact(path):
+    """(LactConfig, variables {"params", "batch_stats"} of numpy arrays, vocabulary) of the
+    original.
+
+    path: a run's directory, or one of its .pt files (with model_state_dict, state_dict, or bare).
+    The settings are the checkpoint's own, else config.json's beside it; the vocabulary is vocab.txt
+    beside it: a list of characters by token id, with "<blank>" at the blank's.
+
+    Raises:
+      LactFileError, torch_file.TorchFileError, table.TableError: what is missing, damaged or does
+        not fit, with the file's name and what to do. A vocabulary whose length differs from the
+        CTC head's is refused.
+    """
+    config, variables = read_weights(path)
+    return config, variables, _vocabulary(weights_file(path), config)
+
+
+def _vocabulary(weights, config):
+    for name in VOCABULARY_FILES:
+        if (weights.parent / name).is_file():
+            vocabulary = read_vocabulary(weights.parent / name, config.ctc_vocab_size)
+            break
+    else:
+        raise LactFileError(
+            f"{weights.parent}: no vocabulary ({' or '.join(VOCABULARY_FILES)}). Write vocab.txt, "
+            'one character a line in the order of the training run\'s log ("Vocabulary: [...]"). '
+            "For the original's LibriSpeech runs: python -c \"from jasr.interop import lact; "
+            f"lact.write_vocabulary('{weights.parent}/vocab.txt', lact.LIBRISPEECH)\""
+        )
+    if vocabulary.index(BLANK) != config.ctc_blank_id:
+        raise LactFileError(
+            f"{weights.parent / name}: {BLANK} is token {vocabulary.index(BLANK)}, but the model's "
+            f"ctc_blank_id is {config.ctc_blank_id}"
+        )
+    return vocabulary
+
+
+def read_weights(path):
+    """(LactConfig, variables), as `read_lact`, of a checkpoint that need have no vocabulary."""
+    weights, config, state = _open(path)
+    variables = table.convert(rows(config), state, shapes(config), what=f"{weights}: the weights")
+    # copies, since a run that goes on writes over the file that the arrays are mapped from
+    return config, jax.tree.map(np.array, variables)
+
+
+def load_meta(path, tokens=True):
+    """{"config", "tokenizer", "step"} as in the meta of a step of ours.
+
+    tokens: False leaves out the tokenizer, which needs a vocabulary.
+    """
+    weights, config, _ = _open(path)
+    meta = {"config": reference_config(settings.to_dict(config)), "step": 0}
+    if tokens:
+        meta["tokenizer"] = CharTokenizer(tuple(_vocabulary(weights, config)), "lower").to_dict()
+    return meta
+
+
+def weights_file(path):
+    """The weights file at `path`, a run's directory or the file itself."""
+    path = pathlib.Path(path)
+    weights = find_weights(path) if path.is_dir() else path
+    if weights is None or not weights.is_file():
+        raise LactFileError(
+            f"{path}: no best_model.pt, latest_checkpoint.pt or checkpoint-step-N.pt in it"
+            if path.is_dir()
+            else f"{path}: no such file"
+        )
+    return weights
+
+
+def _open(path):
+    """(weights file, LactConfig, {name: array}); the arrays are mapped from the file."""
+    weights = weights_file(path)
+    saved = torch_file.read(weights, opaque=("lact_asr_model", "__main__"))
+    state = _state_dict(saved, weights)
+    head = state.get("ctc_head.weight")
+    if head is None or head.ndim != 2:
+        raise LactFileError(f"{weights}: no ctc_head.weight; not a LaCT ASR checkpoint")
+    return weights, _config(saved, weights, head.shape[0]), state
+
+
+def _state_dict(saved, path):
+    """{name: array} of what was saved, without the prefixes of torch.compile and data parallel."""
+    if isinstance(saved, dict):
+        for name in ("model_state_dict", "state_dict", "model"):
+            if isinstance(saved.get(name), dict):
+                saved = saved[name]
+                break
+    if not isinstance(saved, dict) or not all(isinstance(v, np.ndarray) for v in saved.values()):
+        raise LactFileError(
+            f"{path}: neither a state_dict nor a dict with model_state_dict or state_dict in it"
+        )
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if saved and all(key.startswith(prefix) for key in saved):
+            saved = {key.removeprefix(prefix): value for key, value in saved.items()}
+    return saved
+
+
+def _config(saved, weights, vocab_size):
+    """The settings in the checkpoint, else those of config.json beside it."""
+    mapping, where = saved.get("config") if isinstance(saved, dict) else None, f"{weights}: config"
+    if not isinstance(mapping, dict) or "hidden_size" not in mapping:
+        where = str(weights.parent / "config.json")
+        try:
+            mapping = json.loads(pathlib.Path(where).read_text("utf-8"))
+        except OSError as e:
+            raise LactFileError(
+                f"{weights} holds no settings and {where} cannot be read ({e.strerror})"
+            ) from e
+        except ValueError as e:
+            raise LactFileError(f"{where} is not JSON: {e}") from e
+    return parse_config(mapping, where, vocab_size)
+
+
+def parse_config(mapping, where="config.json", vocab_size=0):
+    """LactConfig of the original's config.json; what only chooses kernels there is ignored.
+
+    vocab_size: rows of the CTC head, which the original's training data overrode the config by.
+    """
+    if mapping.get("use_fused_kernel") and mapping.get("use_muon"):
+        raise LactFileError(
+            f"{where}: use_fused_kernel with use_muon orthogonalises two weights jointly, which is "
+            "another model"
+        )
+    values = {
+        name: mapping[name]
+        for name in _FIELDS
+        if name not in OURS and mapping.get(name) is not None
+    }
+    if "window_size" in mapping and mapping["window_size"] is None:
+        values["window_size"] = 0  # all keys
+    if mapping.get("hidden_ratio", 0) is None and values.get("intermediate_size"):
+        values["hidden_ratio"] = 0  # not used; 4 where both are null
+    values["audio_feature_dim"] = values.get("n_mels", LactConfig.n_mels)  # what its layers read
+    if vocab_size:
+        values["ctc_vocab_size"] = vocab_size
+    return settings.build(LactConfig, {**values, **mapping.get("jasr", {})}, where)
+
+
+def reference_config(model):
+    """The run's config (task, model, front_end) of the original's settings, from the model's."""
+    front_end = dict(
+        kind="htk",
+        sample_rate=model["sample_rate"],
+        n_mels=model["n_mels"],
+        n_fft=model["n_fft"],
+        win=model["win_length"],
+        hop=model["hop_length"],
+        mel_norm="none",
+        preemph=0.0,
+        log_guard=1e-8,
+        normalize="none",
+    )
+    return {"task": "ctc", "model": dict(model), "front_end": front_end}
+
+
+def shapes(config):
+    """Shapes of the model's variables, {"params", "batch_stats"}, without computing anything."""
+    model = LactCtc(config)
+    mel = jax.ShapeDtypeStruct((1, 8, config.n_mels), np.float32)
+    length = jax.ShapeDtypeStruct((1,), np.int32)
+    variables = jax.eval_shape(model.init, {"params": jax.random.key(0)}, mel, length)
+    return {name: variables[name] for name in ("params", "batch_stats")}
+
+
+def rows(config):
+    """The table from the original's names to ours."""
+    extractor, ours = r"model\.audio_feature_extractor", "model/audio_feature_extractor"
+    convolutions = []
+    for i in range(config.audio_encoder_layers):
+        source = rf"{extractor}\.conv_layers\.{4 * i}"
+        target = f"{ours}/conv_layers_{4 * i}"
+        convolutions += [
+            Row(rf"{source}\.weight", f"params/{target}/kernel", "conv1d"),
+            Row(rf"{source}\.bias", f"params/{target}/bias"),
+        ]
+        source = rf"{extractor}\.conv_layers\.{4 * i + 1}"
+        target = f"{ours}/conv_layers_{4 * i + 1}"
+        convolutions += [
+            Row(rf"{source}\.weight", f"params/{target}/scale"),
+            Row(rf"{source}\.bias", f"params/{target}/bias"),
+            Row(rf"{source}\.running_mean", f"batch_stats/{target}/mean"),
+            Row(rf"{source}\.running_var", f"batch_stats/{target}/var"),
+            Row(rf"{source}\.num_batches_tracked", None),
+        ]
+    layer, to = r"model\.layers\.(\d+)", r"params/model/layers_\1"
+    return (
+        *convolutions,
+        Row(rf"{extractor}\.mel_extractor\..*", None),
+        Row(rf"{extractor}\.positional_encoding\.pe", None),
+        Row(rf"{layer}\.attn\.rotary\.inv_freq", None),
+        Row(rf"{layer}\.(attn|mlp)_norm\.weight", rf"{to}/\2_norm/scale"),
+        Row(
+            rf"{layer}\.attn\.(qkv|o_proj|lr_proj|ttt_scale_proj)\.weight",
+            rf"{to}/attn/\2/kernel",
+            "linear",
+        ),
+        Row(rf"{layer}\.attn\.(qkv|lr_proj|ttt_scale_proj)\.bias", rf"{to}/attn/\2/bias"),
+        Row(
+            rf"{layer}\.attn\.momentum_proj\.0\.weight",
+            rf"{to}/attn/momentum_proj_0/kernel",
+            "linear",
+        ),
+        Row(rf"{layer}\.attn\.momentum_proj\.0\.bias", rf"{to}/attn/momentum_proj_0/bias"),
+        Row(rf"{layer}\.attn\.(q_norm|k_norm|ttt_norm)\.weight", rf"{to}/attn/\2/scale"),
+        Row(rf"{layer}\.attn\.(w0|w1|w2|qk_scale|qk_offset)", rf"{to}/attn/\2"),
+        Row(rf"{layer}\.attn\.(w0|w2)\.(w_left|w_right)", rf"{to}/attn/\2/\3"),
+        Row(
+            rf"{layer}\.mlp\.(gate_proj|up_proj|down_proj)\.weight",
+            rf"{to}/mlp/\2/kernel",
+            "linear",
+        ),
+        Row(r"model\.norm\.weight", "params/model/norm/scale"),
+        Row(r"ctc_head\.weight", "params/ctc_head/kernel", "linear"),
+    )
+
+
+# ---- vocabulary ----------------------------------------------------------------------------------
+
+
+def read_vocabulary(path, size=0):
+    """The characters by token id, from a file with one a line (or a JSON list).
+
+    A line of one space is the space. Where an editor has trimmed that line to nothing, the one
+    empty line is the space, for nothing else can be.
+
+    Raises:
+      LactFileError: entries that repeat, no "<blank>", or (given `size`) another number of entries.
+    """
+    text = pathlib.Path(path).read_text("utf-8-sig")
+    if str(path).endswith(".json"):
+        entries = json.loads(text)
+        if isinstance(entries, dict):  # {character: id}
+            entries = sorted(entries, key=entries.get)
+    else:
+        entries = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+        if entries.count("") == 1 and " " not in entries:
+            entries[entries.index("")] = " "
+    if len(set(entries)) != len(entries) or "" in entries:
+        twice = sorted({e for e in entries if entries.count(e) > 1 or not e})
+        raise LactFileError(
+            f"{path}: entries that are empty or stand there more than once: {twice}"
+        )
+    if BLANK not in entries:
+        raise LactFileError(f"{path}: no {BLANK}")
+    if size and len(entries) != size:
+        hint = (
+            "" if " " in entries else " The line with the space is missing: its place decides ids."
+        )
+        raise LactFileError(
+            f"{path} has {len(entries)} entries, the model's CTC head {size} rows; with another "
+            f"vocabulary every text would be wrong.{hint}"
+        )
+    return entries
+
+
+def write_vocabulary(path, vocabulary):
+    """Writes a character a line, the space as a line of one space, as the original does."""
+    pathlib.Path(path).write_text("".join(f"{entry}\n" for entry in vocabulary), "utf-8")
+
+
+# ---- export --------------------------------------------------------------------------------------
+
+
+def write_lact(directory, config, variables, vocabulary, step=0):
+    """Writes best_model.pt, config.json and vocab.txt, which the original loads (strictly) and
+    `read_lact` reads back bit for bit. Returns the path of best_model.pt.
+
+    Raises:
+      LactFileError: settings that the original does not have, all in one error.
+      table.TableError, tree.TreeError: parameters that it does not have, or that are missing.
+    """
+    foreign = {
+        name: getattr(config, name)
+        for name, same in {
+            "subsampling": (1,),
+            "conv_kernel": (0,),
+            "lact_every": (1,),
+            "lact_mode": ("reference", "causal"),
+            "lact_updates": ("on",),
+            "positions": ("sinusoidal",),
+            "self_conditioning": (False,),
+            "fw_base_lr": (LactConfig.fw_base_lr,),
+        }.items()
+        if getattr(config, name) not in same
+    }
+    if foreign or len(vocabulary) != config.ctc_vocab_size:
+        raise LactFileError(
+            f"the original has no {foreign}"
+            if foreign
+            else f"{len(vocabulary)} characters for a CTC head of {config.ctc_vocab_size} rows"
+        )
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
+    tree.compare(shapes(config), variables, what="the model to be written")
+    state = table.invert(rows(config), variables, what="the model to be written")
+    mapping = export_config(config)
+    saved = {
+        "global_step": step,
+        "epoch": 0,
+        "model_state_dict": {**state, **_buffers(config)},
+        "config": mapping,
+    }
+    directory = pathlib.Path(directory)
+    os.makedirs(directory, exist_ok=True)
+    torch_file.write(directory / "best_model.pt", saved)
+    (directory / "config.json").write_text(json.dumps(mapping, indent=2) + "\n", "utf-8")
+    write_vocabulary(directory / "vocab.txt", vocabulary)
+    return directory / "best_model.pt"
+
+
+def export_config(config):
+    """The original's config.json of a LactConfig; what is ours stands under "jasr"."""
+    values = settings.to_dict(config)
+    ours = {name: values.pop(name) for name in OURS}
+    defaults = settings.to_dict(LactConfig())
+    ours = {name: value for name, value in ours.items() if value != defaults[name]}
+    for name in ("intermediate_size", "hidden_ratio", "window_size"):
+        values[name] = values[name] or None
+    return {
+        "model_type": "lact_asr",
+        **values,
+        "vocab_size": config.ctc_vocab_size,
+        **({"jasr": ours} if ours else {}),
+    }
+
+
+def _buffers(config):
+    """What the original keeps in its state_dict besides weights, for its strict loading."""
+    extractor = "model.audio_feature_extractor"
+    frames, dim, bins = config.max_position_embeddings, config.hidden_size, config.n_fft // 2 + 1
+    angle = np.outer(np.arange(frames), 10000.0 ** (-np.arange(0, dim, 2) / dim))
+    positions = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(frames, -1)[None, :, :dim]
+    window = np.hanning(config.win_length + 1)[:-1]
+    top = 2595 * np.log10(1 + config.sample_rate / 2 / 700)
+    edges = 700 * (10 ** (np.linspace(0, top, config.n_mels + 2) / 2595) - 1)
+    hertz = np.linspace(0, config.sample_rate / 2, bins)[:, None]
+    rise = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
+    mel = f"{extractor}.mel_extractor.mel_spectrogram"
+    buffers = {
+        f"{extractor}.positional_encoding.pe": positions.astype(np.float32),
+        f"{mel}.spectrogram.window": window.astype(np.float32),
+        f"{mel}.mel_scale.fb": np.maximum(0, np.minimum(rise, fall)).astype(np.float32),
+    }
+    for i in range(config.audio_encoder_layers):
+        norm = f"{extractor}.conv_layers.{4 * i + 1}"
+        buffers[f"{norm}.num_batches_tracked"] = np.array(0, np.int64)
+    return buffers

@@ -1,0 +1,233 @@
+"""Settings of LaCT ASR, the published sizes, and how many fast-weight updates a configuration
+makes."""
+
+import dataclasses
+
+from jasr.layers import fast_weights
+
+MODES = ("reference", "causal", "bidirectional", "block")
+
+
+@dataclasses.dataclass(frozen=True)
+class LactConfig:
+    """Every field of LaCTASRConfig and its parent LaCTSWIGLUConfig that acts, with their defaults,
+    then our own.
+
+    Upstream's `None` is written 0 (`intermediate_size` 0 = derived from `hidden_ratio`). Fields
+    that only choose a kernel or serve a tokenizer upstream (`fuse_*`, `use_cache`,
+    `tie_word_embeddings`, `*_token_id`, `vocab_size`) have no meaning here. Lengths and chunks
+    count encoder frames: 100 / subsampling a second.
+    """
+
+    # audio and convolutions
+    audio_feature_dim: int = 80
+    sample_rate: int = 16000
+    hop_length: int = 160
+    win_length: int = 400
+    n_mels: int = 80
+    n_fft: int = 512
+    audio_encoder_layers: int = 2
+    audio_encoder_dropout: float = 0.1
+    # CTC
+    ctc_vocab_size: int = 32
+    ctc_blank_id: int = 0
+    use_ctc: bool = True
+    use_attention: bool = False  # an attention decoder; upstream has none either
+    # transformer
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attn_heads: int = 12
+    qkv_bias: bool = False
+    attn_qk_norm: bool = False
+    window_size: int = 4096  # keys a query reads on each side, itself included; 0 = all
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 16384
+    hidden_ratio: int = 4
+    intermediate_size: int = 0
+    hidden_act: str = "swish"
+    initializer_range: float = 0.006  # 0 = 1/sqrt(fan in), branches end in zeros
+    elementwise_affine: bool = True
+    norm_eps: float = 1e-6
+    # fast weights
+    num_lact_heads: int = 4
+    inter_multi: float = 1.0
+    lact_chunk_size: int = 4096
+    use_muon: bool = False
+    use_momentum: bool = True
+    lr_dim: int = 1
+    lr_parameterization: str = "mamba"
+    learnable_ttt_scale: bool = True
+    ttt_loss_type: str = "dot_product"
+    ttt_prenorm: bool = False
+    ttt_nope: bool = False
+    qkv_silu: bool = True
+    no_v_silu: bool = False
+    w0_w2_low_rank: int = -1
+    fw_init_gain: float = 0.5
+    # ours
+    fw_base_lr: float = 0.001  # hard-coded upstream
+    lact_mode: str = "reference"
+    lact_every: int = 1  # blocks n, 2n, ... have the fast branch; 0 = none
+    lact_updates: str = "on"  # "off" = initial weights only, "no_branch" = attention only
+    subsampling: int = 1
+    conv_kernel: int = 0
+    intermediate_ctc: tuple = ()  # after how many blocks
+    self_conditioning: bool = False
+    dropout: float = 0.0
+    batch_norm: str = "masked"
+    positions: str = "sinusoidal"
+    dtype: str = "float32"
+    remat: bool = False  # recompute each block in the backward pass
+
+    def __post_init__(self):
+        _choice(self, "lact_mode", MODES)
+        _choice(self, "lact_updates", ("on", "off", "no_branch"))
+        _choice(self, "batch_norm", ("masked", "reference"))
+        _choice(self, "positions", ("sinusoidal", "none"))
+        _choice(self, "subsampling", (1, 2, 4))
+        _choice(self, "dtype", ("float32", "bfloat16"))
+        _choice(self, "hidden_act", ("swish", "silu"))
+        _choice(self, "lr_parameterization", ("mamba",))
+        _choice(self, "lr_dim", (1,))
+        _choice(self, "ttt_loss_type", ("dot_product",))
+        _choice(self, "use_attention", (False,))
+        _choice(self, "use_ctc", (True,))
+        for name in "hidden_size num_hidden_layers num_attn_heads num_lact_heads".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"LactConfig.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "audio_encoder_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"LactConfig.{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
+        for name in ("num_attn_heads", "num_lact_heads"):
+            if self.hidden_size % getattr(self, name):
+                raise ValueError(
+                    f"LactConfig.hidden_size {self.hidden_size} is not a multiple of "
+                    f"{name} {getattr(self, name)}"
+                )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"LactConfig: rotary positions need an even head dim, got {self.head_dim}"
+            )
+        if self.subsampling > 2**self.audio_encoder_layers:
+            raise ValueError(
+                f"LactConfig.subsampling {self.subsampling} needs one convolution per factor of 2; "
+                f"audio_encoder_layers is {self.audio_encoder_layers}"
+            )
+        if any(not 0 < n < self.num_hidden_layers for n in self.intermediate_ctc):
+            raise ValueError(
+                f"LactConfig.intermediate_ctc {self.intermediate_ctc} must lie between 1 and "
+                f"num_hidden_layers - 1 = {self.num_hidden_layers - 1}"
+            )
+        if self.lact_chunk_size < 1 or self.lact_every < 0:
+            raise ValueError(
+                "LactConfig: lact_chunk_size must be positive and lact_every not negative"
+            )
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attn_heads
+
+    @property
+    def fast_head_dim(self):
+        return self.hidden_size // self.num_lact_heads
+
+    @property
+    def mlp_size(self):
+        """Width of the gated MLP: as given, or 2/3 of hidden_ratio * hidden_size rounded up to a
+        multiple of 256."""
+        return self.intermediate_size or 256 * -(
+            -int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256
+        )
+
+    @property
+    def causal(self):
+        return self.lact_mode != "bidirectional"
+
+    def has_lact(self, block):
+        """Whether block number `block` (from 0) has the fast-weight branch."""
+        return self.lact_every > 0 and (block + 1) % self.lact_every == 0
+
+
+def _choice(config, name, allowed):
+    if getattr(config, name) not in allowed:
+        raise ValueError(
+            f"LactConfig.{name} must be one of {allowed}, got {getattr(config, name)!r}"
+        )
+
+
+def encoder_frames(config, frames):
+    """Encoder frames that come out for `frames` mel frames (numbers or arrays): ceil(frames /
+    subsampling)."""
+    return -(-frames // config.subsampling)
+
+
+def num_updates(config, mel_len):
+    """Fast-weight updates of each layer for utterances of i32[B] mel frames: i32[B]."""
+    order = {"bidirectional": "full", "block": "block"}.get(config.lact_mode, "shifted")
+    if config.lact_updates != "on" or not any(
+        map(config.has_lact, range(config.num_hidden_layers))
+    ):
+        order = "off"
+    return fast_weights.count_updates(
+        encoder_frames(config, mel_len), config.lact_chunk_size, order
+    )
+
+
+def check_updates(config, frames):
+    """Refuses a configuration whose fast weights would never be updated. frames: longest
+    utterance, in mel frames.
+
+    The published LaCT-ASR runs are such a configuration: chunks of 4096 frames on utterances of at
+    most 2001, hence zero updates and a static SwiGLU in place of the fast weights.
+    `lact_mode="reference"` keeps it.
+
+    Raises:
+      ValueError: no update would happen, with the largest chunk that makes at least one.
+    """
+    if config.lact_mode in ("reference", "bidirectional") or config.lact_updates != "on":
+        return
+    if not any(map(config.has_lact, range(config.num_hidden_layers))):
+        return
+    length = encoder_frames(config, frames)
+    if config.lact_mode == "causal" and length <= config.lact_chunk_size:
+        raise ValueError(
+            f"lact_chunk_size {config.lact_chunk_size} is not below the longest utterance "
+            f"({length} encoder frames from {frames} mel frames): the fast weights would "
+            f"never be updated. Use lact_chunk_size < {length} (half of it or less is sensible), "
+            'lact_mode="bidirectional", lact_every=0 for no fast weights, or '
+            'lact_mode="reference" to insist'
+        )
+
+
+_SHIPPED = dict(use_muon=True, audio_encoder_dropout=0.1, max_position_embeddings=16384)
+# The three config files of the original repository (its logs print 88,558,800 and 311,165,808
+# parameters with 29 characters).
+BASE = dict(_SHIPPED, w0_w2_low_rank=32, rope_theta=1e6, initializer_range=0.02)
+IMPROVED = dict(
+    _SHIPPED,
+    hidden_size=1024,
+    num_hidden_layers=18,
+    num_attn_heads=16,
+    num_lact_heads=8,
+    intermediate_size=4096,
+    hidden_ratio=0,
+    audio_encoder_layers=3,
+    audio_encoder_dropout=0.15,
+    attn_qk_norm=True,
+    rope_theta=500000.0,
+    initializer_range=0.006,
+)
+LARGE = dict(
+    _SHIPPED,
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attn_heads=16,
+    num_lact_heads=8,
+    audio_encoder_layers=3,
+    w0_w2_low_rank=32,
+    rope_theta=1e6,
+    initializer_range=0.02,
+    max_position_embeddings=32768,
+)

@@ -1,0 +1,181 @@
+"""The CTC task: where front end, augmentation, model, loss, decoding and text meet."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from jasr import audio, settings
+from jasr.audio import augment, inputs
+from jasr.decoding.ctc import ctc_greedy
+from jasr.losses.ctc import ctc_loss
+from jasr.systems.lact.model import LactConfig, LactCtc, check_updates, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class CtcLossConfig:
+    """How utterance losses become one number.
+
+    reduction: "mean" = mean over utterances of loss / tokens (torch's CTCLoss mean, LaCT),
+    "mean_batch" = mean over utterances, "mean_volume" = sum of losses / sum of tokens (NeMo).
+    """
+
+    reduction: str = "mean"
+    intermediate_weight: float = 0.3  # share of the intermediate CTC losses, if the model has any
+    ramp_steps: int = 0  # augmentation strength rises linearly from 0 over so many steps
+
+
+@dataclasses.dataclass(frozen=True)
+class CtcTask:
+    """Training and inference of a CTC model; see `build`."""
+
+    tokenizer: Any
+    model: Any
+    front_end: audio.FrontEndConfig
+    spec_augment: augment.SpecAugmentConfig
+    wave_augment: augment.WaveAugmentConfig
+    loss_config: CtcLossConfig
+
+    @classmethod
+    def build(cls, config, tokenizer):
+        """A task from the run's config (mapping with model, front_end, ...) and its tokenizer.
+
+        Raises:
+          settings.SettingsError: a misspelt key or a value of the wrong kind.
+          ValueError: settings that contradict each other.
+        """
+        model = settings.build(LactConfig, config["model"], "config.model")
+        given = inputs.sections(config)
+        front_end = given["front_end"]
+        model = dataclasses.replace(
+            model,
+            ctc_vocab_size=tokenizer.vocab_size,
+            ctc_blank_id=tokenizer.blank_id,
+            **_front_end_fields(model, front_end),
+        )
+        if model.audio_feature_dim != front_end.n_mels:
+            raise ValueError(
+                f"config.model.audio_feature_dim {model.audio_feature_dim} differs from "
+                f"config.front_end.n_mels {front_end.n_mels}"
+            )
+        return cls(
+            tokenizer=tokenizer,
+            model=LactCtc(model),
+            **given,
+            loss_config=settings.build(CtcLossConfig, config.get("loss", {}), "config.loss"),
+        )
+
+    # What a vocabulary gives its meaning to.
+    TOKEN_PARAMETERS = r"ctc_head/.*|model/self_condition/.*"
+
+    @property
+    def config(self):
+        """The model's settings."""
+        return self.model.config
+
+    @property
+    def sharding(self):
+        """Regex rules parameter path -> axis names."""
+        return sharding(self.config)
+
+    @staticmethod
+    def frames_needed(tokens):
+        """The fewest output frames that a CTC path of these token ids takes: tokens + repeats."""
+        return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+
+    @property
+    def seconds_per_frame(self):
+        """Seconds between two output frames."""
+        return self.front_end.hop * self.config.subsampling / self.front_end.sample_rate
+
+    def check(self, shapes):
+        """Raises ValueError if no bucket (B, S, L) would ever get a fast-weight update."""
+        longest = max(samples for _, samples, _ in shapes)
+        check_updates(self.config, longest // self.front_end.hop)
+
+    def features(self, batch):
+        """Log-mel frames f32[B,T,F] and their lengths i32[B] of a batch's audio."""
+        return inputs.features(self, batch)
+
+    def init(self, rng, batch):
+        """Fresh variables {"params", "batch_stats"} for a batch's shapes."""
+        mel, mel_len = self.features(batch)
+        variables = self.model.init({"params": rng}, mel, mel_len, train=False)
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+    def loss(self, variables, batch, keys, step):
+        """Summed training loss, and what to divide it by.
+
+        Rows without audio (padding) and rows that no CTC path fits (infeasible) count nothing.
+        `keys` are {"augment", "dropout"}.
+
+        Returns:
+          (f32[] loss sum, (batch_stats, metrics)); metrics are sums: "weight" is the divisor of
+          the loss, the others are counts or sums over utterances.
+        """
+        mel, mel_len = inputs.augmented_features(self, batch, keys["augment"], step)
+        out, changed = self.model.apply(
+            variables,
+            mel,
+            mel_len,
+            train=True,
+            rngs={"dropout": keys["dropout"]},
+            mutable=["batch_stats"],
+        )
+        tokens, token_len = batch["tokens"], batch["token_len"]
+        present = batch["audio_len"] > 0
+        score = functools.partial(ctc_loss, blank=self.tokenizer.blank_id)
+        losses, feasible = score(out["logits"], out["logit_len"], tokens, token_len)
+        good = present & feasible
+        total = losses
+        if out["intermediate"]:
+            share = self.loss_config.intermediate_weight
+            inner = [score(x, out["logit_len"], tokens, token_len)[0] for x in out["intermediate"]]
+            total = (1 - share) * losses + share * sum(inner) / len(inner)
+        total, weight = inputs.reduced(total, token_len, good, self.loss_config.reduction)
+        metrics = {
+            "weight": weight,
+            **inputs.counts(self, batch, feasible),
+            "updates": jnp.sum(jnp.where(present, out["updates"], 0)).astype(jnp.float32),
+        }
+        return total, (changed.get("batch_stats", {}), metrics)
+
+    def predict(self, variables, batch):
+        """Greedy CTC of a batch, to be jitted.
+
+        Returns:
+          dict of tokens i32[B,T'], token_len i32[B], start_frame and end_frame i32[B,T'] (output
+          frames), logit_len i32[B], updates i32[B] (fast-weight updates of each utterance).
+        """
+        mel, mel_len = self.features(batch)
+        out = self.model.apply(variables, mel, mel_len, train=False)
+        tokens, token_len, start, end = ctc_greedy(
+            out["logits"], out["logit_len"], blank=self.tokenizer.blank_id
+        )
+        return {
+            "tokens": tokens,
+            "token_len": token_len,
+            "start_frame": start,
+            "end_frame": end,
+            "logit_len": out["logit_len"],
+            "updates": out["updates"],
+        }
+
+
+def _front_end_fields(model, front_end):
+    """The fields of LactConfig that name the original's front end, as `front_end` has them.
+
+    Raises:
+      ValueError: one was set to something else.
+    """
+    n_fft = front_end.n_fft or 1 << (front_end.win - 1).bit_length()
+    keys = dict(sample_rate="sample_rate", hop_length="hop", win_length="win", n_mels="n_mels")
+    fields = {name: getattr(front_end, key) for name, key in keys.items()} | {"n_fft": n_fft}
+    for name, value in fields.items():
+        if getattr(model, name) not in (value, getattr(LactConfig, name)):
+            raise ValueError(
+                f"config.model.{name} {getattr(model, name)} differs from "
+                f"config.front_end.{keys.get(name, name)} {value}, which is what is computed"
+            )
+    return fields

@@ -1,0 +1,25 @@
+"""Tokenizers, text normalisation and SentencePiece vocabularies."""
+
+from jasr.text.tokenizers import (
+    BLANK,
+    NORMALISATIONS,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    TextError,
+    from_dict,
+    normalise,
+    spellings_file,
+    whisper_english,
+)
+
+__all__ = [
+    "BLANK",
+    "CharTokenizer",
+    "NORMALISATIONS",
+    "SentencePieceTokenizer",
+    "TextError",
+    "from_dict",
+    "normalise",
+    "spellings_file",
+    "whisper_english",
+]
