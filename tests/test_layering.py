@@ -9,7 +9,7 @@ import pytest
 # The rooms from the ground up: a room imports those of lower levels and itself, no room beside it.
 # A system's folder is a room of its own: nobody but experiments imports it, and by name only.
 LEVELS = (
-    "settings tree metrics compilation_cache",
+    "seam settings tree metrics compilation_cache",
     "sharding",
     "audio text",
     "losses layers interop",

@@ -1,0 +1,172 @@
+"""What a system hands to the rooms, and which room asks for it: types and words, no work.
+
+The rooms (data, training, recognition, averaging, the commands) know these types and no system. A
+member that a system has no use for has a neutral value (an empty mapping, a function that returns
+nothing); no room asks whether a member is there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+Variables = Mapping[str, Any]  # {"params": nested dict, "batch_stats": nested dict}
+Batch = Mapping[
+    str, Any
+]  # {name: array [B, ...]}: rows first in every leaf; "index" i64[B], -1 pads
+Bucket = tuple[int, ...]  # (rows of all processes, *one size for each of Layout.axes)
+
+
+class Piece(NamedTuple):
+    """A stretch of a recording, or of a file of codes."""
+
+    source: Any  # path, open file, or array in memory
+    byte_start: int = -1  # inside a tar; -1: a file of its own
+    byte_size: int = -1
+    start: float = -1.0  # s; -1: the whole file
+    seconds: float = -1.0  # -1: not told, the index reads the header
+    channel: int = -1  # -1: the mean of all
+
+
+class Item(NamedTuple):
+    """One example: what a line of a source says, or what a caller gives in memory."""
+
+    id: str
+    pieces: tuple[Piece, ...]
+    fields: Mapping[str, Any]  # the line's own: {"text": ...}, {"conversations": [...]} ...
+
+
+class Layout(Protocol):
+    """How items become batches of fixed shapes."""
+
+    axes: tuple[str, ...]  # ("samples", "tokens"): the first one's edges are fitted  [data.plan]
+
+    def items(self, line: Mapping) -> Iterable[Item]:
+        """The items of one line of a source; DataError says why there are none.  [data.index]"""
+
+    def sizes(self, item: Item, scored: bool) -> tuple[int, ...]:
+        """Upper bounds on every axis, the pieces' seconds being known; DataError: not usable.
+
+        scored: the item is validated or evaluated: limits do not apply, and a text that cannot be
+        encoded keeps its row.  [data.index, commands]
+        """
+
+    def drawn(self, sizes, words):
+        """(i64[M,n], i64[M,n]): sizes under the draws u64[M] (0: nothing is drawn), and what an
+        item adds where another stands before it in its row. No audio is read.  [data.plan]"""
+
+    def cost(self, sizes):
+        """f64[...] of sizes i64[...,n]: what one row costs; rows = budget // cost.  [data.buckets]"""
+
+    def empty(self, bucket: Bucket) -> Batch:
+        """A batch of padding rows, numpy.  [data.batches, training.loop, recognition]"""
+
+    def fill(self, batch: Batch, row: int, items: Sequence[Item], words) -> None:
+        """Writes items into a row, reading their pieces; DataError: the row's item is left out.
+        [data.batches, recognition, commands]"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Validator:
+    """One measurement of a set: a row's result depends on that row and its key alone."""
+
+    metrics: tuple[str, ...]  # ("wer", "cer"): what config.checkpoint.metric may rank by
+    run: Callable  # (variables, batch, key) -> {name: [B, ...]}, to be jitted; row r may fold in
+    # index[r] for what it draws  [training.validation, evaluate]
+    score: Callable  # ({index: {name: row}}, {index: Item}) -> ({metric: float}, sentences to show)
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowDecoder:
+    """Audio of any length to text: recognition cuts recordings into windows and joins the tokens."""
+
+    sample_rate: int
+    frame: int  # samples between output frames: windows begin at multiples
+    window: float  # s seen at once unless told otherwise
+    prepare: Callable  # variables -> variables: adds what follows from weights alone, once
+    decode: Callable  # (variables, {"audio" f32[B,S], "audio_len" i32[B]}) -> {"tokens",
+    # "start_frame", "end_frame" i32[B,L] (-1: time unknown), "token_len" i32[B], "logit_len" i32[B]
+    # frames decoded, other columns [B, ...]}, to be jitted
+    tokenizer: Any
+    text: Callable  # ids -> str
+    extras: Callable  # (columns of the joined recording, meta, kind) -> {key: JSON}: `kind` is the
+    # user's --timestamps, "" for none; ValueError: no such kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepper:
+    """Something that goes on: a decoder LM, a live recogniser, a speech dialogue.
+
+    The state is a pytree of static shapes, [B, ...] in every leaf; rows begin and end on their own.
+    """
+
+    inputs: Mapping[str, tuple]  # {"audio": (1920,), "temperature": ()}: shape of a row's input
+    start: Callable  # (variables, batch) -> (state, outputs): empty caches or a prompt's; jitted
+    step: Callable  # (variables, state, inputs, key) -> (state, outputs), jitted, state donated;
+    # inputs also has "fresh" bool[B] (begin anew) and "last" bool[B] (flush)
+    emit: Callable  # (outputs of a row, on the host) -> text pieces, words or samples
+
+
+class Task(Protocol):
+    """A frozen dataclass that one config and tokenizer make; see System.task."""
+
+    tokenizer: Any
+    layout: Layout
+    sharding: Sequence[tuple[str, tuple]]  # (regex, mesh axis or None per dimension)  [sharding]
+    token_parameters: str  # regex of what a vocabulary gives its meaning to  [training.start]
+    validators: Mapping[str, Validator]  # by name; config.train.validate picks  [training]
+    verbs: Mapping[str, WindowDecoder | Stepper]  # "transcribe", "generate", "stream"  [commands]
+
+    def check(self, buckets: Sequence[Bucket]) -> None:
+        """Raises ValueError where training would be vain, before anything compiles."""
+
+    def init(self, key, batch: Batch) -> Variables:
+        """Fresh variables, each leaf in the dtype it is kept in."""
+
+    def divisors(self, batch: Batch) -> Mapping[str, Any]:
+        """{name: f32[]} of the whole global batch, from its data alone.  [training.step]"""
+
+    def loss(self, variables, batch, divisors, keys, step):
+        """(f32[], (batch_stats, {name: f32[] sum})) of a micro-batch, divided already: the values
+        of the micro-batches add up to the batch's. keys: {"augment": one a step, "dropout": one a
+        micro-batch}.  [training.step]"""
+
+    def line(self, sums: Mapping[str, float], seconds: float) -> Mapping[str, float]:
+        """Its own columns of the training log, from the sums of an interval of so many seconds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """One foreign format. Nothing of a file is ever run."""
+
+    name: str  # "nemo", "hf": convert --to
+    files: Callable  # path -> the files that hold its weights; () = another format
+    meta: Callable  # (path, like, with_tokens) -> {"config", "tokenizer", "kept"}
+    leaves: Callable  # (path, like) -> {"params/..." or "batch_stats/...": array-like with shape,
+    # dtype and slices, mapped from the file where it can be}
+    write: Callable  # (path, meta, leaves, options) -> sentences on what changed; refuses by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a system's model that an origin may give."""
+
+    prefix: str  # of its parameters' paths; "" = all
+    section: str  # its settings: "model", "model.encoder"
+    sources: Mapping[str, tuple[str, str]]  # {system it may come from: (prefix, section) there}
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One row of the catalogue."""
+
+    name: str
+    old_names: tuple[str, ...]  # read in checkpoints and users' configs
+    sections: Mapping[str, type]  # config section -> settings dataclass
+    parts: Mapping[str, Part]
+    tokenizer: Callable  # (config.text, texts, given, own) -> a tokenizer  [training.start]
+    task: Callable  # (config, tokenizer, ways: parts that rows are split into) -> Task
+    originals: tuple[Original, ...]
+    recipe: Callable  # (mapping of a foreign YAML) -> config; None: not mine; ValueError names keys
+    options: Mapping[str, Mapping[str, tuple]]  # {"transcribe": {"beam": (help, value ->
+    # {"decoding.beam": value})}}: what a command may change; those of "convert" reach write
+    commands: Mapping[str, str]  # verbs of this system alone: {"codec": "package.module:main"}
