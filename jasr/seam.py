@@ -55,7 +55,7 @@ class Layout(Protocol):
         item adds where another stands before it in its row. No audio is read.  [data.plan]"""
 
     def cost(self, sizes):
-        """f64[...] of sizes i64[...,n]: what one row costs; rows = budget // cost.  [data.buckets]"""
+        """f64[...] of sizes i64[...,n]: what a row costs; rows = budget // cost.  [data.buckets]"""
 
     def empty(self, bucket: Bucket) -> Batch:
         """A batch of padding rows, numpy.  [data.batches, training.loop, recognition]"""
@@ -77,7 +77,7 @@ class Validator:
 
 @dataclasses.dataclass(frozen=True)
 class WindowDecoder:
-    """Audio of any length to text: recognition cuts recordings into windows and joins the tokens."""
+    """Audio of any length to text: recognition cuts it into windows and joins their tokens."""
 
     sample_rate: int
     frame: int  # samples between output frames: windows begin at multiples
