@@ -121,7 +121,7 @@ def same_batches(trains):
     """Raises unless all give the same first batches."""
     streams = [t.iterate() for t in trains]
     for _ in range(3):
-        batches = [next(s)[1] for s in streams]
+        batches = [next(s)[-1] for s in streams]
         for other in batches[1:]:
             assert all(np.array_equal(batches[0][k], other[k]) for k in other), "batches differ"
     for s in streams:

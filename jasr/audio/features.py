@@ -59,7 +59,7 @@ def log_mel(audio, audio_len, cfg: FrontEndConfig = NEMO, keys=None):
     Raises ValueError for an unknown setting.
     """
     check(cfg)
-    n_fft = cfg.n_fft or 1 << (cfg.win - 1).bit_length()
+    n_fft, edge = _sizes(cfg)
     audio = jnp.asarray(audio, jnp.float32)
     audio_len = jnp.asarray(audio_len, jnp.int32)
     if keys is not None and cfg.dither:
@@ -67,11 +67,9 @@ def log_mel(audio, audio_len, cfg: FrontEndConfig = NEMO, keys=None):
         audio = audio + cfg.dither * noise
     if cfg.preemph:
         audio = jnp.concatenate([audio[:, :1], audio[:, 1:] - cfg.preemph * audio[:, :-1]], axis=1)
-    edge = (n_fft - cfg.hop) // 2 if cfg.exact_pad else n_fft // 2
     end = audio_len - edge if cfg.exact_pad and cfg.kind == "nemo" else audio_len  # NeMo pads first
     audio = jnp.where(jnp.arange(audio.shape[1]) < end[:, None], audio, 0.0)
-    mel_len = (audio_len + 2 * edge - n_fft) // cfg.hop + (cfg.kind != "nemo")
-    mel_len = jnp.where(audio_len > 0, jnp.maximum(mel_len, 0), 0)
+    mel_len = mel_lengths(audio_len, cfg)
 
     blocks = _blocks(audio, audio_len, cfg, n_fft, edge)
     mel = jax.lax.platform_dependent(
@@ -90,6 +88,19 @@ def log_mel(audio, audio_len, cfg: FrontEndConfig = NEMO, keys=None):
         padding = -mel.shape[1] % cfg.pad_to
         mel = jnp.pad(mel, ((0, 0), (0, padding), (0, 0)), constant_values=cfg.pad_value)
     return mel, mel_len
+
+
+def mel_lengths(audio_len, cfg: FrontEndConfig):
+    """Frames i32[B] that `log_mel` makes of so many samples i32[B]."""
+    n_fft, edge = _sizes(cfg)
+    mel_len = (audio_len + 2 * edge - n_fft) // cfg.hop + (cfg.kind != "nemo")
+    return jnp.where(audio_len > 0, jnp.maximum(mel_len, 0), 0)
+
+
+def _sizes(cfg: FrontEndConfig):
+    """(samples of a Fourier transform, samples that are added before the first frame's centre)."""
+    n_fft = cfg.n_fft or 1 << (cfg.win - 1).bit_length()
+    return n_fft, (n_fft - cfg.hop) // 2 if cfg.exact_pad else n_fft // 2
 
 
 def check(cfg: FrontEndConfig) -> None:

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 
 from jasr import audio, settings
 from jasr.audio import augment
-
-REDUCTIONS = ("mean", "mean_batch", "mean_volume")
+from jasr.audio.features import mel_lengths
 
 
 def sections(config):
@@ -41,27 +40,15 @@ def augmented_features(task, batch, rng, step):
     return augment.spec_augment(mel, mel_len, mel_keys, task.spec_augment, scale), mel_len
 
 
-def reduced(losses, token_len, good, reduction):
-    """(sum of losses, what to divide it by) of the rows that count.
-
-    reduction: "mean" = mean over utterances of loss / tokens, "mean_batch" = mean over utterances,
-    "mean_volume" = sum of losses / sum of tokens.
-    """
-    total = jnp.where(good, losses, 0.0)
-    if reduction == "mean":
-        length = jnp.maximum(token_len, 1).astype(jnp.float32)
-        total, weight = jnp.sum(total / length), jnp.sum(good)
-    elif reduction == "mean_batch":
-        total, weight = jnp.sum(total), jnp.sum(good)
-    elif reduction == "mean_volume":
-        total, weight = jnp.sum(total), jnp.sum(jnp.where(good, token_len, 0))
-    else:
-        raise ValueError(f"config.loss.reduction {reduction!r}: choose {', '.join(REDUCTIONS)}")
-    return total, weight.astype(jnp.float32)
+def mel_shape(task, batch):
+    """(width of the features of a batch's audio, their lengths i32[B]); nothing is computed."""
+    mel, _ = jax.eval_shape(lambda b: features(task, b), batch)
+    return mel.shape[1], mel_lengths(batch["audio_len"], task.front_end)
 
 
 def counts(task, batch, feasible):
-    """The metrics that every task has: sums over the batch's utterances."""
+    """Sums over the batch's utterances that every task logs: utterances, those without a path, and
+    seconds of audio."""
     present = batch["audio_len"] > 0
     seconds = jnp.sum(batch["audio_len"]).astype(jnp.float32) / task.front_end.sample_rate
     return {
@@ -69,3 +56,9 @@ def counts(task, batch, feasible):
         "infeasible": jnp.sum(present & ~feasible).astype(jnp.float32),
         "audio_seconds": seconds,
     }
+
+
+def line(sums, seconds):
+    """Columns of the training log, from sums of `counts` over an interval of so many seconds."""
+    columns = {"audio_s_per_s": sums["audio_seconds"] / seconds}
+    return columns | ({"infeasible": int(sums["infeasible"])} if sums["infeasible"] else {})

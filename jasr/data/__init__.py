@@ -1,7 +1,7 @@
 """Speech corpora as batches: index (what there is), plan (which batch holds what), batches.
 
     train = open_train(DataConfig(train=("train.jsonl",)), tokenizer.encode, seed=0)
-    for epoch, batch in train.iterate(start=0): ...
+    for epoch, bucket, batch in train.iterate(start=0): ...
 
 A manifest or Shar directory becomes an index of usable utterances; the plan is a pure function of
 (settings, seed, epoch); the loader reads each process's rows ahead in threads. The position in the
@@ -13,6 +13,7 @@ _HOMES = {
     "DataError": "config",
     "Eval": "batches",
     "Train": "batches",
+    "empty": "batches",
     "open_eval": "batches",
     "open_train": "batches",
     "texts": "entries",

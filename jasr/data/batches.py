@@ -7,6 +7,7 @@ many have failed is judged by all together (`Loader.judge`).
 """
 
 import dataclasses
+import math
 import os
 import threading
 
@@ -17,6 +18,7 @@ from jasr.data import entries, recording
 from jasr.data import index as index_lib
 from jasr.data.config import DataError
 from jasr.data.plan import Plan
+from jasr.seam import Item
 
 NEVER = 1 << 62  # a stream without end, for libraries that ask for a length
 JUDGED_AFTER = 1000  # utterances tried before their failures are a share (fewer in small sets)
@@ -38,7 +40,7 @@ class Loader:
         self._cache = {} if cfg.cache_audio and fits else None
 
     def load(self, position, process_index=0, process_count=1):
-        """(epoch, batch) of a global batch: this process's rows of it."""
+        """(epoch, bucket number, batch) of a global batch: this process's rows of it."""
         self.alone = process_count == 1
         epoch, bucket, rows = self.plan.batch(position)
         size, samples, tokens = self.plan.shapes[bucket]
@@ -49,16 +51,10 @@ class Loader:
             )
         share = size // process_count
         mine = rows[process_index * share : (process_index + 1) * share]
-        batch = {
-            "audio": np.zeros((share, samples), np.float32),
-            "audio_len": np.zeros(share, np.int32),
-            "tokens": np.zeros((share, tokens), np.int32),
-            "token_len": np.zeros(share, np.int32),
-            "index": np.full(share, -1, np.int64),
-        }
+        batch = empty((share, samples, tokens))
         for i, row in enumerate(mine):
             self._put(batch, i, row)
-        return epoch, batch
+        return epoch, bucket, batch
 
     def _put(self, batch, i, row):
         """Fills row i of the batch; utterances that fail are left out of it."""
@@ -169,6 +165,18 @@ class Loader:
             )
 
 
+def empty(bucket):
+    """A batch of padding rows of a bucket (B, S, L)."""
+    rows, samples, tokens = bucket
+    return {
+        "audio": np.zeros((rows, samples), np.float32),
+        "audio_len": np.zeros(rows, np.int32),
+        "tokens": np.zeros((rows, tokens), np.int32),
+        "token_len": np.zeros(rows, np.int32),
+        "index": np.full(rows, -1, np.int64),
+    }
+
+
 def quantise(x):
     """i16[S] of samples in [-1, 1], rounded; louder ones clip."""
     return np.clip(np.rint(x * np.float32(32768)), -32768, 32767).astype(np.int16)
@@ -239,7 +247,7 @@ class Train:
         return self.loader.plan.fingerprint
 
     def iterate(self, start=0, process_index=0, process_count=1):
-        """Yields (epoch, batch) for global batch number start, start + 1, ... without end.
+        """Yields (epoch, bucket number, batch) of global batches start, start + 1, ... without end.
 
         The batch holds rows process_index * B / process_count on, B / process_count of them.
         """
@@ -254,9 +262,21 @@ class Train:
         """The epoch that a global batch number lies in."""
         return self.loader.plan.locate(position)[0]
 
+    def batches_in(self, epochs):
+        """The number of batches in the first `epochs` passes over the data, a float."""
+        whole, part = divmod(epochs, 1)
+        plan = self.loader.plan
+        counts = [len(plan.epoch(n).bucket) for n in range(int(whole) + (part > 0))]
+        return sum(counts[: int(whole)]) + (math.ceil(part * counts[-1]) if part else 0)
+
     def describe(self):
         """What is trained on, what was left out, and the buckets: a few lines."""
         return f"{self.loader.index.describe()}\n{self.loader.plan.describe()}"
+
+    @property
+    def longest_seconds(self):
+        """Seconds of the longest bucket's rows."""
+        return max(bucket[1] for bucket in self.shapes) / self.loader.cfg.sample_rate
 
     @property
     def failed(self):
@@ -287,15 +307,19 @@ class Eval:
         """{index number: reason} of utterances that could not be decoded so far."""
         return dict(self.loader.failed)
 
+    def item(self, number):
+        """The seam.Item of an utterance, with its text as the only field."""
+        return Item(self.ids[number], (), {"text": self.texts[number]})
+
     def entry(self, number):
         """The whole entry of an utterance (dict), with the fields that jasr does not use."""
         return self.loader.index.entry(number)
 
     def iterate(self, process_index=0, process_count=1):
-        """Yields batches, longest utterances first; this process's rows of each."""
+        """Yields (bucket number, batch), longest utterances first; this process's rows of each."""
 
         def load(position):
-            return self.loader.load(position, process_index, process_count)[1]
+            return self.loader.load(position, process_index, process_count)[1:]
 
         cfg = self.loader.cfg
         count = len(self.loader.plan.epoch(0).bucket)

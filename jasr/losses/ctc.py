@@ -38,10 +38,19 @@ def ctc_loss(logits, logit_len, tokens, token_len, blank=0):
     logit_len, token_len = logit_len.astype(jnp.int32), token_len.astype(jnp.int32)
     is_token = jnp.arange(tokens.shape[1]) < token_len[:, None]
     tokens = jnp.where(is_token, tokens, blank).astype(jnp.int32)
-    repeats = jnp.sum(_repeats(tokens) & is_token, axis=1)
-    feasible = logit_len >= token_len + repeats
+    feasible = has_path(logit_len, tokens, token_len)
     loss = _loss(logits, logit_len, tokens, token_len, feasible, blank)
     return loss, feasible
+
+
+def has_path(logit_len, tokens, token_len):
+    """bool[B]: the frames are enough for the tokens and a blank between equal neighbours.
+
+    Args:
+      logit_len: i32[B] valid frames; tokens: i32[B, L]; token_len: i32[B] valid tokens.
+    """
+    is_token = jnp.arange(tokens.shape[1]) < token_len[:, None]
+    return logit_len >= token_len + jnp.sum(_repeats(tokens) & is_token, axis=1)
 
 
 def _repeats(tokens):

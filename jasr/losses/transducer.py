@@ -6,6 +6,8 @@ The losses apply the output layer of the joint network themselves, so that the l
 never exist at once. Those named `_of_logits` take logits that do, for tests and small outputs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +94,37 @@ def tdt_loss(
 def sampled_omega(key, omega):
     """1.0 with probability `omega`, else 0.0: NeMo's choice of the loss of one whole batch."""
     return (jax.random.uniform(key) < omega).astype(jnp.float32)
+
+
+def has_path(enc_len, token_len, durations=None, *, frames=0, tokens=0):
+    """bool[B]: so many frames i32[B] can be walked with so many tokens i32[B].
+
+    RNN-T (no durations): any number of tokens in any number of frames but 0. TDT: a duration for
+    each token and for one or more blanks, those above 0, sum to the frames. A row with neither
+    frames nor tokens is padding, which counts as walked.
+
+    Args:
+      frames, tokens: the most of each, which durations without 0 or 1 need.
+    """
+    padding = (enc_len == 0) & (token_len == 0)
+    if durations is None or {0, 1} <= set(durations):
+        return padding | (enc_len > 0)
+    return padding | jnp.asarray(_walks(tuple(durations), frames, tokens))[token_len, enc_len]
+
+
+@functools.lru_cache(maxsize=64)
+def _walks(durations, frames, tokens):
+    """bool[tokens + 1, frames + 1]: whether u tokens and at least one blank can take t frames."""
+    blanks = np.zeros(frames + 1, bool)
+    for t in range(1, frames + 1):
+        blanks[t] = any(d == t or (0 < d < t and blanks[t - d]) for d in durations)
+    labels = np.zeros((tokens + 1, frames + 1), bool)
+    labels[0, 0] = True
+    for u in range(1, tokens + 1):
+        for d in durations:
+            labels[u, d:] |= labels[u - 1, : frames + 1 - d]
+    later = np.arange(frames + 1)[None] - np.arange(frames + 1)[:, None]
+    return labels @ (blanks[np.maximum(later, 0)] & (later > 0))
 
 
 def rnnt_loss_of_logits(logits, enc_len, tokens, token_len, *, blank, fastemit_lambda=0.0):

@@ -84,7 +84,7 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
 
 def _rows(source, chosen, order):
     """Yields the samples of an Eval's utterances, noting their numbers in `order`."""
-    for batch in source.iterate():
+    for _, batch in source.iterate():
         for audio, length, index in zip(
             batch["audio"], batch["audio_len"], batch["index"], strict=True
         ):

@@ -13,8 +13,16 @@ TASKS = {
 }
 
 
-def build(config, tokenizer):
+def sections(name):
+    """Names of the config sections that the task `name` has of its own."""
+    own = "front_end spec_augment wave_augment model loss".split()
+    return [*own, "decoding"] if name == "parakeet" else own
+
+
+def build(config, tokenizer, ways=1):
     """The task that config["task"] names.
+
+    ways: parts that the rows of a batch are split into, on as many devices.
 
     Raises:
       ValueError: an unknown task.
@@ -23,7 +31,7 @@ def build(config, tokenizer):
     if name not in TASKS:
         raise ValueError(f"config.task {name!r} is not known; choose from {sorted(TASKS)}")
     module, cls = TASKS[name]
-    return getattr(importlib.import_module(module), cls).build(config, tokenizer)
+    return getattr(importlib.import_module(module), cls).build(config, tokenizer, ways)
 
 
 def load(path, step=None, item="", model=None, options=None, like=""):

@@ -1,155 +1,403 @@
-"""What the training loop is made of: batches and programs of a bucket, a line of metrics, and what
-all processes check together."""
+"""The training loop of every task: from a config to checkpoints, metrics and the last validation.
 
-import contextlib
+    results = train(config, "runs/an4")
+
+The loop knows a task by what `jasr.seam.Task` says and a batch by its key "index" alone.
+"""
+
+import dataclasses
+import difflib
+import functools
 import json
 import logging
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
+
+from jasr import checkpoint, data, metrics, settings, sharding, tree
+from jasr.systems import loading, source
+from jasr.training import guards, optim, start, validation
+from jasr.training import step as steps
 
 log = logging.getLogger("jasr.train")
 
-
-def zeros(shape):
-    """A batch of padding rows of a bucket (B, S, L)."""
-    rows, samples, tokens = shape
-    return {
-        "audio": np.zeros((rows, samples), np.float32),
-        "audio_len": np.zeros(rows, np.int32),
-        "tokens": np.zeros((rows, tokens), np.int32),
-        "token_len": np.zeros(rows, np.int32),
-        "index": np.full(rows, -1, np.int64),
-    }
+GENERAL = "task seed data text optim train checkpoint mesh init".split()  # sections of every config
 
 
-def shape_of(batch):
-    """The bucket (B, S, L) of a batch; B counts the rows of all processes."""
-    import jax
+def train(config, workdir, stop=lambda: False, allow_data_change=False):
+    """Runs a recipe to its end (or until `stop()`); returns the last validation metrics.
 
-    rows, samples = batch["audio"].shape
-    return rows * jax.process_count(), samples, batch["tokens"].shape[1]
+    Args:
+      config: ConfigDict or plain dict of a recipe.
+      workdir: directory of the run.
+      stop: function that is asked after every step whether to save and leave.
+      allow_data_change: resume although the data or its batching changed.
+    """
+    started = time.monotonic()
+    plain = config if isinstance(config, dict) else json.loads(config.to_json())
+    run = prepare(plain, pathlib.Path(workdir))
+    state, position, done = begin(run, allow_data_change)
+    if done is not None:
+        return done
+    programs, measured, compile_seconds = compiled(run, state)
+    results = Loop(run, programs, measured, state, position, compile_seconds).run(stop)
+    log.info("finished after %.0f s", time.monotonic() - started)
+    return results
 
 
-def compile_step(shape, fn, state, mesh, label):
-    """The program of `fn(state, batch)` for a bucket, with its working memory in the log."""
-    import jax
+@dataclasses.dataclass
+class Run:
+    """What a run is made of before its state: settings, data, task, shapes and where things lie."""
 
-    from jasr import sharding
+    config: dict
+    workdir: pathlib.Path
+    rhythm: steps.RunConfig
+    optim: optim.OptimConfig
+    given: start.InitConfig
+    mesh: Any
+    tokenizer: Any
+    task: Any
+    train_data: Any
+    valid_data: dict  # {name of the set: data}
+    validators: dict
+    store: Any
+    shapes: Any = None  # of the task's variables
+    frozen: frozenset = frozenset()
+    tx: Any = None
+    rate: Callable | None = None
+    state_shapes: Any = None
+    shardings: Any = None
+    origin: dict = dataclasses.field(default_factory=dict)  # where frozen weights came from
 
-    mine = zeros((shape[0] // jax.process_count(), *shape[1:]))
-    program = fn.lower(state, sharding.put_batch(mine, mesh)).compile()
+    @property
+    def save_frozen(self):
+        return bool(self.frozen) and not self.given.path
+
+
+def prepare(plain, workdir):
+    """The Run of a plain config: everything is checked, nothing is drawn or compiled."""
+    run = settings.build(steps.RunConfig, plain["train"], "config.train")
+    opt = settings.build(optim.OptimConfig, plain["optim"], "config.optim")
+    given = settings.build(start.InitConfig, plain["init"], "config.init")
+    kept = settings.build(checkpoint.CheckpointConfig, plain["checkpoint"], "config.checkpoint")
+    check_keys(plain)
+    mesh = sharding.make_mesh(settings.build(sharding.MeshConfig, plain["mesh"], "config.mesh"))
+    sources = settings.build(data.DataConfig, plain["data"], "config.data")
+    words = settings.build(start.TextConfig, plain["text"], "config.text")
+    texts = functools.partial(data.texts, sources.train)
+    tokenizer = start.make_tokenizer(words, texts, given, workdir / "checkpoints")
+    task = loading.build(plain, tokenizer, sharding.batch_ways(mesh))
+    start.check_rates(sources.sample_rate, task.front_end.sample_rate)
+    train_data = data.open_train(
+        sources,
+        tokenizer.encode,
+        plain["seed"],
+        quarantine_path=str(workdir / "quarantine.jsonl"),
+        frames_needed=task.frames_needed,
+        seconds_per_frame=task.seconds_per_frame,
+        process_index=jax.process_index(),
+    )
+    valid_data = open_valid(sources, train_data.shapes, opt, mesh, tokenizer, workdir)
+    log.info("training: %s", train_data.describe())
+    guards.check_same(plain, tokenizer, train_data, valid_data)
+    sharding.check_batch_sizes([bucket[0] for bucket in train_data.shapes], mesh, opt.accumulate)
+    task.check(train_data.shapes)
+    if run.epochs:
+        run = dataclasses.replace(run, steps=max(1, train_data.batches_in(run.epochs)))
+        log.info("%g epochs are %d steps", run.epochs, run.steps)
+    validators = validation.chosen(task, run.validate)
+    check_metric(kept, validation.metric_names(validators, valid_data), bool(valid_data))
+    store = checkpoint.Checkpoints(workdir / "checkpoints", **settings.to_dict(kept))
+    made = Run(
+        plain, workdir, run, opt, given, mesh, tokenizer, task, train_data, valid_data, validators,
+        store,
+    )  # fmt: skip
+    shape(made)
+    return made
+
+
+def open_valid(sources, shapes, opt, mesh, tokenizer, workdir):
+    """{name: data} of the validation sets; {} without one."""
+    ways = math.lcm(sources.batch_multiple, sharding.batch_ways(mesh), jax.process_count())
+    bounded = validation.bounded(sources, shapes, opt.accumulate, ways)
+    found = {}
+    for name, files in validation.sets_of(sources.valid).items():
+        path = str(workdir / f"quarantine-valid{f'-{name}' if name else ''}.jsonl")
+        found[name] = data.open_eval(bounded, files, tokenizer.encode, path, jax.process_index())
+        log.info("validation%s: %s", f" {name}" if name else "", found[name].describe())
+    return found
+
+
+def check_metric(kept, names, validates):
+    """Says that no best step is kept without a validation set; refuses a metric that none gives.
+
+    Raises:
+      ValueError: config.checkpoint.metric is no metric of the validation sets.
+    """
+    if not validates:
+        log.info("no validation set: no best step is kept, only the newest ones")
+    elif kept.keep_best and kept.metric not in names:
+        raise ValueError(
+            f"config.checkpoint.metric {kept.metric!r}: validation gives {', '.join(names)}"
+        )
+
+
+def shape(run):
+    """Adds shapes, optimizer and shardings to a Run."""
+    key, example = jax.random.key(run.config["seed"]), data.empty(run.train_data.shapes[0])
+    task, opt = run.task, run.optim
+    run.shapes = jax.eval_shape(lambda: task.init(key, example))
+    paths = set(tree.flatten(run.shapes["params"]))
+    run.frozen = frozenset(start.frozen_paths(run.shapes["params"], run.given.freeze))
+    trainable, _ = tree.split(run.shapes["params"], paths - run.frozen)
+    run.tx, run.rate = optim.make(opt, trainable, run.rhythm.steps, run.frozen)
+    run.state_shapes = jax.eval_shape(lambda: fresh(run))
+    by_param = sharding.param_shardings(run.shapes["params"], run.mesh, task.sharding)
+    run.shardings = sharding.like_params(run.state_shapes, run.shapes["params"], by_param, run.mesh)
+    log.info(
+        "task %s: %d parameters, %d of them trained, on %d x %s, mesh %s",
+        run.config["task"], tree.count(run.shapes["params"]), tree.count(trainable),
+        jax.device_count(), jax.devices()[0].device_kind, dict(run.mesh.shape),
+    )  # fmt: skip
+
+
+def fresh(run):
+    """A TrainState drawn from the seed; to be jitted or shaped."""
+    key, example = jax.random.key(run.config["seed"]), data.empty(run.train_data.shapes[0])
+    return steps.init_state(
+        run.task, run.tx, key, example, run.frozen.__contains__, run.optim.ema > 0
+    )
+
+
+def begin(run, allow_data_change=False):
+    """(state, position in the data, None) to train from: the run's own checkpoint, else given
+    weights, else scratch. Of a complete run (None, 0, its metrics)."""
+    shapes, shardings, given = run.shapes, run.shardings, run.given
+    placed = start.with_shardings(run.state_shapes, shardings)
+    restored = run.store.restore(like=start.to_items(placed, run.save_frozen))
+    if restored is None:
+        state = jax.jit(functools.partial(fresh, run), out_shardings=shardings)()
+        if given.path:
+            origin = source.resolve(given.path, given.item)
+            paths = set(tree.flatten(shapes["params"]))
+            start.check_source(origin, given, run.task, paths, run.config)
+            run.origin = source.keep(origin, run.workdir) if run.frozen else origin
+            state = start.with_given(state, run.origin, given, shapes, shardings)
+            log.info("%s from %s", run.origin["item"], run.origin["path"])
+        return state, 0, None
+    _, saved, meta = restored
+    start.check_resume(
+        meta, run.train_data.fingerprint, run.tokenizer, run.config, allow_data_change
+    )
+    found = run.store.metrics(meta["step"])
+    if meta["step"] >= run.rhythm.steps and (found or not run.valid_data):
+        log.info(
+            "nothing to do: the run is complete at step %d (config.train.steps is %d)",
+            meta["step"], run.rhythm.steps,
+        )  # fmt: skip
+        run.store.close()
+        return None, 0, found
+    rest, run.origin = {}, meta["frozen_from"]
+    if run.frozen and not run.save_frozen:
+        run.origin = source.locate(run.origin, run.workdir)
+        rest = start.read_frozen(run.origin, given, shapes, shardings, run.frozen)
+    state = start.from_items(run.state_shapes, saved, rest)
+    log.info("resumed from step %d, batch %d of the data", int(state.step), meta["position"])
+    return state, meta["position"], None
+
+
+def compiled(run, state):
+    """({bucket: training program}, {set: {bucket: validation program}}, seconds it took).
+
+    One program a bucket, all before the first step: memory runs out now or never.
+    """
+    tick = time.monotonic()
+    step_fn = jax.jit(
+        functools.partial(steps.train_step, run.task, run.tx, run.optim),
+        donate_argnums=0,
+        out_shardings=(run.shardings, None),
+    )
+    programs, measured, known = {}, {}, {}
+    for number, bucket in enumerate(run.train_data.shapes):
+        programs[number] = compile_step(bucket, step_fn, run.mesh, "training", state)
+    measure = jax.jit(validation.program(run.validators))
+    variables, key = validation.variables(state), jax.random.key(run.config["seed"])
+    for name, valid in run.valid_data.items():
+        for bucket in valid.shapes:
+            if bucket not in known:
+                known[bucket] = compile_step(
+                    bucket, measure, run.mesh, "validation", variables, key
+                )
+        measured[name] = {number: known[bucket] for number, bucket in enumerate(valid.shapes)}
+    sharding.meet()
+    return programs, measured, time.monotonic() - tick
+
+
+def compile_step(bucket, fn, mesh, what, first, *rest):
+    """The program of `fn(first, batch, *rest)` for a bucket, with its working memory in the log."""
+    mine = data.empty((bucket[0] // jax.process_count(), *bucket[1:]))
+    program = fn.lower(first, sharding.put_batch(mine, mesh), *rest).compile()
     memory = program.memory_analysis()
     if memory is not None:
         size = memory.temp_size_in_bytes / 2**20
-        log.info("%s, %d tokens: %.0f MiB working memory a device", label, shape[2], size)
+        shape = " x ".join(map(str, bucket))
+        log.info("%s batch of %s: %.0f MiB working memory a device", what, shape, size)
     return program
+
+
+class Loop:
+    """The steps of a run with its reports and saves."""
+
+    def __init__(self, run, programs, measured, state, position, compile_seconds):
+        self.made, self.state, self.position = run, state, position
+        self.programs, self.measured, self.compile_seconds = programs, measured, compile_seconds
+        self.first = self.step = int(state.step)
+        self.writer = None
+        if jax.process_index() == 0:
+            self.writer = metrics.Writer(
+                str(run.workdir),
+                resume_step=self.first if self.first else -1,
+                tensorboard=run.rhythm.tensorboard,
+            )
+            text = json.dumps(run.config, indent=2) + "\n"
+            (run.workdir / "config.json").write_text(text)
+        self.window, self.waited, self.paused, self.mark = [], 0.0, 0.0, time.monotonic()
+
+    def run(self, stop):
+        """Trains until config.train.steps or `stop()`; the last validation's metrics."""
+        run, rhythm, results = self.made, self.made.rhythm, {}
+        if self.first >= rhythm.steps:  # saved at its end, but its validation failed
+            self.check_finite({"bad_in_row": int(self.state.bad_in_row)})
+            results = self.validate()
+        batches = run.train_data.iterate(self.position, jax.process_index(), jax.process_count())
+        with guards.kept_on_failure(lambda: self.step > self.first and self.save({}, wait=True)):
+            for _ in metrics.progress(range(self.first, rhythm.steps), label="steps"):
+                epoch = self.one_step(batches)
+                logging_now = self.step % rhythm.log_every == 0
+                stopping = guards.asked_to_stop(stop, logging_now or self.step % 10 == 0)
+                ending = self.step == rhythm.steps or stopping
+                if logging_now or ending:
+                    self.report(epoch)
+                tick = time.monotonic()
+                due = self.step % rhythm.eval_every == 0 or self.step == rhythm.steps
+                validating = due and bool(run.valid_data)
+                if validating:
+                    results = self.validate()
+                elif run.valid_data and rhythm.sample_every:
+                    if self.step % rhythm.sample_every == 0:
+                        self.validate(batches=1)
+                if due or ending or (rhythm.save_every and self.step % rhythm.save_every == 0):
+                    self.save(results if validating else {}, wait=ending)
+                self.paused += time.monotonic() - tick  # this is not training time
+                if stopping:
+                    break
+        run.store.close()
+        batches.close()
+        if run.store.failures:
+            raise checkpoint.CheckpointError(
+                f"the last checkpoint was not saved: {run.store.error}"
+            )
+        if self.step < rhythm.steps:
+            log.warning("asked to stop: step %d is saved; run again to go on", self.step)
+        if self.writer:
+            self.writer.close()
+        return results
+
+    def one_step(self, batches):
+        """Trains on the next batch; its epoch."""
+        tick = time.monotonic()
+        epoch, bucket, batch = next(batches)
+        self.waited += time.monotonic() - tick
+        batch = sharding.put_batch(batch, self.made.mesh)
+        self.state, values = self.programs[bucket](self.state, batch)
+        self.window.append(values)
+        self.step, self.position = self.step + 1, self.position + 1
+        return epoch
+
+    def report(self, epoch):
+        """Writes the line of an interval and checks what happened in it."""
+        sums = summed(self.window)
+        elapsed = time.monotonic() - self.mark - self.paused
+        line = {
+            "loss": sums["loss"],
+            "grad_norm": sums["grad_norm"],
+            "lr": float(optim.last_rate(self.made.rate, self.state.opt_state)),
+            "epoch": epoch,
+            **self.made.task.line(sums, elapsed),
+            "input_bound": self.waited / elapsed,
+        }
+        if sums["bad"]:
+            line["skipped"] = int(sums["bad"])
+        if self.compile_seconds:
+            line["compile_s"] = self.compile_seconds
+        if self.writer:
+            self.writer.write(self.step, line)
+        self.check_finite(sums)
+        guards.check_failed(self.made.train_data.loader)
+        self.window, self.waited, self.paused, self.compile_seconds = [], 0.0, 0.0, 0.0
+        self.mark = time.monotonic()
+
+    def validate(self, batches=0):
+        """The metrics of the validation sets, written unless only some batches were looked at."""
+        run = self.made
+        key = jax.random.fold_in(jax.random.key(run.config["seed"]), self.step)
+        result, lines = validation.validate(
+            run.validators, self.measured, run.valid_data, run.mesh,
+            validation.variables(self.state), key, batches,
+        )  # fmt: skip
+        for valid in run.valid_data.values():
+            guards.check_failed(valid.loader)
+        if self.writer:
+            head = f"=== Sample Prediction at Step {self.step} ==="
+            print("\n".join([head, *lines]), file=sys.stderr, flush=True)
+            if not batches:
+                self.writer.write(self.step, result)
+        return result
+
+    def save(self, values, wait=False):
+        """Starts to save the state with these metrics."""
+        run, kept = self.made, self.made.save_frozen
+        meta = {
+            "step": self.step,
+            "position": self.position,
+            "epoch": run.train_data.epoch_of(self.position),
+            "fingerprint": run.train_data.fingerprint,
+            "config": run.config,
+            "tokenizer": run.tokenizer.to_dict(),
+            "task": run.config["task"],
+            "longest_seconds": run.train_data.longest_seconds,
+            "frozen_from": run.origin if run.frozen and not kept else {},
+        }
+        run.store.save(self.step, start.to_items(self.state, kept), meta, values, wait=wait)
+
+    def check_finite(self, sums):
+        limit, run = self.made.optim.max_bad_steps, self.made
+        guards.check_finite(sums, limit, self.step, run.workdir, self.save)
 
 
 def summed(window):
     """Host sums over the steps of a log interval; loss and grad_norm as means."""
-    import jax
-
     host = jax.device_get(window)
     sums = {k: float(sum(float(m[k]) for m in host)) for k in host[0]}
-    good = [m for m in host if not m["bad"] and m["weight"] > 0]
+    good = [m for m in host if not m["bad"] and m["usable"]]
     for k in ("loss", "grad_norm"):
         sums[k] = float(np.mean([m[k] for m in good])) if good else float("nan")
-    sums["skipped"] = int(sums["bad"])
     sums["bad_in_row"] = max(int(m["bad_in_row"]) for m in host)
     return sums
 
 
-def metrics_line(sums, lr, epoch, elapsed, waited, compile_seconds):
-    """One interval's line: loss, rates, what was left out, and where the time went."""
-    line = {
-        "loss": sums["loss"],
-        "grad_norm": sums["grad_norm"],
-        "lr": float(lr),
-        "epoch": epoch,
-        "audio_s_per_s": sums["audio_seconds"] / elapsed,
-        "input_bound": waited / elapsed,
-    }
-    if "updates" in sums:
-        line["updates_per_utt"] = sums["updates"] / max(sums["utterances"], 1.0)
-    for name in ("infeasible", "skipped"):
-        if sums[name]:
-            line[name] = int(sums[name])
-    if compile_seconds:
-        line["compile_s"] = compile_seconds
-    return line
-
-
-def check_same(config, tokenizer, train_data, valid_data):
-    """Raises ValueError if the processes have different configs or see different data."""
-    from jasr import sharding
-
-    paths = {"train", "valid"}  # they may differ between hosts
-    facts = {
-        "config but for paths": json.dumps(
-            config | {"data": {k: v for k, v in config["data"].items() if k not in paths}},
-            sort_keys=True,
-        ),
-        "tokenizer": json.dumps(tokenizer.to_dict(), sort_keys=True),
-        "training data (its index or batch plan)": train_data.fingerprint,
-    }
-    valid = valid_data.loader.plan.fingerprint if valid_data is not None else "none"
-    facts["validation data (its index or batch plan)"] = valid
-    sharding.check_same(facts)
-
-
-def check_failed(loader):
-    """Raises DataError on every process when too many utterances, of all processes together, could
-    not be decoded (config.data.max_bad_share)."""
-    import jax
-
-    counts, processes = loader.tally(), jax.process_count()
-    if processes > 1:
-        from jax.experimental import multihost_utils
-
-        counts = multihost_utils.process_allgather(counts.astype(np.int32)).sum(0)
-    loader.judge(*counts.tolist(), processes)
-
-
-@contextlib.contextmanager
-def kept_on_failure(save):
-    """Calls `save` before passing on what is raised inside: steps are not lost with it.
-
-    Where that save fails too, it is logged, and what was raised first is what is passed on. Not
-    with several processes: one that fails alone would wait for the others for ever.
-    """
-    import jax
-
-    try:
-        yield
-    except Exception:
-        if jax.process_count() == 1:
-            try:
-                save()
-            except Exception as e:
-                log.error("the steps since the last save are lost, saving them failed: %s", e)
-        raise
-
-
-def check_finite(sums, limit, step, workdir, save):
-    """Raises after too many non-finite steps in a row, with the state saved to look at."""
-    if limit and sums["bad_in_row"] >= limit:
-        save({}, wait=True)
-        raise FloatingPointError(
-            f"{sums['bad_in_row']} steps in a row up to step {step} had a loss, gradient or update "
-            "that is not finite (config.optim.max_bad_steps). The parameters are those before "
-            "them. To find the stage: "
-            f"python -m experiments.doctor numerics --checkpoint={workdir}"
-        )
-
-
-def asked_to_stop(stop, meeting):
-    """Whether to save and leave; several processes decide together, every few steps."""
-    import jax
-
-    if jax.process_count() == 1:
-        return stop()
-    if not meeting:
-        return False
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.asarray(stop())).any())
+def check_keys(config):
+    """Raises for a top-level key that nothing reads."""
+    known = [*GENERAL, *loading.sections(config["task"])]
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1) or known
+            raise settings.SettingsError(
+                f"config.{key} is not known; did you mean {' or '.join(near)}?"
+            )

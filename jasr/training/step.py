@@ -1,15 +1,38 @@
-"""The training step of every task: gradients of a summed loss, accumulation, guarded update."""
+"""The training step of every task: its state, gradients, accumulation, guarded update."""
 
 import dataclasses
+import functools
 import importlib.util
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from jasr import tree
 from jasr.training.optim import ema_update
-from jasr.training.state import TrainState
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes: one pytree that is donated to, and returned by, every step.
+
+    step: i32[] updates tried; bad_steps: i32[] skipped because something was not finite;
+    bad_in_row: i32[] of these without a good one between; params: trainable parameters;
+    frozen: the others; batch_stats: running statistics; opt_state: optax; ema: moving average of
+    `params` or {}; rng: u32[2] key data of the run's key (step keys are folded from it).
+    """
+
+    step: Any
+    bad_steps: Any
+    bad_in_row: Any
+    params: Any
+    frozen: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+    rng: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +44,8 @@ class RunConfig:
     eval_every: int = 500  # validate and save
     save_every: int = 0  # save more often than that; 0 = no
     sample_every: int = 0  # show one prediction more often than that; 0 = no
+    epochs: float = 0.0  # length in passes over the training data instead of steps; 0 = steps
+    validate: tuple = ()  # names of what is measured on the validation sets; () = all there is
     tensorboard: bool = False
 
     def __post_init__(self):
@@ -71,11 +96,13 @@ def micro_batches(batch, count):
 
 
 def gradients(task, state, batch, accumulate):
-    """Mean loss, its gradient, the new batch statistics and the summed metrics.
+    """Loss, its gradient, the new batch statistics, the summed metrics, and whether any row counts.
 
-    Sums of losses and of weights run over all micro-batches before the one division, so that the
-    result is that of the whole batch (batch statistics apart, which follow micro-batch order).
+    The divisors of the whole batch come first, from its data alone; what the micro-batches
+    contribute then adds up to the loss of the whole batch (batch statistics apart, which follow
+    micro-batch order).
     """
+    divisors = task.divisors(batch)
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     augment, dropout = jax.random.split(rng)
 
@@ -83,7 +110,7 @@ def gradients(task, state, batch, accumulate):
         variables = {"params": tree.merge(params, state.frozen), "batch_stats": batch_stats}
         # Dropout falls on positions in the micro-batch, augmentation on rows by their index.
         keys = {"augment": augment, "dropout": jax.random.fold_in(dropout, number)}
-        return task.loss(variables, rows, keys, state.step)
+        return task.loss(variables, rows, divisors, keys, state.step)
 
     grad = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
@@ -105,9 +132,8 @@ def gradients(task, state, batch, accumulate):
         (grads, total, stats, metrics), _ = jax.lax.scan(
             body, carry, (rows, jnp.arange(accumulate))
         )
-    weight = jnp.maximum(metrics["weight"], 1.0)
-    grads = jax.tree.map(lambda g: g / weight, grads)
-    return total / weight, grads, stats, metrics
+    usable = functools.reduce(jnp.logical_or, [value > 0 for value in divisors.values()])
+    return total, grads, stats, metrics, usable
 
 
 def _without_frozen(stats, state):
@@ -132,11 +158,10 @@ def train_step(task, tx, optim, state, batch):
     `bad_steps` and `bad_in_row`; a batch without any usable row changes nothing either, and is
     not counted as bad. Batch statistics of modules whose parameters are all frozen stay.
     """
-    loss, grads, stats, metrics = gradients(task, state, batch, optim.accumulate)
+    loss, grads, stats, metrics, usable = gradients(task, state, batch, optim.accumulate)
     norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-    usable = metrics["weight"] > 0
     params = optax.apply_updates(state.params, updates)
     good = finite & usable
 
@@ -157,5 +182,6 @@ def train_step(task, tx, optim, state, batch):
         opt_state=keep(opt_state, state.opt_state),
         ema=ema,
     )
-    metrics = dict(metrics, loss=loss, grad_norm=norm, bad=bad, bad_in_row=state.bad_in_row)
+    guards = dict(bad=bad, bad_in_row=state.bad_in_row, usable=usable.astype(jnp.int32))
+    metrics = dict(metrics, loss=loss, grad_norm=norm, **guards)
     return state, metrics

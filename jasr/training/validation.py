@@ -1,11 +1,40 @@
-"""Word error rates of a task on a data set while it trains, on any mesh."""
+"""Measurements of named data sets while a model trains, on any mesh."""
 
 import dataclasses
+import os
+import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from jasr import metrics, sharding, text, tree
+from jasr import sharding, tree
+from jasr.data import DataError
+
+
+def sets_of(valid):
+    """{name: sources} of config.data.valid.
+
+    valid: a source or several, which are one set named ""; a mapping of names to sources; or
+      sources written as "name=path", those of equal names being one set.
+
+    Raises:
+      DataError: named and unnamed sources together.
+    """
+    if isinstance(valid, Mapping):
+        return {name: source for name, source in valid.items() if source}
+    if isinstance(valid, (str, os.PathLike)):
+        valid = (valid,)
+    found = {}
+    for source in valid:
+        name = ""
+        if isinstance(source, str) and not os.path.exists(source):
+            if match := re.fullmatch(r"([\w.-]+)=(.+)", source):
+                name, source = match.groups()
+        found.setdefault(name, []).append(source)
+    if "" in found and len(found) > 1:
+        raise DataError(f"config.data.valid: give every source a name or none: {tuple(valid)}")
+    return {name: tuple(sources) for name, sources in found.items()}
 
 
 def bounded(sources, shapes, accumulate, ways):
@@ -30,55 +59,81 @@ def variables(state):
     return {"params": params, "batch_stats": state.batch_stats}
 
 
-def hypotheses(task, programs, data, mesh, variables, batches=0):
-    """Greedy results of every utterance of `data`, on every process.
+def chosen(task, names):
+    """{name: Validator} of config.train.validate; () = all that the task has.
+
+    Raises:
+      ValueError: a name that the task does not have.
+    """
+    known = task.validators
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"config.train.validate {unknown}: this model has {', '.join(known)}")
+    return {name: known[name] for name in names or known}
+
+
+def metric_names(validators, sets):
+    """Names of all that a validation gives: "val_wer", and "val_wer/clean" of named sets."""
+    names = [f"val_{metric}" for v in validators.values() for metric in v.metrics]
+    return [*names, *(f"{name}/{s}" for name in names for s in sets if s)]
+
+
+def program(validators):
+    """(variables, batch, key) -> {validator: {name: [B, ...]}}, to be jitted: what two validators
+    compute alike, XLA computes once."""
+
+    def run(variables, batch, key):
+        return {name: v.run(variables, batch, key) for name, v in validators.items()}
+
+    return run
+
+
+def rows_of(programs, data, mesh, variables, key, batches=0):
+    """{validator: {index number: {name: row}}} of a set, on every process.
 
     Args:
-      programs: {(B, S, L): `task.predict` compiled for such a batch}, one for each of data.shapes.
+      programs: `program` compiled for each bucket of the set, by number.
       data: what `data.open_eval` returns.
+      key: what a row may draw from, with its index.
       batches: stop after so many batches; 0 = all.
-
-    Returns:
-      {index number: (hypothesis text, fast-weight updates or None if the model has none)}.
     """
     found = {}
     stream = data.iterate(jax.process_index(), jax.process_count())
-    for number, batch in enumerate(stream):
+    for number, (bucket, batch) in enumerate(stream):
         if batches and number == batches:
             break
         batch = sharding.put_batch(batch, mesh)
-        out = programs[*batch["audio"].shape, batch["tokens"].shape[1]](variables, batch)
-        rows = {k: out[k] for k in ("tokens", "token_len", "updates") if k in out}
-        rows["index"] = batch["index"]
+        rows = {**programs[bucket](variables, batch, key), "index": batch["index"]}
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             rows = multihost_utils.process_allgather(rows, tiled=True)
         rows = jax.device_get(rows)
-        for row, index in enumerate(rows["index"]):
-            if index >= 0:
-                tokens = rows["tokens"][row, : rows["token_len"][row]]
-                words = getattr(task, "text", task.tokenizer.decode)([int(t) for t in tokens])
-                found[int(index)] = words, int(rows["updates"][row]) if "updates" in rows else None
+        index = rows.pop("index")
+        for name, columns in rows.items():
+            kept = found.setdefault(name, {})
+            for row in np.flatnonzero(index >= 0):
+                kept[int(index[row])] = {k: column[row] for k, column in columns.items()}
     return found
 
 
-def evaluate(task, programs, data, mesh, variables, batches=0):
-    """Validation metrics: val_wer, val_cer, `sample` (True, Pred) texts, and of models with fast
-    weights val_updates, the mean.
+def validate(validators, programs, sets, mesh, variables, key, batches=0):
+    """({metric: value}, sentences about the first set) of named sets.
 
-    Both sides go through the tokenizer's normalisation, as in `experiments.evaluate`.
+    "val_wer" is the mean of the sets, "val_wer/clean" that of the set "clean".
+
+    Args:
+      validators: {name: Validator}; programs: {set: {bucket: compiled `program`}}.
+      sets: {name: what `data.open_eval` returns}.
     """
-    found = hypotheses(task, programs, data, mesh, variables, batches)
-    order = sorted(found)
-    kind = task.tokenizer.normalisation
-    refs = [text.normalise(data.texts[i], kind) for i in order]
-    hyps = [text.normalise(found[i][0], kind) for i in order]
-    result = metrics.wer(refs, hyps)
-    updates = [found[i][1] for i in order if found[i][1] is not None]
-    return {
-        "val_wer": result["wer"],
-        "val_cer": result["cer"],
-        **({"val_updates": float(np.mean(updates))} if updates else {}),
-        "sample": (refs[0], hyps[0]) if order else ("", ""),
-    }
+    values, said = {}, []
+    for number, (name, data) in enumerate(sets.items()):
+        rows = rows_of(programs[name], data, mesh, variables, key, batches)
+        for kind, validator in validators.items():
+            mine = rows.get(kind, {})
+            scores, lines = validator.score(mine, {i: data.item(i) for i in mine})
+            said += lines if not number else []
+            for metric, value in scores.items():
+                values.setdefault(f"val_{metric}", {})[name] = value
+    result = {metric: float(np.mean(list(of.values()))) for metric, of in values.items()}
+    named = {f"{m}/{s}": v for m, of in values.items() for s, v in of.items() if s}
+    return result | named, said

@@ -112,7 +112,7 @@ def test_each_bad_entry_is_quarantined_with_its_reason(spoiled, tmp_path):
 
 
 def batches_of(train, count=8):
-    return [batch for (_, batch), _ in zip(train.iterate(), range(count), strict=False)]
+    return [batch for (_, _, batch), _ in zip(train.iterate(), range(count), strict=False)]
 
 
 def test_good_entries_are_untouched_by_bad_ones(spoiled):
@@ -163,7 +163,7 @@ def rows(batch):
 
 def rows_of(manifest):
     cfg = dataclasses.replace(CFG, max_bad_share=0.0)
-    return [row for b in open_eval(cfg, manifest, encode).iterate() for row in rows(b)]
+    return [row for _, b in open_eval(cfg, manifest, encode).iterate() for row in rows(b)]
 
 
 def test_the_run_stops_above_the_bad_share(spoiled):
@@ -257,7 +257,7 @@ def test_any_rate_and_channel_count_becomes_16_khz_mono(tmp_path, rate, channels
     path = write_lines(tmp_path / "m.jsonl", [{"audio_filepath": "a.wav", "text": "a"}])
     data = open_eval(CFG, path, encode)
     assert data.durations[0] == pytest.approx(0.6, abs=1e-3)
-    [(samples, _)] = [row for b in data.iterate() for row in rows(b)]
+    [(samples, _)] = [row for _, b in data.iterate() for row in rows(b)]
     assert abs(len(samples) // 4 - 9600) <= 1
 
 
@@ -293,7 +293,7 @@ def test_evaluation_keeps_what_limits_and_the_alphabet_leave_out(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", [{"audio_filepath": "a.wav", "text": text}])
     data = open_eval(dataclasses.replace(CFG, max_duration=0.5), path, encode)
     assert data.texts == [text]
-    [(_, tokens)] = [row for b in data.iterate() for row in rows(b)]
+    [(_, tokens)] = [row for _, b in data.iterate() for row in rows(b)]
     assert list(tokens) == encode("at or ten")
 
 

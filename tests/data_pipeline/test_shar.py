@@ -28,7 +28,7 @@ def encoded(samples, kind="FLAC", rate=16000):
 def contents(source, cfg=CFG):
     """{text: audio bytes} of a source."""
     data, found = open_eval(cfg, str(source), encode), {}
-    for batch in data.iterate():
+    for _, batch in data.iterate():
         for i, x, n in zip(batch["index"], batch["audio"], batch["audio_len"], strict=True):
             if i >= 0:
                 found[data.texts[i]] = x[:n].tobytes()
@@ -104,7 +104,7 @@ def test_reading_and_writing_need_neither_lhotse_nor_torch(written, tmp_path):
         "sys.modules['lhotse'] = sys.modules['torch'] = None\n"
         "from jasr.data import DataConfig, open_eval, shar\n"
         f"data = open_eval(DataConfig(), {str(written[0])!r}, lambda text: [1] * len(text))\n"
-        "assert sum((b['index'] >= 0).sum() for b in data.iterate()) == 24\n"
+        "assert sum((b['index'] >= 0).sum() for _, b in data.iterate()) == 24\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 

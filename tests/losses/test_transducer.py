@@ -13,6 +13,7 @@ from jasr.losses import joint
 from jasr.losses.joint import joint_cells
 from jasr.losses.lattice import log_likelihood
 from jasr.losses.transducer import (
+    has_path,
     rnnt_loss,
     rnnt_loss_of_logits,
     sampled_omega,
@@ -312,6 +313,21 @@ def test_gradients_of_a_model_that_is_sure_are_more_than_rounding(goldens, trans
         # PyTorch in float32 is off by 9e-4 of the largest.
         limit = np.finfo(np.float32).eps + 2e-4 * np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("durations", [None, DURATIONS, (2,), (0, 2), (1, 3), (3, 5)])
+def test_whether_a_row_has_a_path_follows_from_its_lengths(durations):
+    """As the loss itself finds it, for every length that six frames and three tokens can have."""
+    frames, count = (x.ravel() for x in np.mgrid[0:7, 0:4])
+    outputs = 4 if durations is None else 4 + len(durations)
+    logits = np.zeros((28, 6, 4, outputs), np.float32)
+    rows = (frames.astype(np.int32), np.zeros((28, 3), np.int32), count.astype(np.int32))
+    if durations is None:
+        _, want = rnnt_loss_of_logits(logits, *rows, blank=3)
+    else:
+        _, want = tdt_loss_of_logits(logits, *rows, blank=3, durations=durations)
+    got = has_path(rows[0], rows[2], durations, frames=6, tokens=3)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_omega_mixes_in_the_rnnt_loss_of_the_token_logits():

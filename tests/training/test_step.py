@@ -17,11 +17,14 @@ class Line:
         kernel = jax.random.normal(rng, (batch["x"].shape[1],))
         return {"params": {"a": {"kernel": kernel, "bias": jnp.zeros(())}}, "batch_stats": {}}
 
-    def loss(self, variables, batch, keys, number):
+    def divisors(self, batch):
+        return {"mean": jnp.sum(batch["weight"])}
+
+    def loss(self, variables, batch, divisors, keys, number):
         a = variables["params"]["a"]
         errors = jnp.square(batch["x"] @ a["kernel"] + a["bias"] - batch["y"]) * batch["weight"]
-        weight = jnp.sum(batch["weight"])
-        return jnp.sum(errors), ({}, {"weight": weight})
+        total = jnp.sum(errors) / jnp.maximum(divisors["mean"], 1.0)
+        return total, ({}, {"rows": jnp.sum(batch["weight"])})
 
 
 def batch_of(seed=0, rows=8):
@@ -123,14 +126,15 @@ class Noisy(Line):
     def __init__(self, kind):
         self.kind = kind
 
-    def loss(self, variables, batch, keys, number):
+    def loss(self, variables, batch, divisors, keys, number):
         rows = len(batch["y"])
         if self.kind == "augment":
             keys = augment.row_keys(keys["augment"], batch["index"])
             noise = jax.vmap(jax.random.normal)(keys)
         else:
             noise = jax.random.normal(keys["dropout"], (rows,))
-        return super().loss(variables, batch | {"y": batch["y"] + noise}, keys, number)
+        batch = batch | {"y": batch["y"] + noise}
+        return super().loss(variables, batch, divisors, keys, number)
 
 
 def after_noise(kind, accumulate, batch):
@@ -155,8 +159,8 @@ class Normalised(Line):
         params = super().init(rng, batch)["params"] | {"b": {"scale": jnp.ones(())}}
         return {"params": params, "batch_stats": stats}
 
-    def loss(self, variables, batch, keys, number):
-        total, (_, metrics) = super().loss(variables, batch, keys, number)
+    def loss(self, variables, batch, divisors, keys, number):
+        total, (_, metrics) = super().loss(variables, batch, divisors, keys, number)
         stats = jax.tree.map(lambda x: x + 1, variables["batch_stats"])
         return total, (stats, metrics)
 

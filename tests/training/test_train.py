@@ -175,7 +175,8 @@ sharding.init_distributed(sys.argv[1], 2, me)
 compilation_cache.enable()
 import numpy as np
 import pytest
-from experiments.train import check_failed, train
+from experiments.train import train
+from jasr.training.guards import check_failed
 from tests.training.test_train import config
 from tests.tiny import DATA
 c = config(data__train=(str(DATA / ("train.jsonl", "valid.jsonl")[me]),))
@@ -226,7 +227,7 @@ def test_changed_data_or_model_or_tokenizer_is_refused_at_resume(tmp_path):
 
 def test_a_complete_run_says_so_before_anything_is_compiled(tmp_path, caplog, monkeypatch):
     run(tmp_path, config(train__steps=1))
-    monkeypatch.setattr("experiments.train.compile_step", None)
+    monkeypatch.setattr("jasr.training.loop.compile_step", None)
     with caplog.at_level("INFO", "jasr.train"):
         again = run(tmp_path, config(train__steps=1))
     assert "complete at step 1 (config.train.steps is 1)" in caplog.text
@@ -238,7 +239,7 @@ def test_a_run_whose_last_validation_failed_is_validated_when_started_again(tmp_
         raise RuntimeError("no validation today")
 
     with monkeypatch.context() as m, pytest.raises(RuntimeError, match="today"):
-        m.setattr("jasr.training.validation.evaluate", fail)
+        m.setattr("jasr.training.validation.validate", fail)
         run(tmp_path, config(train__steps=1))
     assert checkpoint.load_meta(tmp_path)["step"] == 1
     assert "val_wer" in run(tmp_path, config(train__steps=1))
@@ -251,7 +252,7 @@ def test_steps_are_not_lost_with_what_fails_between_two_saves(tmp_path, monkeypa
         if fault := next(counts):
             raise fault
 
-    monkeypatch.setattr("experiments.train.check_failed", check_failed)
+    monkeypatch.setattr("jasr.training.guards.check_failed", check_failed)
     with pytest.raises(data.DataError, match="too many"):
         run(tmp_path, config(data__valid=()))
     assert checkpoint.load_meta(tmp_path)["step"] == 3

@@ -8,8 +8,9 @@ import pytest
 
 from experiments.train import train
 from jasr import checkpoint, sharding, text
-from jasr.data import DataConfig, buckets
-from jasr.training import validation
+from jasr.data import DataConfig, DataError, buckets
+from jasr.seam import Item
+from jasr.training import validation, validators
 from tests import tiny
 
 
@@ -26,14 +27,49 @@ def test_validation_normalises_references_as_the_tokenizer_does():
             "updates": jax.numpy.ones(rows),
         }
 
-    batch = {"index": np.array([0, -1, -1, -1, -1, -1, -1, -1])}
-    batch |= {"audio": np.zeros((8, 5), np.float32), "tokens": np.zeros((8, 2), np.int32)}
-    data = types.SimpleNamespace(texts=["FOUR, six!"], iterate=lambda *_: [batch])
-    task = types.SimpleNamespace(tokenizer=tokenizer)
+    chosen = {"wer": validators.transcripts(tokenizer, tokenizer.decode, predict, ("updates",))}
+    found, said = measured(chosen, {"": one_row("FOUR, six!")})
+    assert found == {"val_wer": 0, "val_cer": 0, "val_updates": 1}
+    assert said == ["True: four six\nPred: four six", "WER: 0.00%"]
+
+
+def one_row(text):
+    """A set of one utterance in a batch of eight rows."""
+    batch = {"index": np.array([0, *[-1] * 7]), "value": np.full(8, len(text), np.float32)}
+    item = Item("a", (), {"text": text})
+    return types.SimpleNamespace(item=lambda i: item, iterate=lambda *_: [(0, batch)])
+
+
+def measured(chosen, sets):
+    """What `validation.validate` gives on all devices."""
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    found = validation.evaluate(task, {(8, 5, 2): predict}, data, mesh, {})
-    assert found["val_wer"] == 0 and found["val_cer"] == 0
-    assert found["sample"] == ("four six", "four six")
+    programs = {name: {0: jax.jit(validation.program(chosen))} for name in sets}
+    return validation.validate(chosen, programs, sets, mesh, {}, jax.random.key(0))
+
+
+def test_a_metric_is_the_mean_of_the_named_sets_and_each_of_them():
+    """The loss is a sum of ratios: values by counts over the rows of a set."""
+
+    def row_losses(variables, batch):
+        ones = jax.numpy.ones_like(batch["value"])
+        return {"a": (batch["value"], 2 * ones), "b": (ones, ones)}
+
+    chosen = {"loss": validators.loss(row_losses)}
+    found, _ = measured(chosen, {"clean": one_row("ab"), "other": one_row("abcd")})
+    assert found == {"val_loss/clean": 2, "val_loss/other": 3, "val_loss": 2.5}
+    assert set(validation.metric_names(chosen, ("clean", "other"))) == set(found)
+
+
+def test_sources_of_validation_may_have_names(tmp_path):
+    sets = validation.sets_of
+    assert sets(()) == {} and sets("a.jsonl") == {"": ("a.jsonl",)}
+    assert sets(("a.jsonl", "b.jsonl")) == {"": ("a.jsonl", "b.jsonl")}
+    named = {"clean": ("a.jsonl", "c.jsonl"), "other": ("b.jsonl",)}
+    assert sets(("clean=a.jsonl", "other=b.jsonl", "clean=c.jsonl")) == named
+    (tmp_path / "x=y.jsonl").touch()
+    assert sets(str(tmp_path / "x=y.jsonl")) == {"": (str(tmp_path / "x=y.jsonl"),)}
+    with pytest.raises(DataError, match="every source a name or none"):
+        sets(("clean=a.jsonl", "b.jsonl"))
 
 
 def test_batches_hold_as_much_audio_as_a_micro_batch_of_training():
@@ -46,10 +82,10 @@ def test_batches_hold_as_much_audio_as_a_micro_batch_of_training():
 
 
 def test_a_step_whose_validation_fails_is_saved(tmp_path, monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(validation, "evaluate", fail)
+    monkeypatch.setattr(validation, "validate", fail)
     config = tiny.get_config()
     with config.unlocked():
         config.train.update(steps=2, eval_every=1)

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from jasr.audio.inputs import REDUCTIONS
 from jasr.decoding.transducer import STRATEGIES
+from jasr.losses.reduction import REDUCTIONS
 from jasr.losses.transducer import check_durations
 
 BRANCHES = ("transducer", "ctc")

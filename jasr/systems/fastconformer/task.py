@@ -13,10 +13,13 @@ from jasr.decoding import transducer as decoding
 from jasr.decoding.beam import beam_search
 from jasr.decoding.ctc import ctc_greedy
 from jasr.losses import transducer as losses
-from jasr.losses.ctc import ctc_loss
+from jasr.losses.ctc import ctc_loss, has_path
+from jasr.losses.reduction import contribution, scale_and_count
+from jasr.models.fastconformer.settings import output_lengths
 from jasr.systems.fastconformer import times
 from jasr.systems.fastconformer.model import Parakeet, ParakeetConfig, sharding
 from jasr.systems.fastconformer.settings import DecodingConfig, LossConfig
+from jasr.training import validators
 
 LOCAL_CONTEXT = (128, 128)  # encoder frames left and right, as NeMo suggests for long recordings
 
@@ -41,7 +44,7 @@ class ParakeetTask:
     )
 
     @classmethod
-    def build(cls, config, tokenizer):
+    def build(cls, config, tokenizer, ways=1):
         """A task from the run's config (mapping with model, loss, ...) and its tokenizer.
 
         Raises:
@@ -85,6 +88,7 @@ class ParakeetTask:
             **given,
             loss_config=loss,
             decoding=how,
+            groups=ways,
         )
 
     @property
@@ -128,59 +132,116 @@ class ParakeetTask:
         variables = self.model.init({"params": rng}, mel, mel_len, batch["tokens"])
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
-    def loss(self, variables, batch, keys, step):
-        """Summed training loss, and what to divide it by; see `CtcTask.loss`.
-
-        A hybrid's CTC loss counts where a CTC path exists, the transducer's where one of its own.
-        """
+    def terms(self, batch):
+        """{"transducer" and/or "ctc": (share of the loss, f32[B] factor of each row's loss, f32[B]
+        its part of the divisor)}, from data alone. A hybrid's CTC loss counts where a CTC path
+        exists, the transducer's where one of its own."""
         c, loss = self.config, self.loss_config
+        width, mel_len = inputs.mel_shape(self, batch)
+        length = output_lengths(c.encoder, mel_len, width)
+        tokens, token_len = batch["tokens"], batch["token_len"]
+        present = batch["audio_len"] > 0
+        found = {}
+        if c.is_transducer:
+            durations = loss.durations if loss.kind == "tdt" else None
+            sizes = dict(frames=output_lengths(c.encoder, width, width), tokens=tokens.shape[1])
+            good = losses.has_path(length, token_len, durations, **sizes)
+            share = 1 - loss.ctc_weight if c.kind == "hybrid" else 1.0
+            found["transducer"] = share, *scale_and_count(token_len, present & good, loss.reduction)
+        if c.has_ctc:
+            hybrid = c.kind == "hybrid"
+            good = has_path(length, tokens, token_len)
+            reduction = loss.ctc_reduction if hybrid else loss.reduction
+            share = loss.ctc_weight if hybrid else 1.0
+            found["ctc"] = share, *scale_and_count(token_len, present & good, reduction)
+        return found
+
+    def divisors(self, batch):
+        """{name of a loss: f32[]}: what its sum over a whole batch is divided by."""
+        return {name: jnp.sum(count) for name, (_, _, count) in self.terms(batch).items()}
+
+    def loss(self, variables, batch, divisors, keys, step):
+        """A micro-batch's share of the training loss; see `seam.Task.loss`.
+
+        Returns:
+          (f32[], (batch_stats, metrics)); metrics are counts or sums over utterances.
+        """
         mel, mel_len = inputs.augmented_features(self, batch, keys["augment"], step)
         dropout, joint_key, omega_key = jax.random.split(keys["dropout"], 3)
         run = functools.partial(self.model.apply, rngs={"dropout": dropout})
         (x, length), changed = run(
             variables, mel, mel_len, train=True, method="encode", mutable=["batch_stats"]
         )
+        noise = dict(
+            dropout=self.config.joint.dropout,
+            key=augment.row_keys(joint_key, batch["index"]),
+        )
+        if self.loss_config.omega:
+            noise["omega"] = losses.sampled_omega(omega_key, self.loss_config.omega)
+        found = self.scored(functools.partial(run, variables), x, length, batch, True, noise)
+        total = jnp.float32(0.0)
+        for name, (share, scale, _) in self.terms(batch).items():
+            total += share * contribution(found[name][0], scale, divisors[name])
+        feasible = functools.reduce(jnp.logical_and, [good for _, good in found.values()])
+        metrics = inputs.counts(self, batch, feasible)
+        return total, (changed.get("batch_stats", {}), metrics)
+
+    def scored(self, run, x, length, batch, train, noise):
+        """{"transducer" and/or "ctc": (f32[B] losses, bool[B] whether there is a path)}.
+
+        Args:
+          run: the model's methods on its variables; x, length: what `encode` gives.
+          noise: dropout and key of the joint network, omega of this batch; {} in evaluation, where
+            the loss is the one without omega.
+        """
+        c, loss = self.config, self.loss_config
         tokens, token_len = batch["tokens"], batch["token_len"]
-        present = batch["audio_len"] > 0
-        parts = []  # (share, reduction, losses, feasible)
+        found = {}
         if c.is_transducer:
-            enc, pred, kernel, bias = run(variables, x, tokens, train=True, method="joint_parts")
+            parts = run(x, tokens, train=train, method="joint_parts")
             options = dict(
                 blank=c.blank,
                 fastemit_lambda=loss.fastemit_lambda,
                 clamp=loss.clamp,
                 groups=self.groups,
                 activation=c.joint.activation,
-                dropout=c.joint.dropout,
-                key=augment.row_keys(joint_key, batch["index"]),
+                **noise,
             )
             score = losses.rnnt_loss
             if loss.kind == "tdt":
                 score = losses.tdt_loss
                 options |= dict(durations=loss.durations, sigma=loss.sigma)
-                if loss.omega:
-                    options["omega"] = losses.sampled_omega(omega_key, loss.omega)
-            got = score(enc, pred, kernel, bias, length, tokens, token_len, **options)
-            share = 1 - loss.ctc_weight if c.kind == "hybrid" else 1.0
-            parts.append((share, loss.reduction, *got))
+            else:
+                options.pop("omega", None)
+            found["transducer"] = score(*parts, length, tokens, token_len, **options)
         if c.has_ctc:
-            logits = run(variables, x, method="ctc_logits")
-            got = ctc_loss(logits, length, tokens, token_len, blank=c.blank)
-            hybrid = c.kind == "hybrid"
-            share = loss.ctc_weight if hybrid else 1.0
-            parts.append((share, loss.ctc_reduction if hybrid else loss.reduction, *got))
-        main = parts[0]
-        total, weight = inputs.reduced(main[2], token_len, present & main[3], main[1])
-        total = main[0] * total
-        for share, reduction, values, feasible in parts[1:]:
-            # what is summed here is divided by the main loss's divisor later
-            extra, own = inputs.reduced(values, token_len, present & feasible, reduction)
-            total += share * extra * weight / jnp.maximum(own, 1.0)
-        metrics = {
-            "weight": weight,
-            **inputs.counts(self, batch, functools.reduce(jnp.logical_and, [p[3] for p in parts])),
+            logits = run(x, method="ctc_logits")
+            found["ctc"] = ctc_loss(logits, length, tokens, token_len, blank=c.blank)
+        return found
+
+    def row_losses(self, variables, batch):
+        """{name: (f32[B] value, f32[B] count)}: the loss of validation is the sum over the names of
+        the sum of values by that of counts."""
+        run = functools.partial(self.model.apply, variables)
+        x, length = run(*self.features(batch), method="encode")
+        found = self.scored(run, x, length, batch, False, {})
+        return {
+            name: (share * jnp.where(scale > 0, found[name][0] * scale, 0.0), count)
+            for name, (share, scale, count) in self.terms(batch).items()
         }
-        return total, (changed.get("batch_stats", {}), metrics)
+
+    @property
+    def validators(self):
+        """What a set can be measured by."""
+        return {
+            "wer": validators.transcripts(self.tokenizer, self.text, self.predict),
+            "loss": validators.loss(self.row_losses),
+        }
+
+    @staticmethod
+    def line(sums, seconds):
+        """Columns of the training log: audio a second, infeasible rows."""
+        return inputs.line(sums, seconds)
 
     def frames(self, variables, batch):
         """Encoder frames f[B,T,D] to decode and their lengths i32[B], of each row as if alone.

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jasr import audio, settings
 from jasr.audio import augment, inputs
 from jasr.decoding.ctc import ctc_greedy
-from jasr.losses.ctc import ctc_loss
-from jasr.systems.lact.model import LactConfig, LactCtc, check_updates, sharding
+from jasr.losses.ctc import ctc_loss, has_path
+from jasr.losses.reduction import contribution, scale_and_count
+from jasr.systems.lact.model import LactConfig, LactCtc, check_updates, encoder_frames, sharding
+from jasr.training import validators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class CtcTask:
     loss_config: CtcLossConfig
 
     @classmethod
-    def build(cls, config, tokenizer):
+    def build(cls, config, tokenizer, ways=1):
         """A task from the run's config (mapping with model, front_end, ...) and its tokenizer.
 
         Raises:
@@ -104,15 +106,24 @@ class CtcTask:
         variables = self.model.init({"params": rng}, mel, mel_len, train=False)
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
-    def loss(self, variables, batch, keys, step):
-        """Summed training loss, and what to divide it by.
+    def terms(self, batch):
+        """{name: (f32[B] factor of each row's loss, f32[B] its part of the divisor)}, from data
+        alone: rows without audio (padding) and rows that no CTC path fits count nothing."""
+        _, mel_len = inputs.mel_shape(self, batch)
+        good = has_path(
+            encoder_frames(self.config, mel_len), batch["tokens"], batch["token_len"]
+        ) & (batch["audio_len"] > 0)
+        return {"ctc": scale_and_count(batch["token_len"], good, self.loss_config.reduction)}
 
-        Rows without audio (padding) and rows that no CTC path fits (infeasible) count nothing.
-        `keys` are {"augment", "dropout"}.
+    def divisors(self, batch):
+        """{"ctc": f32[]}: what the sum of the losses of a whole batch is divided by."""
+        return {name: jnp.sum(count) for name, (_, count) in self.terms(batch).items()}
+
+    def loss(self, variables, batch, divisors, keys, step):
+        """A micro-batch's share of the training loss; see `seam.Task.loss`.
 
         Returns:
-          (f32[] loss sum, (batch_stats, metrics)); metrics are sums: "weight" is the divisor of
-          the loss, the others are counts or sums over utterances.
+          (f32[], (batch_stats, metrics)); metrics are counts or sums over utterances.
         """
         mel, mel_len = inputs.augmented_features(self, batch, keys["augment"], step)
         out, changed = self.model.apply(
@@ -123,23 +134,50 @@ class CtcTask:
             rngs={"dropout": keys["dropout"]},
             mutable=["batch_stats"],
         )
-        tokens, token_len = batch["tokens"], batch["token_len"]
+        scale, _ = self.terms(batch)["ctc"]
+        losses, feasible = self.ctc(out, batch)
         present = batch["audio_len"] > 0
-        score = functools.partial(ctc_loss, blank=self.tokenizer.blank_id)
-        losses, feasible = score(out["logits"], out["logit_len"], tokens, token_len)
-        good = present & feasible
-        total = losses
-        if out["intermediate"]:
-            share = self.loss_config.intermediate_weight
-            inner = [score(x, out["logit_len"], tokens, token_len)[0] for x in out["intermediate"]]
-            total = (1 - share) * losses + share * sum(inner) / len(inner)
-        total, weight = inputs.reduced(total, token_len, good, self.loss_config.reduction)
         metrics = {
-            "weight": weight,
             **inputs.counts(self, batch, feasible),
             "updates": jnp.sum(jnp.where(present, out["updates"], 0)).astype(jnp.float32),
         }
+        total = contribution(losses, scale, divisors["ctc"])
         return total, (changed.get("batch_stats", {}), metrics)
+
+    def ctc(self, out, batch):
+        """(f32[B] losses, bool[B] whether there is a path) of the model's output."""
+        rows = (out["logit_len"], batch["tokens"], batch["token_len"])
+        score = functools.partial(ctc_loss, blank=self.tokenizer.blank_id)
+        losses, feasible = score(out["logits"], *rows)
+        if out["intermediate"]:
+            share = self.loss_config.intermediate_weight
+            inner = [score(x, *rows)[0] for x in out["intermediate"]]
+            losses = (1 - share) * losses + share * sum(inner) / len(inner)
+        return losses, feasible
+
+    def row_losses(self, variables, batch):
+        """{"ctc": (f32[B] value, f32[B] count)}: the loss of validation is the sum of the values
+        by that of the counts."""
+        out = self.model.apply(variables, *self.features(batch), train=False)
+        scale, count = self.terms(batch)["ctc"]
+        losses, _ = self.ctc(out, batch)
+        return {"ctc": (jnp.where(scale > 0, losses * scale, 0.0), count)}
+
+    @property
+    def validators(self):
+        """What a set can be measured by."""
+        return {
+            "wer": validators.transcripts(
+                self.tokenizer, self.tokenizer.decode, self.predict, ("updates",)
+            ),
+            "loss": validators.loss(self.row_losses),
+        }
+
+    @staticmethod
+    def line(sums, seconds):
+        """Columns of the training log: audio a second, fast-weight updates, infeasible rows."""
+        updates = {"updates_per_utt": sums["updates"] / max(sums["utterances"], 1.0)}
+        return inputs.line(sums, seconds) | updates
 
     def predict(self, variables, batch):
         """Greedy CTC of a batch, to be jitted.

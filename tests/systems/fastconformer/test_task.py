@@ -64,6 +64,11 @@ def keys():
     return {"augment": jax.random.key(1), "dropout": jax.random.key(2)}
 
 
+def loss_of(task, variables, rows, keys, step=0):
+    """What `task.loss` gives for a whole batch, of which `rows` are all."""
+    return task.loss(variables, rows, task.divisors(rows), keys, step)
+
+
 @functools.cache
 def made(kind):
     """(task, variables) of a tiny model."""
@@ -74,12 +79,13 @@ def made(kind):
 @pytest.mark.parametrize("kind", SOME)
 def test_losses_do_not_depend_on_padding_or_batch_mates(kind):
     task, variables = made(kind)
-    loss = jit(task.loss)
-    total, (_, metrics) = loss(variables, batch(), keys(), 0)
-    assert metrics["weight"] == 3 and metrics["infeasible"] == 0
-    longer, _ = loss(variables, batch(longest=1.5), keys(), 0)
+    loss, divisors = jit(task.loss), task.divisors(batch())
+    assert set(map(float, divisors.values())) == {3.0}
+    total, (_, metrics) = loss(variables, batch(), divisors, keys(), 0)
+    assert metrics["infeasible"] == 0
+    longer, _ = loss(variables, batch(longest=1.5), divisors, keys(), 0)
     alone = [
-        loss(variables, jax.tree.map(lambda x, r=r: x[r : r + 1], batch()), keys(), 0)[0]
+        loss(variables, jax.tree.map(lambda x, r=r: x[r : r + 1], batch()), divisors, keys(), 0)[0]
         for r in range(3)
     ]
     np.testing.assert_allclose(longer, total, rtol=1e-5)
@@ -93,7 +99,7 @@ def test_gradients_are_finite_and_reach_every_parameter(kind):
     rows["audio_len"][2] = rows["token_len"][2] = 0  # padding of the batch
 
     def loss(params):
-        return task.loss({**variables, "params": params}, rows, keys(), 0)[0]
+        return loss_of(task, {**variables, "params": params}, rows, keys())[0]
 
     grads = tree.flatten(jit(jax.grad(loss))(variables["params"]))
     assert all(np.all(np.isfinite(g)) for g in grads.values())
@@ -120,7 +126,7 @@ def test_a_batch_on_eight_devices_is_worked_on_where_it_lies():
 
     def step(task, *arguments):
         def loss(params, rows):
-            return task.loss({**variables, "params": params}, rows, keys(), 0)[0]
+            return loss_of(task, {**variables, "params": params}, rows, keys())[0]
 
         return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
 
@@ -161,25 +167,39 @@ def test_predictions_do_not_depend_on_batch_mates_and_lie_inside(kind):
 
 def test_hybrid_is_the_weighted_sum_and_decodes_with_either_branch():
     task, variables = made("hybrid")
-    total, _ = jit(task.loss)(variables, batch(), keys(), 0)
+    total, _ = jit(loss_of, static_argnums=0)(task, variables, batch(), keys())
     parts = []
     for weight in (0.0, 1.0):
         part = loading.build(config("hybrid", loss__ctc_weight=weight), TOKENIZER)
-        parts.append(jit(part.loss)(variables, batch(), keys(), 0)[0])
+        parts.append(jit(loss_of, static_argnums=0)(part, variables, batch(), keys())[0])
     np.testing.assert_allclose(total, 0.7 * parts[0] + 0.3 * parts[1], rtol=1e-5)
     by_ctc = loading.build(config("hybrid", decoding__branch="ctc"), TOKENIZER)
     assert "durations" not in jax.eval_shape(by_ctc.predict, variables, batch())
 
 
+def test_micro_batches_add_up_to_the_batch_where_the_divisors_of_a_hybrid_differ():
+    """The CTC loss of the first row has no path: its divisor is smaller than the transducer's."""
+    task, variables = made("hybrid")
+    rows = batch(tokens=((1, 1, 1, 1), (4, 4), (2,)), lengths=(0.2, 0.6, 0.8))
+    divisors = task.divisors(rows)
+    assert {k: float(v) for k, v in divisors.items()} == {"transducer": 3, "ctc": 2}
+    loss = jit(task.loss)
+    whole = loss(variables, rows, divisors, keys(), 0)[0]
+    parts = [jax.tree.map(lambda x, r=r: x[r : r + 1], rows) for r in range(3)]
+    cut = [loss(variables, part, divisors, keys(), 0)[0] for part in parts]
+    np.testing.assert_allclose(sum(cut), whole, rtol=1e-5)
+
+
 def test_omega_draws_one_of_two_losses_for_the_batch():
     _, variables = made("hybrid")
-    loss = jit(loading.build(config("hybrid", loss__omega=0.5), TOKENIZER).loss)
+    task = loading.build(config("hybrid", loss__omega=0.5), TOKENIZER)
+    loss = jit(functools.partial(loss_of, task))
     seen = {
-        float(loss(variables, batch(), keys() | {"dropout": jax.random.key(n)}, 0)[0])
+        float(loss(variables, batch(), keys() | {"dropout": jax.random.key(n)})[0])
         for n in range(12)
     }
     assert len(seen) == 2
-    plain = jit(made("hybrid")[0].loss)(variables, batch(), keys(), 0)[0]
+    plain = jit(functools.partial(loss_of, made("hybrid")[0]))(variables, batch(), keys())[0]
     assert min(abs(x - plain) for x in seen) < 1e-4
 
 

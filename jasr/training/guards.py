@@ -1,0 +1,85 @@
+"""What all processes of a run check together, and what is kept when one fails."""
+
+import contextlib
+import json
+import logging
+
+import numpy as np
+
+log = logging.getLogger("jasr.train")
+
+
+def check_same(config, tokenizer, train_data, valid_data):
+    """Raises ValueError if the processes have different configs or see different data."""
+    from jasr import sharding
+
+    paths = {"train", "valid"}  # they may differ between hosts
+    facts = {
+        "config but for paths": json.dumps(
+            config | {"data": {k: v for k, v in config["data"].items() if k not in paths}},
+            sort_keys=True,
+        ),
+        "tokenizer": json.dumps(tokenizer.to_dict(), sort_keys=True),
+        "training data (its index or batch plan)": train_data.fingerprint,
+    }
+    valid = [valid_data[name].loader.plan.fingerprint for name in sorted(valid_data)]
+    facts["validation data (its index or batch plan)"] = " ".join(valid) or "none"
+    sharding.check_same(facts)
+
+
+def check_failed(loader):
+    """Raises DataError on every process when too many utterances, of all processes together, could
+    not be decoded (config.data.max_bad_share)."""
+    import jax
+
+    counts, processes = loader.tally(), jax.process_count()
+    if processes > 1:
+        from jax.experimental import multihost_utils
+
+        counts = multihost_utils.process_allgather(counts.astype(np.int32)).sum(0)
+    loader.judge(*counts.tolist(), processes)
+
+
+@contextlib.contextmanager
+def kept_on_failure(save):
+    """Calls `save` before passing on what is raised inside: steps are not lost with it.
+
+    Where that save fails too, it is logged, and what was raised first is what is passed on. Not
+    with several processes: one that fails alone would wait for the others for ever.
+    """
+    import jax
+
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            try:
+                save()
+            except Exception as e:
+                log.error("the steps since the last save are lost, saving them failed: %s", e)
+        raise
+
+
+def check_finite(sums, limit, step, workdir, save):
+    """Raises after too many non-finite steps in a row, with the state saved to look at."""
+    if limit and sums["bad_in_row"] >= limit:
+        save({}, wait=True)
+        raise FloatingPointError(
+            f"{sums['bad_in_row']} steps in a row up to step {step} had a loss, gradient or update "
+            "that is not finite (config.optim.max_bad_steps). The parameters are those before "
+            "them. To find the stage: "
+            f"python -m experiments.doctor numerics --checkpoint={workdir}"
+        )
+
+
+def asked_to_stop(stop, meeting):
+    """Whether to save and leave; several processes decide together, every few steps."""
+    import jax
+
+    if jax.process_count() == 1:
+        return stop()
+    if not meeting:
+        return False
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(stop())).any())
