@@ -22,7 +22,11 @@ from experiments.errors import in_one_line
 
 @in_one_line
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("source", help=".nemo, .ckpt, Hugging Face directory, run, step or average")
     parser.add_argument("target", help="x.nemo, a directory x_hf, or a run directory of jasr")
     parser.add_argument("--to", choices=("nemo", "hf", "jasr"), help="the target's format")

@@ -19,7 +19,11 @@ from experiments.errors import in_one_line
 
 @in_one_line
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.expand_vocab",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint", required=True, help="what transcribe takes")
     parser.add_argument("--like", default="", help=".nemo that the weights of a .ckpt belong to")
     parser.add_argument("--tokenizer", required=True, help="the other SentencePiece .model")

@@ -16,7 +16,11 @@ from experiments.errors import in_one_line
 
 @in_one_line
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.train_tokenizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("sources", nargs="+", help="manifest, CutSet, Shar directory or .txt")
     parser.add_argument("--vocab_size", type=int, required=True, help="pieces, <unk> included")
     parser.add_argument("--output", required=True, help="directory of the tokenizer")
