@@ -7,6 +7,9 @@
 #                        address is on its "get started" page). Without it pip may choose a
 #                        build that brings some 3 GB of CUDA with it
 #   PIP_FLAGS=...        for every pip call, e.g. --no-index --find-links=wheels
+#   FAST=1               an answer in two minutes: the first test of every file
+#   CONSTRAINTS=         the newest version of every package instead of those of constraints.txt,
+#                        which were tested; `make test-newest` does so in .venv-newest
 #   PYTEST_FLAGS=...     for pytest, e.g. "-x -k ctc"
 
 PYTHON ?= python3
@@ -15,11 +18,15 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist worksteal
+CONSTRAINTS ?= constraints.txt
+PYTHONS ?= python3.11 python3.12 python3.13
+FAST ?=
 RUN ?= runs/quickstart
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
-SUM := $(shell cksum < setup.py | cut -d ' ' -f 1)
+INSTALL := -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+PIP := $(BIN)/python $(INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+SUM := $(shell cat setup.py $(CONSTRAINTS) | cksum | cut -d ' ' -f 1)
 LIGHT := $(VENV)/.light-$(SUM)
 FULL := $(VENV)/.full-$(SUM)
 
@@ -29,12 +36,28 @@ test: export JAX_COMPILATION_CACHE_DIR := $(JASR_CACHE)
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 
-.PHONY: venv test quickstart lint bench clean
+test: export JASR_FAST := $(FAST)
+
+.PHONY: venv test test-newest constraints quickstart lint bench clean
 
 venv: $(FULL)
 
 test: $(FULL)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
+# Renews constraints.txt from the newest of everything for each of PYTHONS that is here. PyTorch and
+# lhotse, which needs it, go into the first environment alone: run `make test` before you commit it.
+constraints:
+	set -e; first="[all,dev]"; rm -rf .cache/constraints; for python in $(PYTHONS); do \
+	  $$python -m venv .cache/constraints/$$python; \
+	  test "$$first" = "[all,dev]" && test -n "$(TORCH)" && \
+	    .cache/constraints/$$python/bin/python $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"; \
+	  .cache/constraints/$$python/bin/python $(INSTALL) -e ".$$first"; first="[hf,tts,tb,dev]"; \
+	done
+	$(BIN)/python .ci/renew_constraints.py .cache/constraints/*/bin/python > constraints.txt
 
 # Resumes where it was stopped; `make clean` begins anew.
 quickstart: $(LIGHT)
@@ -76,5 +99,5 @@ $(LIGHT):
 	touch $(LIGHT)
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info $(RUN)
+	rm -rf $(VENV) .venv-newest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info $(RUN)
 	find jasr experiments configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,28 @@ os.environ.setdefault("JASR_CACHE", os.path.join(tempfile.gettempdir(), "jasr-te
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+NO_GOLDENS = "the large goldens and recordings are not here (JASR_SHARED names their folder)"
+
+
+def pytest_collection_modifyitems(config, items):
+    """With JASR_FAST: of each file the tests marked `fast`, else its first one."""
+    if not os.environ.get("JASR_FAST"):
+        return
+    by_file = {}
+    for item in items:
+        by_file.setdefault(item.path, []).append(item)
+    kept = []
+    for found in by_file.values():
+        kept += [item for item in found if item.get_closest_marker("fast")] or found[:1]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Gives all tests that skip for want of goldens one place, so that they share one line."""
+    for report in terminalreporter.stats.get("skipped", []):
+        if NO_GOLDENS in str(report.longrepr):
+            report.longrepr = (str(ROOT / "tests" / "conftest.py"), 1, f"Skipped: {NO_GOLDENS}")
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +55,7 @@ def shared_dir():
     """The folder of full goldens and real speech beside the checkout; skips without it."""
     path = pathlib.Path(os.environ.get("JASR_SHARED", ROOT.parent / "shared"))
     if not (path / "goldens").is_dir():
-        pytest.skip("the shared goldens and data are not here (set JASR_SHARED to their folder)")
+        pytest.skip(NO_GOLDENS)
     return path
 
 

@@ -81,7 +81,7 @@ def test_info_agrees_with_what_is_decoded():
 def test_blocks_are_the_whole_recording_in_pieces(monkeypatch):
     data = encoded(tone(3.0, 44100), 44100, "FLAC")
     whole = audio.read(data)
-    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 10_007)
+    monkeypatch.setattr("jasr.audio.files._BLOCK_SAMPLES", 10_007)
     pieces = list(audio.read_blocks(data))
     assert len(pieces) > 10
     np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-6)

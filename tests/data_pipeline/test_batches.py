@@ -229,7 +229,7 @@ def test_a_finished_or_abandoned_stream_leaves_no_threads(corpus):
         pass
     for t in threading.enumerate():
         if t is not threading.current_thread() and not t.daemon:
-            t.join(timeout=10)
+            t.join()
     assert threading.active_count() <= before + 1
 
 

@@ -106,7 +106,7 @@ def test_reading_and_writing_need_neither_lhotse_nor_torch(written, tmp_path):
         f"data = open_eval(DataConfig(), {str(written[0])!r}, lambda text: [1] * len(text))\n"
         "assert sum((b['index'] >= 0).sum() for _, b in data.iterate()) == 24\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def cut(ident="c", text="abc", source=None, **change):

@@ -23,9 +23,7 @@ for row in benchmark.ROWS:
         assert e.code == 0, row
 print([m for m in "jax torch transformers lhotse scipy soundfile".split() if m in sys.modules])
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
-    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("usage:") == len(benchmark.ROWS)
     assert ran.stdout.splitlines()[-1] == "[]"

@@ -36,7 +36,6 @@ def test_misspelt_flags_are_named_with_the_nearest_setting(wrong, right, root, t
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=600,
     )
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.count("\n") == 1
     assert ran.stderr.startswith(f"error: there is no setting config.{wrong}. Did you mean")
@@ -64,7 +63,7 @@ def test_training_on_a_directory_in_use_ends_so(tmp_path, root):
     train = [sys.executable, "-m", "experiments.train", "--config=tests/tiny.py"]
     with rundir.lock(tmp_path):
         ran = subprocess.run(
-            [*train, f"--workdir={tmp_path}"], cwd=root, capture_output=True, text=True, timeout=600
+            [*train, f"--workdir={tmp_path}"], cwd=root, capture_output=True, text=True
         )
     assert ran.returncode == 1 and ran.stdout == ""
     assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1

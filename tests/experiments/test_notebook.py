@@ -45,7 +45,7 @@ def test_notebook_reads_averages_and_transcribes_a_run(root, tmp_path, monkeypat
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in paths if p))
     notebook = nbformat.read(root / "experiments" / "restore_checkpoint.ipynb", as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     printed = "".join(

@@ -298,7 +298,7 @@ def test_channels_that_cancel_are_not_averaged_to_silence(tmp_path):
 def test_a_channel_once_chosen_is_kept_and_silent_ones_do_not_cancel(tmp_path, monkeypatch):
     from jasr import audio
 
-    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 2000)
+    monkeypatch.setattr("jasr.audio.files._BLOCK_SAMPLES", 2000)
     sound = 0.3 * np.random.default_rng(0).standard_normal(8000).astype(np.float32)
     path, notes = write(tmp_path / "a.wav", np.stack([sound, -sound], axis=1)), []
     got = np.concatenate(list(audio.read_blocks(path, notes=notes)))
@@ -328,7 +328,7 @@ def test_broken_files_do_not_stop_the_others(tmp_path):
 def test_blocks_of_a_file_join_to_what_reading_gives(tmp_path, monkeypatch):
     from jasr import audio
 
-    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 5000)
+    monkeypatch.setattr("jasr.audio.files._BLOCK_SAMPLES", 5000)
     sound = 0.3 * np.random.default_rng(0).standard_normal(44100).astype(np.float32)
     path = write(tmp_path / "x.wav", sound, 44100)
     blocks = list(audio.read_blocks(path))

@@ -45,7 +45,7 @@ def test_whisper_english_uses_the_map_of_spellings(tmp_path, monkeypatch):
 
 def test_whisper_english_says_that_the_map_is_missing(monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(text, "spellings_file", lambda: None)
+    monkeypatch.setattr("jasr.text.tokenizers.spellings_file", lambda: None)
     text.whisper_english.cache_clear()
     with pytest.warns(UserWarning, match="British spellings"):
         assert normalise("Uh, it's colour", "whisper_english") == "it is colour"

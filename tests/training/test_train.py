@@ -55,7 +55,7 @@ def tiny_flag(arg=""):
 def command(args, env=None):
     return subprocess.run(
         [sys.executable, "-m", "experiments.train", *args],
-        env=env, check=True, capture_output=True, text=True, timeout=600,
+        env=env, check=True, capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def processes(command, devices=1, status=0):
         )  # fmt: skip
         for number in range(2)
     ]
-    outputs = [p.communicate(timeout=600)[0] for p in both]
+    outputs = [p.communicate()[0] for p in both]
     assert [p.returncode for p in both] == [status] * 2, "\n".join(x[-3000:] for x in outputs)
     return outputs
 
@@ -159,7 +159,7 @@ def test_sigterm_saves_the_step_and_leaves(tmp_path):
     )  # fmt: skip
     told = next(line for line in run.stderr if "loss" in line)
     run.send_signal(signal.SIGTERM)
-    told += run.communicate(timeout=600)[1]
+    told += run.communicate()[1]
     assert run.returncode == 0, told[-3000:]
     meta = checkpoint.load_meta(tmp_path)
     assert meta["step"] == meta["position"] == max(losses(tmp_path)) > 0
