@@ -15,6 +15,10 @@ VERSION = re.search(r'__version__ = "(.+?)"', FACE.read_text(encoding="utf-8"))[
 CORE = (
     "jax>=0.10",
     "flax>=0.12",
+    # Seen to fail: jax 0.11 with flax up to 0.12.6 (no jax.core.get_opaque_trace_state at the first
+    # module), jax 0.11.1 with flax 0.12.7 and 0.12.8 (no hijax.MutableHiType in flax.nnx). jax 0.11
+    # and later need Python 3.12, where pip therefore takes a flax that fits.
+    'flax>=0.12.9; python_version >= "3.12"',
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.30",
     "numpy>=2.0",
