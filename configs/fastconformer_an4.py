@@ -20,7 +20,7 @@ def get_config(arg="hybrid"):
         raise ValueError(
             f"configs/fastconformer_an4.py has variants hybrid, tdt, ctc, rnnt, not {arg!r}"
         )
-    config = common.default("parakeet")
+    config = common.default("fastconformer")
     config.data.train = ("data/an4/train.jsonl",)
     config.data.valid = ("data/an4/valid.jsonl",)
     config.data.max_duration = 20.0

@@ -36,7 +36,7 @@ def get_config(arg="hybrid"):
         raise ValueError(
             f"configs/parakeet_tdt_110m_enhi.py has variants hybrid and tdt, not {arg!r}"
         )
-    config = common.default("parakeet")
+    config = common.default("fastconformer")
     config.data.train = (("data/en/train.jsonl", 1.0), ("data/hi/train.jsonl", 1.0))
     config.data.valid = ("data/en/valid.jsonl", "data/hi/valid.jsonl")
     config.data.max_duration = 20.0

@@ -14,8 +14,9 @@ import json
 import pathlib
 import sys
 
-from experiments import decoding_options, huge_pages
+from experiments import huge_pages, windows
 from experiments.errors import in_one_line
+from jasr.systems import catalogue
 
 
 @in_one_line
@@ -45,19 +46,13 @@ def parse(argv):
     add("--label", default="", help="what the utterances are, for the last line")
     add("--step", type=int, default=None, help="step of the run (newest)")
     add("--item", default="", help="params or ema (ema if there is one)")
-    add(
-        "--lact_updates",
-        default="",
-        choices=("", "on", "off", "no_branch"),
-        help="fast weights as trained, never updated, or their branch removed",
-    )
     add("--window", type=float, default=0.0, help="s seen at once (as trained)")
     add("--overlap", type=float, default=0.0, help="s two windows share (4 or 16)")
     add("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
     add("--limit", type=int, default=0, help="score the first N utterances only")
-    decoding_options.add(parser)
+    catalogue.add_options(parser, "transcribe")
     args = parser.parse_args(argv)
-    decoding_options.check_windows(parser, args)
+    windows.check(parser, args)
     if args.limit < 0:
         parser.error(f"--limit={args.limit}: a number of utterances; 0 = all")
     return args
@@ -72,11 +67,10 @@ def evaluate(args):
     compilation_cache.enable()
     for path in filter(None, (args.output, args.predictions)):  # now, not after the work
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    changed = {"lact_updates": args.lact_updates} if args.lact_updates else None
     baseline = read_report(args.baseline) if args.baseline else None
-    options = decoding_options.given(args)
+    options = catalogue.given_options(args, "transcribe")
     task, variables, meta = loading.load(
-        args.checkpoint, args.step, args.item, changed, options, args.like
+        args.checkpoint, args.step, args.item, options=options, like=args.like
     )
     report = score.evaluate(
         task,
@@ -97,8 +91,7 @@ def evaluate(args):
         "step": meta.get("step"),
         "item": args.item or "default",
         "manifest": args.manifest,
-        "lact_updates": args.lact_updates or "as trained",
-        **{name: value for name, value in options.items() if value},
+        **options,
     }
     if difference:
         about["baseline"] = {"file": args.baseline, **difference}

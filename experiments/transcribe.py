@@ -16,9 +16,10 @@ import pathlib
 import sys
 import time
 
-from experiments import decoding_options, huge_pages
+from experiments import huge_pages, windows
 from experiments.errors import in_one_line
 from jasr.recognition.formats import FORMATS, render
+from jasr.systems import catalogue
 
 
 @in_one_line
@@ -58,9 +59,9 @@ def parse(argv):
         default="",
         help="in JSON, NeMo's own of characters, words and segments as well, as `timestamp`",
     )
-    decoding_options.add(parser)
+    catalogue.add_options(parser, "transcribe")
     args = parser.parse_intermixed_args(argv)
-    decoding_options.check_windows(parser, args)
+    windows.check(parser, args)
     if args.timestamps and args.format != "json":
         parser.error("--timestamps=nemo is written in JSON only: add --format=json")
     return args
@@ -88,7 +89,7 @@ def transcribe(args, out):
         overlap=args.overlap,
         batch_seconds=args.batch_seconds,
         timestamps=args.timestamps,
-        **decoding_options.given(args),
+        **catalogue.given_options(args, "transcribe"),
     )
     start, failed, missing, windows = time.perf_counter(), len(problems), 0.0, 0
     results = progress(model.stream(path for path, _ in found), total=len(found))

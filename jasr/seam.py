@@ -156,17 +156,32 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class Flag:
+    """An option of a command, declared once."""
+
+    help: str
+    choices: tuple = ()
+    parse: Callable = str  # what stands on the command line -> value; ValueError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a system lets a command change: most options are a change of the config."""
+
+    flags: Mapping[str, Flag]
+    changes: Callable  # (config, {name: value}) -> {"decoding.beam": value}; ValueError
+
+
+@dataclasses.dataclass(frozen=True)
 class System:
-    """One row of the catalogue."""
+    """One row of the catalogue.
+
+    "package.module:name" is imported when somebody asks for it, so that commands show their help
+    without JAX.
+    """
 
     name: str
     old_names: tuple[str, ...]  # read in checkpoints and users' configs
-    sections: Mapping[str, type]  # config section -> settings dataclass
-    parts: Mapping[str, Part]
-    tokenizer: Callable  # (config.text, texts, given, own) -> a tokenizer  [training.start]
-    task: Callable  # (config, tokenizer, ways: parts that rows are split into) -> Task
-    originals: tuple[Original, ...]
-    recipe: Callable  # (mapping of a foreign YAML) -> config; None: not mine; ValueError names keys
-    options: Mapping[str, Mapping[str, tuple]]  # {"transcribe": {"beam": (help, value ->
-    # {"decoding.beam": value})}}: what a command may change; those of "convert" reach write
-    commands: Mapping[str, str]  # verbs of this system alone: {"codec": "package.module:main"}
+    sections: Mapping[str, str]  # config section -> "module:SettingsDataclass"
+    task: str  # "module:function": (config, tokenizer, ways: parts rows are split into) -> Task
+    options: Mapping[str, Options]  # by verb, "transcribe" ...: what a command may change

@@ -8,6 +8,69 @@ class SettingsError(ValueError):
     """A config key is misspelt or has a value of the wrong kind."""
 
 
+def field(default, *, least=None, most=None, above=None, below=None, choices=None, meaning=None):
+    """A field of a settings dataclass with what its values may be, which `build` checks.
+
+    Args:
+      default: its value where nothing is said.
+      least, most, above, below: limits of a number (of each, for a sequence of numbers).
+      choices: the values that it may have.
+      meaning: whether the field decides what trained weights mean; a function of the settings that
+        says so; None: as the section that it stands in.
+    """
+    rules = {"least": least, "most": most, "above": above, "below": below, "choices": choices}
+    rules = {name: rule for name, rule in rules.items() if rule is not None}
+    return dataclasses.field(default=default, metadata={**rules, "meaning": meaning})
+
+
+_LIMITS = {
+    "least": ("at least", lambda value, limit: value >= limit),
+    "most": ("at most", lambda value, limit: value <= limit),
+    "above": ("above", lambda value, limit: value > limit),
+    "below": ("below", lambda value, limit: value < limit),
+}
+
+
+def check(values, where):
+    """Nothing, if every field of a settings dataclass keeps the limits that it was declared with.
+
+    Settings that are made without `build` call it in `__post_init__`.
+
+    Raises:
+      SettingsError: names the key, the limits and the value.
+    """
+    for item in dataclasses.fields(values):
+        rules, value = item.metadata, getattr(values, item.name)
+        if "choices" in rules and value not in rules["choices"]:
+            shown = ", ".join(map(repr, rules["choices"]))
+            raise SettingsError(f"{where}.{item.name} {value!r}: choose {shown}")
+        limits = [(*_LIMITS[name], rules[name]) for name in _LIMITS if name in rules]
+        for number in value if isinstance(value, tuple) else (value,):
+            if not all(number is None or holds(number, limit) for _, holds, limit in limits):
+                said = " and ".join(f"{words} {limit}" for words, _, limit in limits)
+                raise SettingsError(f"{where}.{item.name} must be {said}, got {value!r}")
+
+
+def meaningful(values, where, default):
+    """Yields ("model.encoder.d_model", value) of the fields that decide what weights mean.
+
+    default: whether those do that say nothing of it; fields that are settings themselves are looked
+      into, and say it of theirs.
+    """
+    for item in dataclasses.fields(values):
+        if not item.init:
+            continue
+        value, name = getattr(values, item.name), f"{where}.{item.name}"
+        meaning = item.metadata.get("meaning")
+        decides = default if meaning is None else meaning
+        if callable(decides):
+            decides = decides(values)
+        if dataclasses.is_dataclass(value):
+            yield from meaningful(value, name, decides)
+        elif decides:
+            yield name, value
+
+
 def _convert(value, default, where):
     """`value` in the type of `default`; JSON lists become tuples, ints pass as floats."""
     if isinstance(default, tuple):
@@ -42,7 +105,8 @@ def build(cls, mapping, where="config", base=None):
       base: an instance whose values are the defaults, in place of the class's own.
 
     Raises:
-      SettingsError: an unknown key (with the nearest known one) or a value of another type.
+      SettingsError: an unknown key (with the nearest known one), a value of another type or one
+        beyond the limits of its field.
     """
     if isinstance(mapping, cls):
         return mapping
@@ -61,7 +125,9 @@ def build(cls, mapping, where="config", base=None):
             values[key] = build(type(default), mapping[key], f"{where}.{key}", default)
         else:
             values[key] = _convert(mapping[key], default, f"{where}.{key}")
-    return cls(**values) if base is None else dataclasses.replace(base, **values)
+    made = cls(**values) if base is None else dataclasses.replace(base, **values)
+    check(made, where)
+    return made
 
 
 def to_dict(settings):

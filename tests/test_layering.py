@@ -21,7 +21,7 @@ LEVELS = (
     "systems.lact systems.fastconformer",
 )
 ROOMS = {f"jasr.{room}": n for n, level in enumerate(LEVELS) for room in level.split()}
-TO_MEND = ("jasr.systems.compatibility", "jasr.systems.originals")  # they still name systems
+TO_MEND = ("jasr.systems.originals",)  # they still name systems
 
 # At the top of a core module. ml_dtypes and absl come with JAX and Orbax.
 LIGHT = {"jax", "flax", "optax", "orbax", "numpy", "ml_dtypes", "absl", "jasr"}

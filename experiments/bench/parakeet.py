@@ -77,7 +77,7 @@ def config(args):
         dropout_att=0.0,
     )
     return {
-        "task": "parakeet",
+        "task": "fastconformer",
         "model": {"kind": "ctc", "encoder": encoder},
         "front_end": {"n_mels": args.mels},
         "loss": {"kind": "ctc", "reduction": "mean"},

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jasr import settings
+
 _SEGMENT = 1024  # frames: a segment's spectra are 2 MB
 
 
@@ -38,7 +40,8 @@ class FrontEndConfig:
     log_guard: float = 2.0**-24
     log_guard_type: str = "add"  # add | clamp
     normalize: str = "per_feature"  # per_feature | all_features | none
-    dither: float = 0.0  # standard deviation of noise; needs keys, so training only
+    # standard deviation of noise; needs keys, so training only
+    dither: float = settings.field(0.0, meaning=False)
     pad_to: int = 0  # frames are padded to a multiple; 0 = no padding
     pad_value: float = 0.0
     exact_pad: bool = False  # (n_fft - hop) / 2 on each side in place of n_fft / 2

@@ -42,28 +42,27 @@ def from_pretrained(
     item="",
     model=None,
     like="",
-    beam=0,
-    branch="",
-    attention="",
-    att_context=(),
-    **settings,
+    window=0.0,
+    overlap=0.0,
+    batch_seconds=64.0,
+    timestamps="",
+    **options,
 ):
     """The Recognizer of a run, checkpoint step, average, or model of an original system.
 
     Args:
       path, step, item, model, like: see `jasr.systems.loading.load`.
-      beam, branch, attention, att_context: how NeMo's models decode, see
-        `ParakeetTask.with_options`; local attention has windows of LOCAL_SECONDS if not told
-        otherwise.
-      settings: window, overlap, batch_seconds, timestamps of `Recognizer`.
+      window, overlap, batch_seconds, timestamps: of `Recognizer`.
+      options: those that the model's system has for transcribing, e.g. beam=4: what
+        `python -m experiments.transcribe --help` lists.
     """
     from jasr import compilation_cache
     from jasr.systems import loading
 
     compilation_cache.enable()
-    options = dict(beam=beam, branch=branch, attention=attention, att_context=att_context)
     task, variables, meta = loading.load(path, step, item, model, options, like)
-    return Recognizer(task, variables, meta=meta, **settings)
+    settings = dict(window=window, overlap=overlap, batch_seconds=batch_seconds)
+    return Recognizer(task, variables, meta=meta, timestamps=timestamps, **settings)
 
 
 def transcribe(path, inputs, **settings):

@@ -1,42 +1,14 @@
-"""Which settings decide what weights mean, and how two configs differ in them.
+"""How two configs differ in the settings that decide what weights mean.
 
 Asked wherever weights meet a config that is not their own: at resume, at `config.init.path`, when
-checkpoints are averaged. Tokenizers are compared beside it.
+checkpoints are averaged. Tokenizers are compared beside it. Which fields matter is said at the
+fields (`settings.field`); by default those of the sections in MATTER do.
 """
 
-import dataclasses
-
 from jasr import settings
-from jasr.audio.features import FrontEndConfig
-from jasr.systems.fastconformer.model import ParakeetConfig
-from jasr.systems.lact.settings import LactConfig
+from jasr.systems import catalogue
 
-MODELS = {"ctc": LactConfig, "parakeet": ParakeetConfig}  # by task
-# Settings outside of model and front end that weights were trained for, by task.
-OTHERS = {"parakeet": {"loss.kind": "tdt", "loss.durations": (0, 1, 2, 3, 4)}}
-
-# The others: weights that were trained with one value serve any other.
-HARMLESS = frozenset(
-    # training noise, first values, precision, memory
-    "model.dropout model.audio_encoder_dropout front_end.dither model.initializer_range "
-    "model.fw_init_gain model.dtype model.remat "
-    # how the convolutions treat padding
-    "model.batch_norm "
-    # what tokenizer, front end and the weights' shapes say already
-    "model.ctc_vocab_size model.ctc_blank_id model.sample_rate model.hop_length model.win_length "
-    "model.n_mels model.n_fft model.hidden_ratio model.intermediate_size "
-    # names of the original that change nothing here
-    "model.hidden_act model.max_position_embeddings model.use_ctc "
-    # the same of NeMo's models
-    "model.vocab_size model.joint.num_extra_outputs model.encoder.dtype model.encoder.remat "
-    "model.encoder.padding_counts model.encoder.dropout model.encoder.dropout_pre_encoder "
-    "model.encoder.dropout_emb model.encoder.dropout_att model.encoder.att_context_probs "
-    "model.encoder.stochastic_depth_drop_prob model.encoder.stochastic_depth_mode "
-    "model.encoder.stochastic_depth_start_layer model.decoder.dropout model.joint.dropout "
-    "model.decoder.random_state_sampling model.decoder.forget_gate_bias "
-    "model.decoder.hidden_hidden_bias_scale model.decoder.weights_init_scale "
-    "model.decoder.t_max".split()
-)
+MATTER = ("model", "front_end")
 
 
 def differences(theirs, ours):
@@ -45,38 +17,36 @@ def differences(theirs, ours):
     A field that a config lacks has its default: it was saved before there was the field.
 
     Args:
-      theirs, ours: mappings with "task", "model" and "front_end".
+      theirs, ours: mappings with "task" and the sections of that system.
 
     Raises:
       settings.SettingsError: a field that is not known.
     """
-    tasks = theirs.get("task"), ours.get("task")
-    if tasks[0] != tasks[1]:
-        return {"task": tasks}
-    found, sections = {}, {"model": MODELS[tasks[0] or "ctc"], "front_end": FrontEndConfig}
-    for section, cls in sections.items():
-        old, new = (
-            dict(leaves(section, settings.build(cls, c.get(section, {}), f"config.{section}")))
-            for c in (theirs, ours)
+    names = tuple(catalogue.today(c.get("task") or "lact") for c in (theirs, ours))
+    if names[0] != names[1]:
+        return {"task": names}
+    found = {}
+    for section, cls in catalogue.sections(catalogue.get(names[0])).items():
+        found |= section_differences(
+            cls, *(c.get(section, {}) for c in (theirs, ours)), section, section in MATTER
         )
-        found |= {name: (old[name], new[name]) for name in old}
-    for name, default in OTHERS.get(tasks[0], {}).items():
-        section, key = name.split(".")
-        values = (c.get(section, {}).get(key, default) for c in (theirs, ours))
-        found[name] = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-    if found.get("loss.kind") not in (None, ("tdt", "tdt")):
-        found.pop("loss.durations")  # only TDT has them
-    return {k: (a, b) for k, (a, b) in found.items() if a != b and k not in HARMLESS}
+    return found
 
 
-def leaves(path, values):
-    """("model.encoder.d_model", value) of every field of a settings dataclass."""
-    for field in dataclasses.fields(values):
-        value, name = getattr(values, field.name), f"{path}.{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from leaves(name, value)
-        elif field.init:
-            yield name, value
+def section_differences(cls, theirs, ours, where, default=True):
+    """`differences` of one section, whatever systems its two mappings come from.
+
+    Args:
+      cls: the section's settings dataclass. where: its name, "model.encoder".
+      default: whether fields matter that say nothing of it.
+    """
+    old, new = (
+        dict(settings.meaningful(settings.build(cls, c, f"config.{where}"), where, default))
+        for c in (theirs, ours)
+    )
+    absent = object()
+    pairs = {name: (old.get(name, absent), new.get(name, absent)) for name in {**old, **new}}
+    return {name: pair for name, pair in pairs.items() if absent not in pair and pair[0] != pair[1]}
 
 
 def listed(changes):

@@ -1,37 +1,20 @@
-"""Tasks by name, and a task with its weights from a checkpoint.
+"""A task of a config, and a task with its weights from a checkpoint."""
 
-A task is a frozen dataclass without base class: `build(config, tokenizer)`, `init`, `loss`,
-`predict`, `check`, `sharding`, `seconds_per_frame`.
-"""
-
-import importlib
 import pathlib
 
-TASKS = {
-    "ctc": ("jasr.systems.lact.task", "CtcTask"),
-    "parakeet": ("jasr.systems.fastconformer.task", "ParakeetTask"),
-}
-
-
-def sections(name):
-    """Names of the config sections that the task `name` has of its own."""
-    own = "front_end spec_augment wave_augment model loss".split()
-    return [*own, "decoding"] if name == "parakeet" else own
+from jasr.systems import catalogue
 
 
 def build(config, tokenizer, ways=1):
-    """The task that config["task"] names.
+    """The seam.Task of a run's config.
 
     ways: parts that the rows of a batch are split into, on as many devices.
 
     Raises:
-      ValueError: an unknown task.
+      ValueError: an unknown task, or settings that contradict each other.
     """
-    name = config["task"]
-    if name not in TASKS:
-        raise ValueError(f"config.task {name!r} is not known; choose from {sorted(TASKS)}")
-    module, cls = TASKS[name]
-    return getattr(importlib.import_module(module), cls).build(config, tokenizer, ways)
+    system = catalogue.get(config["task"])
+    return catalogue.resolve(system.task)(config, tokenizer, ways)
 
 
 def load(path, step=None, item="", model=None, options=None, like=""):
@@ -43,7 +26,7 @@ def load(path, step=None, item="", model=None, options=None, like=""):
       step: the step of a run; None = the newest good one.
       item: "params" or "ema"; "" = the moving average if the checkpoint has one.
       model: mapping of model settings to change, e.g. {"lact_updates": "off"}.
-      options: how to decode, e.g. {"beam": 4}; see `ParakeetTask.with_options`.
+      options: {name: value} of the options that the system has for transcribing, {"beam": 4}.
       like: the .nemo whose config and tokenizer weights alone (.ckpt) belong to.
 
     Returns:
@@ -75,15 +58,8 @@ def load(path, step=None, item="", model=None, options=None, like=""):
     config = dict(meta["config"])
     if model:
         config["model"] = {**config["model"], **model}
-    task = build(config, text.from_dict(meta["tokenizer"]))
-    if options := {name: value for name, value in (options or {}).items() if value}:
-        if not hasattr(task, "with_options"):
-            raise ValueError(
-                f"{', '.join(options)}: options of NeMo's models; {path} is of task "
-                f"{config['task']!r}"
-            )
-        task, variables = task.with_options(variables, **options)
-    return task, variables, meta
+    config = catalogue.with_options(config, options or {})
+    return build(config, text.from_dict(meta["tokenizer"])), variables, meta
 
 
 def save(path, meta, variables):

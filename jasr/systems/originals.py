@@ -77,7 +77,7 @@ def run_config(model):
             parts[name] = {k: v for k, v in sections[name].items() if k in fields}
     loss = dict(sections["loss"])
     return {
-        "task": "parakeet",
+        "task": "fastconformer",
         "model": {"kind": model.kind, **parts},
         "front_end": dict(sections["front_end"]),
         "loss": loss,
@@ -203,7 +203,7 @@ def _load_lact(path):
 
 def _meta(model, path, tokens=True):
     buffers = {key: _kept(array) for key, array in model.buffers.items()}
-    meta = {"config": run_config(model), "step": 0, "task": "parakeet"}
+    meta = {"config": run_config(model), "step": 0, "task": "fastconformer"}
     meta["nemo"] = {"config": model.nemo_config, "buffers": buffers}
     if tokens:
         if model.tokenizer is None:

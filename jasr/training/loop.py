@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jasr import checkpoint, data, metrics, settings, sharding, tree
-from jasr.systems import loading, source
+from jasr.systems import catalogue, loading, source
 from jasr.training import guards, optim, start, validation
 from jasr.training import step as steps
 
@@ -394,7 +394,7 @@ def summed(window):
 
 def check_keys(config):
     """Raises for a top-level key that nothing reads."""
-    known = [*GENERAL, *loading.sections(config["task"])]
+    known = [*GENERAL, *catalogue.get(config["task"]).sections]
     for key in config:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1) or known

@@ -1,4 +1,4 @@
-from jasr.audio.features import FrontEndConfig
+from jasr.models.fastconformer.settings import FastConformerConfig
 from jasr.systems import compatibility
 
 
@@ -24,17 +24,15 @@ def test_a_field_that_a_config_lacks_has_its_default_and_json_lists_are_tuples()
     assert compatibility.differences(config(intermediate_ctc=(2,)), ours) == {}
 
 
-def test_every_harmless_name_is_a_field():
-    classes = [
-        ("front_end", FrontEndConfig),
-        *(("model", cls) for cls in compatibility.MODELS.values()),
-    ]
-    fields = {name for section, cls in classes for name, _ in compatibility.leaves(section, cls())}
-    assert fields >= compatibility.HARMLESS
+def test_another_task_is_the_only_difference_that_is_said_but_old_names_are_none():
+    assert compatibility.differences(config(), config() | {"task": "x"}) == {"task": ("lact", "x")}
+    assert compatibility.differences(config(), config() | {"task": "lact"}) == {}
 
 
-def test_another_task_is_the_only_difference_that_is_said():
-    assert compatibility.differences(config(), config() | {"task": "x"}) == {"task": ("ctc", "x")}
+def test_a_section_is_compared_whatever_systems_it_comes_from():
+    ours, theirs = {"n_layers": 2, "dropout": 0.3}, {"n_layers": 4}
+    found = compatibility.section_differences(FastConformerConfig, theirs, ours, "model.encoder")
+    assert found == {"model.encoder.n_layers": (4, 2)}
 
 
 def test_nested_settings_and_the_durations_of_tdt_are_compared():

@@ -69,7 +69,7 @@ def test_run_leaves_metrics_config_and_checkpoints(one_device):
     rows = [json.loads(x) for x in (one_device / "metrics.jsonl").read_text().splitlines()]
     validated = [r for r in rows if "val_wer" in r]
     assert [r["step"] for r in validated] == [10, 20]
-    assert json.loads((one_device / "config.json").read_text())["task"] == "ctc"
+    assert json.loads((one_device / "config.json").read_text())["task"] == "lact"
     meta = checkpoint.load_meta(one_device)
     assert meta["position"] == 20 and meta["tokenizer"]["kind"] == "char"
     assert set(checkpoint.load_params(one_device)) == {"model", "ctc_head"}

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from jasr import settings
+
 SUBSAMPLING = ("dw_striding", "striding", "stacking", "stacking_norm")
 ATTENTION = ("rel_pos", "rel_pos_local_attn", "abs_pos")
 # Keys of NeMo's that choose a kernel, serve several machines or save memory, and change no number.
@@ -52,7 +54,7 @@ class FastConformerConfig:
     n_heads: int = 4
     self_attention_model: str = "rel_pos"
     att_context_size: tuple = (-1, -1)  # or several pairs: drawn in training, the first otherwise
-    att_context_probs: tuple = ()
+    att_context_probs: tuple = settings.field((), meaning=False)
     att_context_style: str = "regular"
     xscaling: bool = True
     untie_biases: bool = True
@@ -63,21 +65,24 @@ class FastConformerConfig:
     global_tokens: int = 0  # in local attention: frames that read all and are read by all
     global_tokens_spacing: int = 1
     global_attn_separate: bool = False
-    dropout: float = 0.1
-    dropout_pre_encoder: float = 0.1
-    dropout_emb: float = 0.1
-    dropout_att: float = 0.0
-    stochastic_depth_drop_prob: float = 0.0
-    stochastic_depth_mode: str = "linear"
-    stochastic_depth_start_layer: int = 1
+    dropout: float = settings.field(0.1, meaning=False)
+    dropout_pre_encoder: float = settings.field(0.1, meaning=False)
+    dropout_emb: float = settings.field(0.1, meaning=False)
+    dropout_att: float = settings.field(0.0, meaning=False)
+    stochastic_depth_drop_prob: float = settings.field(0.0, meaning=False)
+    stochastic_depth_mode: str = settings.field("linear", meaning=False)
+    stochastic_depth_start_layer: int = settings.field(1, meaning=False)
     # ours
     masked_subsampling: bool = True  # NeMo >= 2.5; False lets padding into the last 1-3 frames
     # As NeMo, padded frames count in the statistics of a convolution's norm (batch norm while it
     # trains, group and instance norm always) and in the lengths of stacked frames. False makes
     # results independent of padding there too.
-    padding_counts: bool = True
-    dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass
+    padding_counts: bool = settings.field(True, meaning=False)
+    # local attention that all layers read layer 0's position biases for, as after a change from
+    # attention over all frames
+    tied_local_biases: bool = settings.field(False, meaning=False)
+    dtype: str = settings.field("float32", meaning=False)
+    remat: bool = settings.field(False, meaning=False)  # recompute each layer in the backward pass
 
     @classmethod
     def from_nemo(cls, encoder, nemo_version=""):
@@ -231,7 +236,8 @@ class FastConformerConfig:
     @property
     def tied_biases(self):
         """Whether all layers share the position biases; they are layer 0's then."""
-        return not self.untie_biases and self.self_attention_model == "rel_pos"
+        shares = self.self_attention_model == "rel_pos" or self.tied_local_biases
+        return not self.untie_biases and shares
 
     @property
     def has_reduction(self):

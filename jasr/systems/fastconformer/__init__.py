@@ -1,0 +1,38 @@
+"""NeMo's FastConformer recognisers: CTC, RNN-T, TDT and hybrids, with their files."""
+
+from jasr.seam import Flag, Options, System
+from jasr.systems.fastconformer import options
+
+_AUDIO = "jasr.audio:"
+
+SYSTEM = System(
+    name="fastconformer",
+    old_names=("parakeet",),
+    sections={
+        "front_end": _AUDIO + "FrontEndConfig",
+        "spec_augment": _AUDIO + "SpecAugmentConfig",
+        "wave_augment": _AUDIO + "WaveAugmentConfig",
+        "model": "jasr.systems.fastconformer.model:ParakeetConfig",
+        "loss": "jasr.systems.fastconformer.settings:LossConfig",
+        "decoding": "jasr.systems.fastconformer.settings:DecodingConfig",
+    },
+    task="jasr.systems.fastconformer.task:build",
+    options={
+        "transcribe": Options(
+            {
+                "beam": Flag(
+                    "hypotheses of a transducer's beam search; 1 = greedy", parse=options.beam
+                ),
+                "branch": Flag("of a hybrid (transducer)", ("transducer", "ctc")),
+                "attention": Flag(
+                    "local: frames read --att_context alone, so that 10 minutes go in one piece",
+                    ("full", "local"),
+                ),
+                "att_context": Flag(
+                    "frames left,right of local attention (128,128)", parse=options.context
+                ),
+            },
+            options.changes,
+        )
+    },
+)

@@ -9,6 +9,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jasr import settings
 from jasr.models.fastconformer import encoder as fastconformer
 from jasr.models.fastconformer.settings import FastConformerConfig
 from jasr.systems.fastconformer.transducer import Joint, JointConfig, Prediction, PredictionConfig
@@ -22,13 +23,13 @@ class PredictionSettings:
 
     pred_hidden: int = 640
     pred_rnn_layers: int = 1
-    dropout: float = 0.2
+    dropout: float = settings.field(0.2, meaning=False)
     blank_as_pad: bool = True
-    random_state_sampling: bool = False
-    forget_gate_bias: float | None = 1.0
-    hidden_hidden_bias_scale: float = 0.0
-    weights_init_scale: float = 1.0
-    t_max: int | None = None
+    random_state_sampling: bool = settings.field(False, meaning=False)
+    forget_gate_bias: float | None = settings.field(1.0, meaning=False)
+    hidden_hidden_bias_scale: float = settings.field(0.0, meaning=False)
+    weights_init_scale: float = settings.field(1.0, meaning=False)
+    t_max: int | None = settings.field(None, meaning=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,9 @@ class JointSettings:
 
     joint_hidden: int = 640
     activation: str = "relu"
-    dropout: float = 0.2
-    num_extra_outputs: int = 0  # follows from the loss: as many as it has durations
+    dropout: float = settings.field(0.2, meaning=False)
+    # follows from the loss: as many as it has durations
+    num_extra_outputs: int = settings.field(0, meaning=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class ParakeetConfig:
     )
     decoder: PredictionSettings = PredictionSettings()
     joint: JointSettings = JointSettings()
-    vocab_size: int = 0  # tokens without the blank: the tokenizer's
+    vocab_size: int = settings.field(0, meaning=False)  # tokens without the blank: the tokenizer's
 
     def __post_init__(self):
         if self.kind not in KINDS:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from jasr import settings
 from jasr.decoding.transducer import STRATEGIES
 from jasr.losses.reduction import REDUCTIONS
 from jasr.losses.transducer import check_durations
@@ -19,9 +20,11 @@ class LossConfig:
     transducer's plus weight times CTC's.
     """
 
-    kind: str = "tdt"  # "ctc" | "rnnt" | "tdt"
+    kind: str = settings.field("tdt", meaning=True)  # "ctc" | "rnnt" | "tdt"
     reduction: str = "mean_batch"
-    durations: tuple = (0, 1, 2, 3, 4)  # frames, in the order of the TDT outputs
+    durations: tuple = settings.field(  # frames, in the order of the TDT outputs
+        (0, 1, 2, 3, 4), meaning=lambda loss: loss.kind == "tdt"
+    )
     sigma: float = 0.02
     omega: float = 0.1
     fastemit_lambda: float = 0.0

@@ -21,8 +21,6 @@ from jasr.systems.fastconformer.model import Parakeet, ParakeetConfig, sharding
 from jasr.systems.fastconformer.settings import DecodingConfig, LossConfig
 from jasr.training import validators
 
-LOCAL_CONTEXT = (128, 128)  # encoder frames left and right, as NeMo suggests for long recordings
-
 
 @dataclasses.dataclass(frozen=True)
 class ParakeetTask:
@@ -44,7 +42,7 @@ class ParakeetTask:
     )
 
     @classmethod
-    def build(cls, config, tokenizer, ways=1):
+    def build(cls, config, tokenizer, ways):
         """A task from the run's config (mapping with model, loss, ...) and its tokenizer.
 
         Raises:
@@ -348,77 +346,5 @@ class ParakeetTask:
             **options,
         )
 
-    def with_options(self, variables, *, beam=0, branch="", attention="", att_context=()):
-        """(task, variables) that decode in another way.
 
-        Args:
-          beam: hypotheses of a beam search; 1 = greedy.
-          branch: of a hybrid: "transducer" or "ctc".
-          attention: "local" lets every frame read `att_context` (left, right) frames, those of
-            `LOCAL_CONTEXT` if that is (), with the weights of attention over all (NeMo's
-            change_attention_model); "full" asserts that attention is not local.
-
-        Raises:
-          ValueError: the model has no such branch or attention, or CTC is given a beam.
-        """
-        c, how = self.config, self.decoding
-        if branch:
-            if branch != ("transducer" if c.is_transducer else "ctc") and c.kind != "hybrid":
-                raise ValueError(f"branch {branch!r}: a model of kind {c.kind!r} is no hybrid")
-            how = dataclasses.replace(how, branch=branch)
-        if branch == "ctc" and not beam:
-            beam = 1
-        if beam > 1 and (not c.is_transducer or how.branch == "ctc"):
-            raise ValueError(f"beam {beam}: a beam search is a transducer's; CTC is greedy")
-        if beam:
-            greedy = how.strategy if how.strategy != "beam" else "greedy_batch"
-            strategy = "beam" if beam > 1 else greedy
-            how = dataclasses.replace(how, strategy=strategy, beam=beam)
-        task = dataclasses.replace(self, decoding=how)
-        if att_context and attention != "local":
-            raise ValueError("att_context is of attention 'local'")
-        if attention == "local":
-            encoder, params = with_local_attention(
-                c.encoder, variables["params"]["encoder"], att_context or LOCAL_CONTEXT
-            )
-            task = dataclasses.replace(
-                task, model=Parakeet(dataclasses.replace(c, encoder=encoder))
-            )
-            params = {**variables["params"], "encoder": params}
-            variables = {**variables, "params": params}
-        elif attention == "full" and c.encoder.is_local:
-            raise ValueError("attention 'full': this encoder was trained with local attention")
-        elif attention not in ("", "full"):
-            raise ValueError(f"attention {attention!r}: choose full or local")
-        return task, variables
-
-
-def with_local_attention(config, params, context):
-    """(FastConformerConfig, encoder's parameters) of the same encoder with local attention.
-
-    Layers that shared position biases get copies of their own, as local attention has them.
-
-    Raises:
-      ValueError: an encoder without relative positions, or of chunks.
-    """
-    if config.self_attention_model == "abs_pos":
-        raise ValueError("attention 'local': this encoder has absolute positions ('abs_pos')")
-    if config.att_context_style != "regular":
-        raise ValueError(
-            f"attention 'local': this encoder reads in chunks ({config.att_context_style!r}), "
-            "which bounds its memory already"
-        )
-    if config.tied_biases:
-        first = params["layers_0"]["self_attn"]
-        shared = {name: first[name] for name in ("pos_bias_u", "pos_bias_v")}
-        params = dict(params)
-        for n in range(config.n_layers):
-            layer = params[f"layers_{n}"]
-            params[f"layers_{n}"] = {**layer, "self_attn": {**layer["self_attn"], **shared}}
-    config = dataclasses.replace(
-        config,
-        self_attention_model="rel_pos_local_attn",
-        att_context_size=tuple(context),
-        att_context_probs=(),
-    )
-    return config, params
+build = ParakeetTask.build

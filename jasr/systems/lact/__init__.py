@@ -1,0 +1,34 @@
+"""LaCT ASR: log-mel frames, convolutions, a transformer with fast weights, CTC."""
+
+from jasr.seam import Flag, Options, System
+
+_AUDIO = "jasr.audio:"
+
+
+def _changes(config, given):
+    return {"model.lact_updates": given["lact_updates"]} if "lact_updates" in given else {}
+
+
+SYSTEM = System(
+    name="lact",
+    old_names=("ctc",),
+    sections={
+        "front_end": _AUDIO + "FrontEndConfig",
+        "spec_augment": _AUDIO + "SpecAugmentConfig",
+        "wave_augment": _AUDIO + "WaveAugmentConfig",
+        "model": "jasr.systems.lact.settings:LactConfig",
+        "loss": "jasr.systems.lact.task:CtcLossConfig",
+    },
+    task="jasr.systems.lact.task:build",
+    options={
+        "transcribe": Options(
+            {
+                "lact_updates": Flag(
+                    "fast weights as trained (on), never updated (off), or without their branch",
+                    ("on", "off", "no_branch"),
+                )
+            },
+            _changes,
+        )
+    },
+)

@@ -215,7 +215,7 @@ def reference_config(model):
         log_guard=1e-8,
         normalize="none",
     )
-    return {"task": "ctc", "model": dict(model), "front_end": front_end}
+    return {"task": "lact", "model": dict(model), "front_end": front_end}
 
 
 def shapes(config):

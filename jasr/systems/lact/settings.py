@@ -3,6 +3,7 @@ makes."""
 
 import dataclasses
 
+from jasr import settings
 from jasr.layers import fast_weights
 
 MODES = ("reference", "causal", "bidirectional", "block")
@@ -21,17 +22,17 @@ class LactConfig:
 
     # audio and convolutions
     audio_feature_dim: int = 80
-    sample_rate: int = 16000
-    hop_length: int = 160
-    win_length: int = 400
-    n_mels: int = 80
-    n_fft: int = 512
+    sample_rate: int = settings.field(16000, meaning=False)
+    hop_length: int = settings.field(160, meaning=False)
+    win_length: int = settings.field(400, meaning=False)
+    n_mels: int = settings.field(80, meaning=False)
+    n_fft: int = settings.field(512, meaning=False)
     audio_encoder_layers: int = 2
-    audio_encoder_dropout: float = 0.1
+    audio_encoder_dropout: float = settings.field(0.1, meaning=False)
     # CTC
-    ctc_vocab_size: int = 32
-    ctc_blank_id: int = 0
-    use_ctc: bool = True
+    ctc_vocab_size: int = settings.field(32, meaning=False)
+    ctc_blank_id: int = settings.field(0, meaning=False)
+    use_ctc: bool = settings.field(True, meaning=False)
     use_attention: bool = False  # an attention decoder; upstream has none either
     # transformer
     hidden_size: int = 768
@@ -41,11 +42,12 @@ class LactConfig:
     attn_qk_norm: bool = False
     window_size: int = 4096  # keys a query reads on each side, itself included; 0 = all
     rope_theta: float = 10000.0
-    max_position_embeddings: int = 16384
-    hidden_ratio: int = 4
-    intermediate_size: int = 0
-    hidden_act: str = "swish"
-    initializer_range: float = 0.006  # 0 = 1/sqrt(fan in), branches end in zeros
+    max_position_embeddings: int = settings.field(16384, meaning=False)
+    hidden_ratio: int = settings.field(4, meaning=False)
+    intermediate_size: int = settings.field(0, meaning=False)
+    hidden_act: str = settings.field("swish", meaning=False)
+    # 0 = 1/sqrt(fan in), branches end in zeros
+    initializer_range: float = settings.field(0.006, meaning=False)
     elementwise_affine: bool = True
     norm_eps: float = 1e-6
     # fast weights
@@ -63,7 +65,7 @@ class LactConfig:
     qkv_silu: bool = True
     no_v_silu: bool = False
     w0_w2_low_rank: int = -1
-    fw_init_gain: float = 0.5
+    fw_init_gain: float = settings.field(0.5, meaning=False)
     # ours
     fw_base_lr: float = 0.001  # hard-coded upstream
     lact_mode: str = "reference"
@@ -73,11 +75,11 @@ class LactConfig:
     conv_kernel: int = 0
     intermediate_ctc: tuple = ()  # after how many blocks
     self_conditioning: bool = False
-    dropout: float = 0.0
-    batch_norm: str = "masked"
+    dropout: float = settings.field(0.0, meaning=False)
+    batch_norm: str = settings.field("masked", meaning=False)
     positions: str = "sinusoidal"
-    dtype: str = "float32"
-    remat: bool = False  # recompute each block in the backward pass
+    dtype: str = settings.field("float32", meaning=False)
+    remat: bool = settings.field(False, meaning=False)  # recompute each block in the backward pass
 
     def __post_init__(self):
         _choice(self, "lact_mode", MODES)

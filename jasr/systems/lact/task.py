@@ -40,7 +40,7 @@ class CtcTask:
     loss_config: CtcLossConfig
 
     @classmethod
-    def build(cls, config, tokenizer, ways=1):
+    def build(cls, config, tokenizer, ways):
         """A task from the run's config (mapping with model, front_end, ...) and its tokenizer.
 
         Raises:
@@ -217,3 +217,6 @@ def _front_end_fields(model, front_end):
                 f"config.front_end.{keys.get(name, name)} {value}, which is what is computed"
             )
     return fields
+
+
+build = CtcTask.build

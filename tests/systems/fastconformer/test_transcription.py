@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import decoding_options, evaluate, transcribe
+from experiments import evaluate, transcribe
+from jasr import settings as settings_lib
 from jasr import tree
 from jasr.models.fastconformer.encoder import FastConformer, FastConformerConfig
 from jasr.recognition.recognizer import Recognizer, from_pretrained, trained_seconds
-from jasr.systems import loading, originals
+from jasr.systems import catalogue, loading, originals
 from jasr.systems.fastconformer import nemo, nemo_config, times
-from jasr.systems.fastconformer.task import with_local_attention
+from jasr.systems.fastconformer import options as options_lib
 from tests.experiments.test_cli import babbling
 from tests.recognition import test_recognizer
 from tests.recognition.test_recognizer import coded, sentence
@@ -157,10 +158,18 @@ def test_local_attention_has_the_weights_of_attention_over_all(tied):
     variables = jax.tree.map(lambda x: rng.uniform(0.1, 0.5, x.shape).astype(np.float32), shapes)
     want, lengths = FastConformer(c).apply(variables, mel, length)
     for context, same in (((299, 299), True), ((20, 20), False)):
-        local, params = with_local_attention(c, variables["params"], context)
-        got, _ = FastConformer(local).apply({**variables, "params": params}, mel, length)
+        local = locally(c, context)
+        got, _ = FastConformer(local).apply(variables, mel, length)
         worst = max(np.abs(got[b, :n] - want[b, :n]).max() for b, n in enumerate(lengths))
         assert bool(worst < 1e-5) == same
+
+
+def locally(encoder, context):
+    """The encoder's settings as --attention=local changes them."""
+    given = {"kind": "ctc", "encoder": settings_lib.to_dict(encoder)}
+    asked = {"attention": "local", "att_context": context}
+    changed = catalogue.with_options({"task": "fastconformer", "model": given}, asked)
+    return settings_lib.build(FastConformerConfig, changed["model"]["encoder"])
 
 
 def test_local_attention_of_other_encoders_is_refused():
@@ -169,27 +178,29 @@ def test_local_attention_of_other_encoders_is_refused():
         ({"att_context_style": "chunked_limited", "att_context_size": (6, 2)}, "in chunks"),
     ):
         with pytest.raises(ValueError, match=why):
-            with_local_attention(FastConformerConfig(**change), {}, (4, 4))
+            locally(FastConformerConfig(**change), (4, 4))
 
 
 def test_options_that_a_model_does_not_have_are_refused(babble):
-    _, task, variables = babble
-    ctc, hybrid = (loading.build(config(kind), TOKENIZER) for kind in ("ctc", "hybrid"))
+    tdt, ctc, hybrid = (config(kind) for kind in ("tdt", "ctc", "hybrid"))
+    asked = catalogue.with_options
     for other, options, why in (
-        (task, {"branch": "ctc"}, "no hybrid"),
+        (tdt, {"branch": "ctc"}, "no hybrid"),
         (ctc, {"branch": "transducer"}, "no hybrid"),
         (ctc, {"beam": 4}, "CTC is greedy"),
         (hybrid, {"beam": 4, "branch": "ctc"}, "CTC is greedy"),
-        (task, {"att_context": (4, 4)}, "of attention 'local'"),
-        (task, {"attention": "band"}, "choose full or local"),
-        (task.with_options(variables, attention="local")[0], {"attention": "full"}, "was trained"),
+        (tdt, {"att_context": (4, 4)}, "of attention 'local'"),
+        (tdt, {"attention": "band"}, "choose full or local"),
+        (asked(tdt, {"attention": "local"}), {"attention": "full"}, "was trained"),
+        (tdt, {"lact_updates": "off"}, "lact_updates: options of lact models; this one is of fast"),
+        (tdt, {"bema": 4}, "bema: no option of any model"),
     ):
         with pytest.raises(ValueError, match=why):
-            other.with_options(variables, **options)
-    assert hybrid.with_options(variables, branch="ctc")[0].decodes == "ctc"
-    wide = task.with_options(variables, beam=4)[0]
-    assert wide.decoding.strategy == "beam" and wide.decoding.beam == 4
-    assert wide.with_options(variables, beam=1)[0].decoding.strategy == "greedy_batch"
+            asked(other, options)
+    assert loading.build(asked(hybrid, {"branch": "ctc"}), TOKENIZER).decodes == "ctc"
+    wide = asked(tdt, {"beam": 4})
+    assert wide["decoding"]["strategy"] == "beam" and wide["decoding"]["beam"] == 4
+    assert asked(wide, {"beam": 1})["decoding"]["strategy"] == "greedy_batch"
     for changes, why in (
         ({"decoding__strategy": "beam", "kind": "ctc"}, "is a transducer's"),
         ({"decoding__strategy": "alsd"}, "config.decoding.strategy 'alsd'"),
@@ -200,8 +211,8 @@ def test_options_that_a_model_does_not_have_are_refused(babble):
             loading.build(config(changes.pop("kind", "tdt"), **changes), TOKENIZER)
     for text in ("128", "128,-1", "a,b", "99999999999,5"):
         with pytest.raises(ValueError, match="--att_context"):
-            decoding_options.context(text)
-    assert decoding_options.context("64,32") == (64, 32)
+            options_lib.context(text)
+    assert options_lib.context("64,32") == (64, 32)
 
 
 def test_commands_take_the_options_and_report_what_was_covered(babble, tmp_path, capsys):
