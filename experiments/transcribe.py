@@ -92,7 +92,7 @@ def transcribe(args, out):
         **catalogue.given_options(args, "transcribe"),
     )
     start, failed, missing, windows = time.perf_counter(), len(problems), 0.0, 0
-    results = progress(model.stream(path for path, _ in found), total=len(found))
+    results = progress(model.each(path for path, _ in found), total=len(found))
     for (path, name), result in zip(found, results, strict=True):
         failed += report(path, result)
         missing += sum(b - a for a, b in result["coverage"]["uncovered"])

@@ -81,15 +81,19 @@ class WindowDecoder:
 
     sample_rate: int
     frame: int  # samples between output frames: windows begin at multiples
-    window: float  # s seen at once unless told otherwise
-    prepare: Callable  # variables -> variables: adds what follows from weights alone, once
-    decode: Callable  # (variables, {"audio" f32[B,S], "audio_len" i32[B]}) -> {"tokens",
-    # "start_frame", "end_frame" i32[B,L] (-1: time unknown), "token_len" i32[B], "logit_len" i32[B]
-    # frames decoded, other columns [B, ...]}, to be jitted
     tokenizer: Any
+    decode: Callable  # (variables, {"audio" f32[B,S], "audio_len" i32[B]}) -> {"tokens",
+    # "start_frame", "end_frame" i32[B,L] (-1: time unknown), "token_len" i32[B], "heard" i32[B]
+    # frames that were decoded, and what `columns` and `totals` name}, to be jitted
+    prepare: Callable  # variables -> variables: adds what follows from weights alone, once
+    window: Callable  # (meta, s of the longest row trained on or 0) -> s seen at once
     text: Callable  # ids -> str
-    extras: Callable  # (columns of the joined recording, meta, kind) -> {key: JSON}: `kind` is the
-    # user's --timestamps, "" for none; ValueError: no such kind
+    marks: frozenset = frozenset()  # words that stand without a space after the word before
+    columns: tuple[str, ...] = ()  # further i32[B,L] of `decode`, in frames, one for each token
+    totals: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further i32[B] of
+    # `decode` that are summed over a recording, and what a mean of them is called
+    extras: Mapping[str, Callable] = dataclasses.field(default_factory=dict)  # by --timestamps:
+    # (tokens, start_frame, end_frame, *columns, meta) of the joined recording -> JSON
 
 
 @dataclasses.dataclass(frozen=True)

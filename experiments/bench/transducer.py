@@ -215,6 +215,7 @@ def jasr_greedy(args, folder, words=False):
         options = dict(blank=args.V, durations=DURATIONS, window=args.window)
         return greedy(run(frames, method="encoder_part"), length, steps, **options)
 
+    times = task.verbs["transcribe"].extras["nemo"]
     table = jax.jit(task.tables)(variables)["gates"]  # once for a model, as the recogniser does
     given = jax.device_put((variables, table, *frames_of(args)))
 
@@ -225,7 +226,7 @@ def jasr_greedy(args, folder, words=False):
             [found[name][row, :n] for name in names] for row, n in enumerate(found["token_len"])
         ]
         if words:
-            [(task.tokenizer.decode(row[0].tolist()), task.timestamps(*row)) for row in rows]
+            [(task.tokenizer.decode(row[0].tolist()), times(*row, meta={})) for row in rows]
         return [(ids.tolist(), begins.tolist()) for ids, begins, *_ in rows]
 
     return call

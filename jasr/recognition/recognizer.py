@@ -30,9 +30,8 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", "
 SHORTEST_BUCKET = 2.0  # s: programs are compiled for windows of so much, twice as much ...
 BUCKET_ROWS = (1, 4, 16, 64)
 WAITING_JOBS = 64  # results held back for an earlier recording before its batch runs part-full
-LOCAL_SECONDS = 600.0  # the window of local attention
 OVERLAP, LONG_OVERLAP = 4.0, 16.0  # s, of windows of seconds and of minutes
-COLUMNS = ("tokens", "start_frame", "end_frame", "durations")  # of a window's tokens
+COLUMNS = ("tokens", "start_frame", "end_frame")  # of a window's tokens
 
 
 def from_pretrained(
@@ -71,44 +70,42 @@ def transcribe(path, inputs, **settings):
 
 
 def trained_seconds(meta):
-    """The window for a checkpoint: the longest row it was trained on, within 8 to 30 s.
-
-    What a NeMo archive's config says of its training data goes up to 60 s.
-    """
+    """Seconds of the longest row that a checkpoint was trained on; 0 where it does not say."""
     data = meta.get("config", {}).get("data", {})
     bins = data.get("bucket_duration_bins", ())
     edges = [b[0] if isinstance(b, (list, tuple)) else b for b in bins]
-    longest = meta.get("longest_seconds") or max(edges, default=data.get("max_duration", 0.0))
-    if longest:
-        return min(30.0, max(8.0, longest))
-    nemo = nemo_section(meta, "train_ds").get("max_duration")
-    return min(60.0, max(8.0, nemo)) if isinstance(nemo, (int, float)) else 20.0
+    return meta.get("longest_seconds") or max(edges, default=data.get("max_duration", 0.0))
 
 
-def nemo_section(meta, name):
-    """A section of the NeMo config that a model came with; {} without one."""
-    config = meta.get("nemo", {}).get("config", {})
-    found = config.get(name) or (config.get("model") or {}).get(name)
-    return found if isinstance(found, dict) else {}
+def decoder_of(task):
+    """The WindowDecoder of a task.
+
+    Raises:
+      ValueError: its model does not transcribe; the error names what it does.
+    """
+    if "transcribe" not in task.verbs:
+        raise ValueError(
+            f"this model does not transcribe; what it does: {', '.join(task.verbs) or 'nothing'}"
+        )
+    return task.verbs["transcribe"]
 
 
 class Recognizer:
     """A task with its weights on the device, transcribing in fixed shapes.
 
     Args:
-      task: with predict, tokenizer, front_end.sample_rate and seconds_per_frame; NeMo's with text,
-        marks and timestamps.
+      task: a seam.Task that transcribes.
       variables: {"params", "batch_stats"}.
       meta: the checkpoint's, for the length that it was trained on.
-      window: seconds that the model sees at once; 0 = what it was trained on, with local
-        attention LOCAL_SECONDS. Longer recordings are cut into windows that overlap.
+      window: seconds that the model sees at once; 0 = what suits it, mostly the length that it was
+        trained on. Longer recordings are cut into windows that overlap.
       overlap: seconds shared by neighbouring windows, at most a quarter of them; 0 = OVERLAP, or
         LONG_OVERLAP of windows above a minute.
       batch_seconds: padded audio in one batch at most: sets the memory that is needed.
-      timestamps: "nemo" adds NeMo's own to results.
+      timestamps: a kind of timestamps that the model has beside jasr's, added to results.
 
     Raises:
-      ValueError: NeMo's timestamps of a model that is not NeMo's.
+      ValueError: the model does not transcribe, or has no timestamps of that kind.
     """
 
     def __init__(
@@ -122,23 +119,20 @@ class Recognizer:
         batch_seconds=64.0,
         timestamps="",
     ):
-        if timestamps not in ("", "nemo") or (timestamps and not hasattr(task, "timestamps")):
-            raise ValueError(f"timestamps {timestamps!r}: only 'nemo', of NeMo's models")
+        self.decoder = decoder = decoder_of(task)
+        if timestamps and timestamps not in decoder.extras:
+            known = ", ".join(map(repr, decoder.extras)) or "none"
+            raise ValueError(f"timestamps {timestamps!r}: this model has {known}")
         self.task, self.meta, self.timestamps = task, meta or {}, timestamps
-        self.variables = jax.device_put(variables)
-        if hasattr(task, "tables"):
-            self.variables = {**self.variables, "tables": jax.jit(task.tables)(self.variables)}
-        self.sample_rate = task.front_end.sample_rate
-        frame = round(task.seconds_per_frame * self.sample_rate)
-        encoder = getattr(getattr(task, "config", None), "encoder", None)
-        usual = LOCAL_SECONDS if getattr(encoder, "is_local", False) else trained_seconds(self.meta)
-        seconds = window or usual
+        self.variables = decoder.prepare(jax.device_put(variables))
+        self.sample_rate = decoder.sample_rate
+        seconds = window or decoder.window(self.meta, trained_seconds(self.meta))
         overlap = overlap or (OVERLAP if seconds <= 60 else LONG_OVERLAP)
-        self.windows = longform.Windows.of(seconds, overlap, self.sample_rate, frame)
+        self.windows = longform.Windows.of(seconds, overlap, self.sample_rate, decoder.frame)
         self.batch_seconds = batch_seconds
-        self.programs = {}  # (rows, samples) -> compiled predict
+        self.programs = {}  # (rows, samples) -> compiled decode
         self.compile_seconds = self.run_seconds = self.audio_seconds = 0.0
-        self._predict = jax.jit(task.predict)
+        self._decode = jax.jit(decoder.decode)
 
     def transcribe(self, inputs, sample_rate=0):
         """Transcripts of recordings, in their order; a single one for a single recording.
@@ -150,9 +144,9 @@ class Recognizer:
         Returns:
           [{"audio_filepath", "duration" in s, "text", "words": [{"word", "start", "end"} in s],
           "segments": [{"segment", "start", "end"}], "coverage": see `coverage`, "warnings":
-          [str]}], with "updates" if the model has fast weights and "timestamp" if NeMo's were
-          asked for; a recording that could not be used has "error" too and is also announced by a
-          Python warning.
+          [str]}], with the model's own totals ("updates" of fast weights) and with "timestamp" if
+          another kind of timestamps was asked for. A recording that could not be used has "error"
+          too and is also announced by a Python warning.
         """
         if getattr(inputs, "ndim", 1) != 1:
             raise ValueError(
@@ -160,13 +154,13 @@ class Recognizer:
                 "arrays; `samples.mean(axis=...)` mixes channels"
             )
         single = is_file(inputs) or getattr(inputs, "ndim", 0) == 1
-        results = list(self.stream([inputs] if single else inputs, sample_rate))
+        results = list(self.each([inputs] if single else inputs, sample_rate))
         for result in results:
             if "error" in result:
                 warnings.warn(f"not transcribed: {result['error']}", stacklevel=2)
         return results[0] if single else results
 
-    def stream(self, inputs, sample_rate=0):
+    def each(self, inputs, sample_rate=0):
         """Yields the transcripts of an iterable of recordings, in order, as they get done.
 
         Memory holds the waiting batches (one a window length) and the texts not yet asked for.
@@ -204,7 +198,7 @@ class Recognizer:
         return max(r for r in BUCKET_ROWS if r <= max(1, affordable))
 
     def program(self, rows, samples):
-        """The compiled `predict` of a batch shape; compiled at its first use only."""
+        """The compiled decoder of a batch shape; compiled at its first use only."""
         shape = rows, samples
         if shape not in self.programs:
             start = time.perf_counter()
@@ -212,7 +206,7 @@ class Recognizer:
                 "audio": jax.ShapeDtypeStruct(shape, np.float32),
                 "audio_len": jax.ShapeDtypeStruct((rows,), np.int32),
             }
-            self.programs[shape] = self._predict.lower(self.variables, batch).compile()
+            self.programs[shape] = self._decode.lower(self.variables, batch).compile()
             self.compile_seconds += time.perf_counter() - start
         return self.programs[shape]
 
@@ -230,12 +224,10 @@ class Recognizer:
             batch["audio_len"][row] = len(samples)
         out = jax.device_get(program(self.variables, batch))
         for row, (job, first, samples) in enumerate(items):
-            length, frames = int(out["token_len"][row]), int(out["logit_len"][row])
-            columns = [out[k][row, :length] for k in COLUMNS if k in out]
-            if length and "full" in out and out["full"][row]:  # it stopped at its last token
-                frames = int(columns[2][-1])
-            decoded = first + min(len(samples), frames * self.windows.frame)
-            job.take(first, columns, int(out["updates"][row]) if "updates" in out else None)
+            length = int(out["token_len"][row])
+            decoded = first + min(len(samples), int(out["heard"][row]) * self.windows.frame)
+            columns = [out[k][row, :length] for k in (*COLUMNS, *self.decoder.columns)]
+            job.take(first, columns, {k: int(out[k][row]) for k in self.decoder.totals})
             job.spans.append((first / self.sample_rate, decoded / self.sample_rate))
         self.run_seconds += time.perf_counter() - start
 
@@ -247,34 +239,26 @@ class Recognizer:
             nothing = {"windows": 0, "seconds": 0.0, "uncovered": []}
             empty = {"duration": 0.0, "text": "", "words": [], "segments": [], "coverage": nothing}
             return {**result, **empty, "warnings": [job.error], "error": job.error}
-        tokenizer = self.task.tokenizer
-        columns = longform.join(sorted(job.pieces, key=lambda p: p[0]), self.windows, tokenizer)
-        marks = getattr(self.task, "marks", frozenset())
-        found = words(tokenizer, *columns[:3], self.task.seconds_per_frame, marks)
+        decoder, seconds_per_frame = self.decoder, self.windows.frame / self.sample_rate
+        pieces = sorted(job.pieces, key=lambda p: p[0])
+        columns = longform.join(pieces, self.windows, decoder.tokenizer)
+        found = words(decoder.tokenizer, *columns[:3], seconds_per_frame, decoder.marks)
         for word in found:  # the last frame may reach beyond the last sample; TDT may give it none
             word["start"] = min(word["start"], result["duration"])
             if word["end"] <= word["start"]:
-                word["end"] = round(word["start"] + self.task.seconds_per_frame, 4)
+                word["end"] = round(word["start"] + seconds_per_frame, 4)
             word["end"] = min(word["end"], result["duration"])
-        result["text"] = getattr(self.task, "text", tokenizer.decode)(columns[0])
+        result["text"] = decoder.text(columns[0])
         result["words"], result["segments"] = found, segments(found)
         if self.timestamps:
-            result["timestamp"] = self.task.timestamps(*columns, **nemo_times_options(self.meta))
+            result["timestamp"] = decoder.extras[self.timestamps](*columns, meta=self.meta)
         result["coverage"] = coverage(job.spans, job.seconds)
         result["warnings"] = [
             *job.notes,
             *not_decoded(result["coverage"]["uncovered"]),
             *doubts(found, np.concatenate(job.levels), job.seconds),
         ]
-        return result if job.updates is None else {**result, "updates": job.updates}
-
-
-def nemo_times_options(meta):
-    """What the NeMo config of a model says of its timestamps, for `nemo_times.timestamps`."""
-    given = nemo_section(meta, "decoding")
-    separators = given.get("segment_seperators")  # NeMo's spelling
-    options = {"separators": tuple(separators)} if isinstance(separators, list) else {}
-    return options | {"segment_gap": given.get("segment_gap_threshold")}
+        return {**result, **job.totals}
 
 
 @dataclasses.dataclass
@@ -285,7 +269,7 @@ class Job:
     name: str
     error: str = ""
     seconds: float = 0.0
-    updates: int | None = None  # of fast weights, if the model has any
+    totals: dict = dataclasses.field(default_factory=dict)  # sums over the windows
     waiting: int = 0  # windows read but not decoded
     ended: bool = False
     notes: list = dataclasses.field(default_factory=list)
@@ -313,11 +297,11 @@ class Job:
             self.error = str(e)
         self.recording, self.ended = None, True
 
-    def take(self, first, columns, updates):
+    def take(self, first, columns, totals):
         """Receives the tokens of one window."""
         self.pieces.append((first, *columns))
-        if updates is not None:
-            self.updates = (self.updates or 0) + updates
+        for name, value in totals.items():
+            self.totals[name] = self.totals.get(name, 0) + value
         self.waiting -= 1
 
     def _blocks(self, sample_rate, array_rate):

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from jasr import metrics, text
-from jasr.recognition.recognizer import Recognizer
+from jasr.recognition.recognizer import Recognizer, decoder_of
 
 DURATION_EDGES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)  # s
 
@@ -28,21 +28,22 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
 
     Returns:
       dict, JSON-able but for NaN: wer, cer, their 95 % intervals, counts, by_duration, speed,
-      updates_per_utterance (of models with fast weights), window (s), cut (utterances longer than
-      it), left_out and `utterances` (one dict each, in the manifest's order).
+      means of the model's own totals (updates_per_utterance), window (s), cut (utterances longer
+      than it), left_out and `utterances` (one dict each, in the manifest's order).
     """
     from jasr import data
 
-    kind = normalisation or getattr(task.tokenizer, "normalisation", "none")
+    decoder = decoder_of(task)
+    kind = normalisation or decoder.tokenizer.normalisation
     text.normalise("", kind)  # an unknown kind is refused before any work
-    rate = task.front_end.sample_rate  # an empty text counts too: what is heard there is wrong
+    rate = decoder.sample_rate  # an empty text counts too: what is heard there is wrong
     config = data.DataConfig(sample_rate=rate, cache_audio=False, min_tokens=0)
-    source = data.open_eval(config, manifest, task.tokenizer.encode)
+    source = data.open_eval(config, manifest, decoder.tokenizer.encode)
     recognizer = Recognizer(task, variables, meta=meta, **settings)
     chosen = set(range(len(source.texts))[: limit or None])
     order = []
     start = time.perf_counter()
-    stream = recognizer.stream(_rows(source, chosen, order))
+    stream = recognizer.each(_rows(source, chosen, order))
     stream = metrics.progress(stream, total=len(chosen), label="evaluating")
     results = {order[n]: result for n, result in enumerate(stream)}
     wall = time.perf_counter() - start - recognizer.compile_seconds
@@ -61,15 +62,17 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
         kind,
     )
     for row, n in zip(report["utterances"], kept, strict=True):
-        row.update(id=source.ids[n])
-        if "updates" in results[n]:
-            row["updates"] = results[n]["updates"]
-    updates = [r["updates"] for r in report["utterances"] if "updates" in r]
+        row.update(id=source.ids[n], **{name: results[n][name] for name in decoder.totals})
+    means = {
+        f"{name}_per_utterance": float(np.mean([row[name] for row in report["utterances"]]))
+        for name in decoder.totals
+    }
     seconds = sum(r["duration"] for r in results.values())
     window = recognizer.windows.length / recognizer.sample_rate
     return {
         **{k: v for k, v in report.items() if k != "utterances"},
-        **({"updates_per_utterance": float(np.mean(updates))} if updates else {}),
+        **means,
+        "means": {f"{name}_per_utterance": words for name, words in decoder.totals.items()},
         "window": round(window, 3),
         "cut": sum(results[n]["duration"] > window for n in kept),
         "left_out": [f"{source.ids[n]}: {reason}" for n, reason in sorted(failed.items())]
@@ -187,11 +190,7 @@ def lines(report):
         )
     yield (
         f"normalisation {report['normalisation']}, {report['empty']} empty hypotheses"
-        + (
-            f", {report['updates_per_utterance']:.1f} fast-weight updates an utterance and layer"
-            if "updates_per_utterance" in report
-            else ""
-        )
+        + "".join(f", {report[name]:.1f} {words}" for name, words in report["means"].items())
     )
     yield (
         f"{report['audio_seconds']:.0f} s of audio in {report['seconds']:.1f} s: real-time factor "

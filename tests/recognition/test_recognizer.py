@@ -2,7 +2,6 @@
 
 import io
 import tracemalloc
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jasr.audio.resample import resample, resample_stream
 from jasr.decoding.ctc import ctc_greedy
 from jasr.recognition.coverage import doubts
 from jasr.recognition.recognizer import WAITING_JOBS, Recognizer, find_recordings
+from jasr.seam import WindowDecoder
 from jasr.text import CharTokenizer
 
 RATE, FRAME = 16000, 640  # 25 frames a second
@@ -23,14 +23,24 @@ TOKENIZER = CharTokenizer(("<blank>", " ", "a", "b", "c", "d"))
 class Levels:
     """A recogniser of loudness: a frame whose mean |sample| is id / 16 holds that token."""
 
-    tokenizer = TOKENIZER
-    front_end = types.SimpleNamespace(sample_rate=RATE)
-    seconds_per_frame = FRAME / RATE
-
     def __init__(self):
         self.traced = []
 
-    def predict(self, variables, batch):
+    @property
+    def verbs(self):
+        decoder = WindowDecoder(
+            sample_rate=RATE,
+            frame=FRAME,
+            tokenizer=TOKENIZER,
+            decode=self.decode,
+            prepare=lambda variables: variables,
+            window=lambda meta, trained: trained or 20.0,
+            text=TOKENIZER.decode,
+            totals={"updates": "updates an utterance"},
+        )
+        return {"transcribe": decoder}
+
+    def decode(self, variables, batch):
         B, S = batch["audio"].shape
         self.traced.append((B, S))
         T = -(-S // FRAME)
@@ -40,7 +50,7 @@ class Levels:
         out = ctc_greedy(jax.nn.one_hot(token, 6), logit_len)
         names = ("tokens", "token_len", "start_frame", "end_frame")
         updates = (batch["audio_len"] > 0).astype(jnp.int32)
-        return dict(zip(names, out, strict=True), logit_len=logit_len, updates=updates)
+        return dict(zip(names, out, strict=True), heard=logit_len, updates=updates)
 
 
 def coded(ids):
@@ -150,7 +160,7 @@ def test_results_come_while_others_are_still_read():
             read.append(i)
             yield coded([0, 2, 0])
 
-    results = recognizer(window=8.0).stream(recordings())
+    results = recognizer(window=8.0).each(recordings())
     assert next(results)["duration"] == 6.0
     assert len(read) <= WAITING_JOBS + 1
 
@@ -167,7 +177,7 @@ def test_audio_of_finished_windows_is_let_go():
 
     model._run = watched
     block = coded(sentence(0, 250))
-    result = next(model.stream([Blocks(block, 60)]))
+    result = next(model.each([Blocks(block, 60)]))
     assert result["duration"] == 600.0 and max(waiting) <= 32.0
 
 

@@ -16,6 +16,7 @@ from jasr.losses import transducer as losses
 from jasr.losses.ctc import ctc_loss, has_path
 from jasr.losses.reduction import contribution, scale_and_count
 from jasr.models.fastconformer.settings import output_lengths
+from jasr.systems.fastconformer import decoding as decoding_verbs
 from jasr.systems.fastconformer import times
 from jasr.systems.fastconformer.model import Parakeet, ParakeetConfig, sharding
 from jasr.systems.fastconformer.settings import DecodingConfig, LossConfig
@@ -327,24 +328,9 @@ class ParakeetTask:
         return times.text(tokens, self.tokenizer)
 
     @property
-    def marks(self):
-        """The punctuation marks before which `text` has no space."""
-        return times.punctuation(self.tokenizer)
-
-    def timestamps(self, tokens, start_frame, end_frame, durations=None, **options):
-        """NeMo's timestamps of a row of `predict`; see `nemo_times.timestamps`."""
-        front = self.front_end
-        return times.timestamps(
-            self.decodes,
-            tokens,
-            start_frame,
-            end_frame,
-            self.tokenizer,
-            durations=durations if self.decodes == "tdt" else None,
-            window_stride=front.hop / front.sample_rate,
-            subsampling=self.config.frame_rate_divisor,
-            **options,
-        )
+    def verbs(self):
+        """What the model can be asked for."""
+        return {"transcribe": decoding_verbs.window_decoder(self)}
 
 
 build = ParakeetTask.build

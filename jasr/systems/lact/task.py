@@ -11,6 +11,7 @@ from jasr.audio import augment, inputs
 from jasr.decoding.ctc import ctc_greedy
 from jasr.losses.ctc import ctc_loss, has_path
 from jasr.losses.reduction import contribution, scale_and_count
+from jasr.systems.lact.decoding import window_decoder
 from jasr.systems.lact.model import LactConfig, LactCtc, check_updates, encoder_frames, sharding
 from jasr.training import validators
 
@@ -178,6 +179,11 @@ class CtcTask:
         """Columns of the training log: audio a second, fast-weight updates, infeasible rows."""
         updates = {"updates_per_utt": sums["updates"] / max(sums["utterances"], 1.0)}
         return inputs.line(sums, seconds) | updates
+
+    @property
+    def verbs(self):
+        """What the model can be asked for."""
+        return {"transcribe": window_decoder(self)}
 
     def predict(self, variables, batch):
         """Greedy CTC of a batch, to be jitted.

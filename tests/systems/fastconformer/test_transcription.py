@@ -1,6 +1,7 @@
 """NeMo's recognisers through transcription: beams, branches, NeMo's timestamps, local attention,
 recordings of any length and kind."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,7 +14,7 @@ from jasr import tree
 from jasr.models.fastconformer.encoder import FastConformer, FastConformerConfig
 from jasr.recognition.recognizer import Recognizer, from_pretrained, trained_seconds
 from jasr.systems import catalogue, loading, originals
-from jasr.systems.fastconformer import nemo, nemo_config, times
+from jasr.systems.fastconformer import decoding, nemo, nemo_config, times
 from jasr.systems.fastconformer import options as options_lib
 from tests.experiments.test_cli import babbling
 from tests.recognition import test_recognizer
@@ -97,17 +98,28 @@ def test_recordings_without_speech_or_of_milliseconds_give_a_result_or_a_reason(
 class Durations(test_recognizer.Levels):
     """A perfect TDT: the tokens of `Levels` with durations; `full` stops at the last one."""
 
-    marks, text, full = frozenset(), test_recognizer.TOKENIZER.decode, False
+    full = False
 
-    def predict(self, variables, batch):
-        out = super().predict(variables, batch)
-        lasting = out["end_frame"] - out["start_frame"]
-        return {**out, "durations": lasting, "full": batch["audio_len"] < self.full * 10**9}
+    @property
+    def verbs(self):
+        decoder = super().verbs["transcribe"]
+        extras = {"nemo": self.timestamps}
+        changed = dataclasses.replace(decoder, columns=("durations",), totals={}, extras=extras)
+        return {"transcribe": changed}
 
-    def timestamps(self, tokens, start_frame, end_frame, durations, **options):
+    def decode(self, variables, batch):
+        out = super().decode(variables, batch)
+        out |= {"durations": out["end_frame"] - out["start_frame"], "logit_len": out["heard"]}
+        return {
+            **out,
+            "heard": decoding.heard({**out, "full": batch["audio_len"] < self.full * 10**9}),
+        }
+
+    @staticmethod
+    def timestamps(tokens, start_frame, end_frame, durations, *, meta):
         return times.timestamps(
-            "tdt", tokens, start_frame, end_frame, self.tokenizer, durations=durations,
-            window_stride=0.04, subsampling=1, **options,
+            "tdt", tokens, start_frame, end_frame, test_recognizer.TOKENIZER, durations=durations,
+            window_stride=0.04, subsampling=1,
         )  # fmt: skip
 
 
@@ -290,9 +302,14 @@ def test_what_is_decoded_otherwise_than_in_nemo_is_noted(goldens):
 
 
 def test_the_window_is_what_the_model_was_trained_on():
-    assert trained_seconds({}) == 20
-    assert trained_seconds({"nemo": {"config": {"train_ds": {"max_duration": 40}}}}) == 40
+    decoder = loading.build(config("ctc"), TOKENIZER).verbs["transcribe"]
+
+    def window(meta):
+        return decoder.window(meta, trained_seconds(meta))
+
+    assert window({}) == 20
+    assert window({"nemo": {"config": {"train_ds": {"max_duration": 40}}}}) == 40
     recipe = {"model": {"train_ds": {"max_duration": 200.0}}}
-    assert trained_seconds({"nemo": {"config": recipe}}) == 60
-    assert trained_seconds({"nemo": {"config": {"train_ds": None}}}) == 20
-    assert trained_seconds({"longest_seconds": 12.5, "nemo": {"config": recipe}}) == 12.5
+    assert window({"nemo": {"config": recipe}}) == 60
+    assert window({"nemo": {"config": {"train_ds": None}}}) == 20
+    assert window({"longest_seconds": 12.5, "nemo": {"config": recipe}}) == 12.5
