@@ -140,7 +140,7 @@ def compared(entry, job):
     given, arrays = (dict(np.load(job[key])) for key in ("input", "output"))
     task, variables = loaded(entry)
     row, notes = numbers(task, variables, given, arrays)
-    texts, more = decoded(task, variables, given, arrays, theirs)
+    texts, more = decoded(entry["source"], task, variables, given, arrays, theirs)
     row |= texts
     row["weights"], last = saved_again(job)
     cells = "".join(f"{cell(row[column]):>12}" for column in COLUMNS)
@@ -227,7 +227,7 @@ def apart(ours, theirs, length):
     return float(most)
 
 
-def decoded(task, variables, given, arrays, theirs):
+def decoded(source, task, variables, given, arrays, theirs):
     """Whether ids with frames, texts and times are the same from the audio on; and notes.
 
     A recording by itself and in the batch give the same, except where the norm of the convolutions
@@ -236,11 +236,13 @@ def decoded(task, variables, given, arrays, theirs):
     import jax
     import numpy as np
 
+    from jasr.systems import loading
+
     row, notes = dict.fromkeys(("ids", "texts", "times"), True), []
     sees_padding = task.config.encoder.conv_norm_type.startswith(("group", "instance"))
     for head, found in theirs.items():
         if task.config.kind == "hybrid":
-            task, variables = task.with_options(variables, branch=head)
+            task, variables, _ = loading.load(source, options={"branch": head})
         predict = jax.jit(task.predict)
         together = predict(variables, given)
         for n, single in enumerate(found["single"]):
