@@ -58,7 +58,9 @@ def main(argv=None):
     from jasr.text.vocab import expand, merge
 
     task, variables, meta = loading.load(args.checkpoint, like=args.like)
-    heads, durations = heads_of(task)
+    heads, durations = task.heads
+    if not heads:
+        raise ValueError(f"{args.checkpoint}: vocabularies of this kind of model are not expanded")
     description = task.tokenizer.to_dict()
     if description["kind"] != "sentencepiece":
         raise ValueError(f"{args.checkpoint} has a tokenizer of kind {description['kind']!r}")
@@ -96,15 +98,6 @@ def main(argv=None):
     print(f"{args.output}: {len(old.pieces)} -> {len(merged.pieces)} pieces, rows by rule {rule}")
     print(f"train with --config.init={args.output} --config.text.kind=init")
     return 0
-
-
-def heads_of(task):
-    """(heads, durations) of a task's model as `vocab.expand` names them."""
-    kind, loss = getattr(task.config, "kind", None), task.loss_config
-    if kind is None:
-        raise ValueError("only FastConformer models with SentencePiece vocabularies are expanded")
-    heads = {"ctc": ("ctc",), "hybrid": (loss.kind, "ctc")}.get(kind, (kind,))
-    return heads, loss.durations if "tdt" in heads else ()
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ class Task(Protocol):
     token_parameters: str  # regex of what a vocabulary gives its meaning to  [training.start]
     validators: Mapping[str, Validator]  # by name; config.train.validate picks  [training]
     verbs: Mapping[str, WindowDecoder | Stepper]  # "transcribe", "generate", "stream"  [commands]
+    heads: tuple  # (heads, durations) that `text.vocab.expand` can widen; ((), ()): none
 
     def check(self, buckets: Sequence[Bucket]) -> None:
         """Raises ValueError where training would be vain, before anything compiles."""

@@ -27,7 +27,7 @@ def make(config, total_steps):
             f"config.optim.schedule {config.schedule!r}: choose {', '.join((*OWN, *NEMO))}"
         )
     for name, users in ONLY.items():
-        if getattr(config, name) and config.schedule not in users:
+        if vars(config)[name] and config.schedule not in users:
             raise ValueError(f"config.optim.{name} is for {', '.join(users)} only")
     end = config.decay_steps or total_steps
     if config.schedule in OWN:

@@ -328,6 +328,13 @@ class ParakeetTask:
         return times.text(tokens, self.tokenizer)
 
     @property
+    def heads(self):
+        """(heads, durations) of the model as `text.vocab.expand` names them."""
+        kind, loss = self.config.kind, self.loss_config
+        heads = {"ctc": ("ctc",), "hybrid": (loss.kind, "ctc")}.get(kind, (kind,))
+        return heads, loss.durations if "tdt" in heads else ()
+
+    @property
     def verbs(self):
         """What the model can be asked for."""
         return {"transcribe": decoding_verbs.window_decoder(self)}

@@ -180,6 +180,8 @@ class CtcTask:
         updates = {"updates_per_utt": sums["updates"] / max(sums["utterances"], 1.0)}
         return inputs.line(sums, seconds) | updates
 
+    heads = ((), ())  # its vocabulary is one of characters, which is not expanded
+
     @property
     def verbs(self):
         """What the model can be asked for."""
