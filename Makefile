@@ -6,16 +6,20 @@
 #   TORCH_INDEX=URL      where pip finds it: PyTorch publishes an index of CPU-only wheels (the
 #                        address is on its "get started" page). Without it pip may choose a
 #                        build that brings some 3 GB of CUDA with it
+#   EXTRAS=hf,tts,tb,dev the extras of setup.py to install; this choice, with TORCH=, leaves PyTorch
+#                        out: the tests that compare with it or with lhotse are skipped
 #   PIP_FLAGS=...        for every pip call, e.g. --no-index --find-links=wheels
 #   FAST=1               an answer in two minutes: the first test of every file
 #   CONSTRAINTS=         the newest version of every package instead of those of constraints.txt,
-#                        which were tested; `make test-newest` does so in .venv-newest
+#                        which were tested; `make test-newest` does so in .venv-newest, and
+#                        `make constraints` writes the file anew
 #   PYTEST_FLAGS=...     for pytest, e.g. "-x -k ctc"
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+EXTRAS ?= all,dev
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 CONSTRAINTS ?= constraints.txt
@@ -48,16 +52,18 @@ test: $(FULL)
 test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
-# Renews constraints.txt from the newest of everything for each of PYTHONS that is here. PyTorch and
-# lhotse, which needs it, go into the first environment alone: run `make test` before you commit it.
+# Renews constraints.txt: the newest of everything for each of PYTHONS that is here. PyTorch, and
+# lhotse, which needs it, go into the first environment alone. Run `make test` before you commit it.
 constraints:
-	set -e; first="[all,dev]"; rm -rf .cache/constraints; for python in $(PYTHONS); do \
-	  $$python -m venv .cache/constraints/$$python; \
-	  test "$$first" = "[all,dev]" && test -n "$(TORCH)" && \
-	    .cache/constraints/$$python/bin/python $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"; \
-	  .cache/constraints/$$python/bin/python $(INSTALL) -e ".$$first"; first="[hf,tts,tb,dev]"; \
+	rm -rf .cache/constraints
+	extras=$(EXTRAS) torch=$(TORCH); for python in $(PYTHONS); do \
+	  command -v $$python > /dev/null || continue; \
+	  $(MAKE) venv PYTHON=$$python VENV=.cache/constraints/$$python CONSTRAINTS= \
+	    EXTRAS=$$extras TORCH=$$torch || exit 1; \
+	  extras=hf,tts,tb,dev torch=; \
 	done
-	$(BIN)/python .ci/renew_constraints.py .cache/constraints/*/bin/python > constraints.txt
+	$(PYTHON) .ci/renew_constraints.py .cache/constraints/*/bin/python > .cache/constraints.txt
+	mv .cache/constraints.txt constraints.txt
 
 # Resumes where it was stopped; `make clean` begins anew.
 quickstart: $(LIGHT)
@@ -87,7 +93,7 @@ bench: $(FULL)
 $(FULL):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)")
-	$(PIP) -e ".[all,dev]"
+	$(PIP) -e ".[$(EXTRAS)]"
 	rm -f $(VENV)/.light-* $(VENV)/.full-*
 	touch $(FULL) $(LIGHT)
 

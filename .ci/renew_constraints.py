@@ -26,9 +26,10 @@ def frozen(python):
         text=True,
         check=True,
     )
-    unwanted = ("pip", "setuptools", "wheel", "jasr")
+    # "2.13.0" admits "2.13.0+cpu" too
     packages = {p["name"]: p["version"].split("+")[0] for p in json.loads(listed.stdout)}
-    return version.stdout.strip(), {k: v for k, v in packages.items() if k not in unwanted}
+    kept = {name: v for name, v in packages.items() if name not in ("pip", "setuptools", "wheel")}
+    return version.stdout.strip(), kept
 
 
 def lines(environments):

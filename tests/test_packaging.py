@@ -134,9 +134,30 @@ def test_no_recording_is_tracked_but_the_synthetic_sample(root):
         assert not name.lower().endswith(audio) or name.startswith("tests/data/"), name
 
 
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_constraints_name_a_version_of_every_requirement_that_fits(root, setup_arguments, python):
+    """Else `make test` would fail before the first test, or take what nobody tested."""
+    from packaging.requirements import Requirement
+
+    def here(lines):
+        found = map(Requirement, lines)
+        return [r for r in found if not r.marker or r.marker.evaluate({"python_version": python})]
+
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {}
+    for line in here(line for line in lines if not line.startswith("#")):
+        (pin,) = line.specifier
+        assert pin.operator == "==" and line.name.lower() not in pinned, line
+        pinned[line.name.lower().replace("_", "-")] = pin.version
+    extras = setup_arguments["extras_require"]
+    for wanted in here([*setup_arguments["install_requires"], *extras["all"], *extras["dev"]]):
+        assert pinned[wanted.name.lower()] in wanted.specifier, wanted
+
+
 def test_makefile_has_the_targets(root):
     text = (root / "Makefile").read_text(encoding="utf-8")
-    for target in ("venv", "test", "quickstart", "lint", "bench", "clean"):
+    targets = "venv test test-newest constraints quickstart lint bench clean"
+    for target in targets.split():
         assert re.search(rf"^{target}:", text, re.MULTILINE), target
 
 
