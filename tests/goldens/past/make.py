@@ -225,6 +225,8 @@ def main(folder, output):
         expected[name] = facts(folder / name)
     assert convert.main([str(folder / "hybrid"), str(folder / "hybrid.nemo")]) == 0
     expected["hybrid"]["export"] = sums(nemo.state_dict(nemo.read(str(folder / "hybrid.nemo"))))
+    assert convert.main([str(folder / "lact"), str(folder / "whole")]) == 0
+    expected["lact"]["export"] = sums(tree.flatten(jasr.load_params(str(folder / "whole"))))
     for name in ("plain", *configs):
         pack(folder / name, output)
     (output / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
