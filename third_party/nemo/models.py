@@ -169,8 +169,8 @@ def fresh(folder, name, kind, encoder):
     import jax
     import numpy as np
 
-    from jasr.systems import loading
     from jasr import text
+    from jasr.systems import loading
 
     output = folder / f"fresh_{kind}_{len(name)}"
     if output.exists():
