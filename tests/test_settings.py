@@ -34,7 +34,13 @@ def test_wrong_kind_of_value_is_named():
 
 def test_json_round_trip_keeps_types():
     value = Outer(rate=0.5, sizes=((1, 2), (3, 4)), inner=Inner(8))
-    loaded = {"rate": 0.5, "name": "x", "sizes": [[1, 2], [3, 4]], "on": False, "inner": {"width": 8}}
+    loaded = {
+        "rate": 0.5,
+        "name": "x",
+        "sizes": [[1, 2], [3, 4]],
+        "on": False,
+        "inner": {"width": 8},
+    }
     assert settings.build(Outer, loaded, "c") == value
     assert settings.build(Outer, settings.to_dict(value), "c") == value
 

@@ -415,7 +415,7 @@ def test_everything_that_does_not_fit_is_in_one_error(make):
         ("ctc", {"encoder._target_": "nemo.RNNEncoder"}, "RNNEncoder"),
         ("ctc", {"preprocessor.foo": 1}, "preprocessor has unknown settings: foo: 1"),
         ("ctc", {"preprocessor._target_": "nemo.AudioToMFCCPreprocessor"}, "MFCC"),
-        ("ctc", {"preprocessor.window": "kaiser"}, "preprocessor.window must be one of 'hann', 'hamming'"),
+        ("ctc", {"preprocessor.window": "kaiser"}, "preprocessor.window must be one of"),
         ("ctc", {"decoder._target_": "nemo.LSTMDecoder"}, "LSTMDecoder; known is ConvASRDecoder"),
         ("ctc", {"encoder.n_layers": 10**9}, "encoder.n_layers is 1000000000"),
         ("ctc", {"encoder.conv_kernel_size": 10**9 + 1}, "conv_kernel_size is"),
