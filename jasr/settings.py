@@ -2,18 +2,44 @@
 
 import dataclasses
 import difflib
+import operator
 
 
 class SettingsError(ValueError):
-    """A config key is misspelt or has a value of the wrong kind."""
+    """A config key is misspelt, or has a value of the wrong kind or beyond its limits."""
 
 
-def field(default, *, least=None, most=None, above=None, below=None, choices=None, meaning=None):
-    """A field of a settings dataclass with what its values may be, which `build` checks.
+def section(cls):
+    """A frozen dataclass of settings whose fields are checked whenever one is made.
+
+    What two fields say together stays in its `__post_init__`, which comes after that.
+    """
+    together = cls.__dict__.get("__post_init__", lambda self: None)
+
+    def checked(self):
+        check(self, cls.__name__)
+        together(self)
+
+    cls.__post_init__ = checked
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def field(
+    default=dataclasses.MISSING,
+    *,
+    least=None,
+    most=None,
+    above=None,
+    below=None,
+    choices=None,
+    meaning=None,
+):
+    """A field of a `section` with what its values may be.
 
     Args:
       default: its value where nothing is said.
-      least, most, above, below: limits of a number (of each, for a sequence of numbers).
+      least, most, above, below: limits of a number (of each, for a sequence of numbers). A default
+        of None may be kept.
       choices: the values that it may have.
       meaning: whether the field decides what trained weights mean; a function of the settings that
         says so; None: as the section that it stands in.
@@ -24,31 +50,36 @@ def field(default, *, least=None, most=None, above=None, below=None, choices=Non
 
 
 _LIMITS = {
-    "least": ("at least", lambda value, limit: value >= limit),
-    "most": ("at most", lambda value, limit: value <= limit),
-    "above": ("above", lambda value, limit: value > limit),
-    "below": ("below", lambda value, limit: value < limit),
+    "least": ("at least", operator.ge),
+    "most": ("at most", operator.le),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
 }
 
 
 def check(values, where):
-    """Nothing, if every field of a settings dataclass keeps the limits that it was declared with.
-
-    Settings that are made without `build` call it in `__post_init__`.
+    """Nothing, if every field of a `section` keeps the limits that it was declared with.
 
     Raises:
       SettingsError: names the key, the limits and the value.
     """
     for item in dataclasses.fields(values):
-        rules, value = item.metadata, getattr(values, item.name)
-        if "choices" in rules and value not in rules["choices"]:
-            shown = ", ".join(map(repr, rules["choices"]))
-            raise SettingsError(f"{where}.{item.name} {value!r}: choose {shown}")
-        limits = [(*_LIMITS[name], rules[name]) for name in _LIMITS if name in rules]
-        for number in value if isinstance(value, tuple) else (value,):
-            if not all(number is None or holds(number, limit) for _, holds, limit in limits):
-                said = " and ".join(f"{words} {limit}" for words, _, limit in limits)
-                raise SettingsError(f"{where}.{item.name} must be {said}, got {value!r}")
+        _check_value(item, getattr(values, item.name), f"{where}.{item.name}")
+
+
+def _check_value(item, value, where):
+    rules = item.metadata
+    if "choices" in rules and value not in rules["choices"]:
+        shown = ", ".join(map(repr, rules["choices"]))
+        raise SettingsError(f"{where} must be one of {shown}, got {value!r}")
+    limits = [(*_LIMITS[name], rules[name]) for name in _LIMITS if name in rules]
+    if not limits or (value is None and item.default is None):
+        return
+    for number in value if isinstance(value, tuple) else (value,):
+        known = isinstance(number, int | float)
+        if not known or not all(holds(number, limit) for _, holds, limit in limits):
+            said = " and ".join(f"{words} {limit}" for words, _, limit in limits)
+            raise SettingsError(f"{where} must be {said}, got {value!r}")
 
 
 def meaningful(values, where, default):
@@ -125,9 +156,8 @@ def build(cls, mapping, where="config", base=None):
             values[key] = build(type(default), mapping[key], f"{where}.{key}", default)
         else:
             values[key] = _convert(mapping[key], default, f"{where}.{key}")
-    made = cls(**values) if base is None else dataclasses.replace(base, **values)
-    check(made, where)
-    return made
+            _check_value(field, values[key], f"{where}.{key}")
+    return cls(**values) if base is None else dataclasses.replace(base, **values)
 
 
 def to_dict(settings):

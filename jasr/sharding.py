@@ -6,7 +6,6 @@ everything that mirrors a parameter (optimizer moments, EMA) follows it. The col
 own: `jax.jit` with these shardings.
 """
 
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -17,20 +16,20 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jasr import tree
+from jasr import settings, tree
 
 _meetings = itertools.count()
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1 = all devices that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = settings.field(-1, least=-1)
+    fsdp: int = settings.field(1, least=-1)
+    tensor: int = settings.field(1, least=-1)
 
 
 def make_mesh(config, devices=None):

@@ -6,50 +6,50 @@ whatever its batch mates. `row_keys` makes them from the rows' index numbers.
 
 from __future__ import annotations
 
-import dataclasses
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jasr import settings
 from jasr.audio.resample import resample
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class SpecAugmentConfig:
     """Settings of `spec_augment`; the defaults are NeMo's FastConformer recipe without warp.
 
     Raises:
-      ValueError: an unknown style or fill, or a setting that NeMo's style does not have.
+      ValueError: a setting that the style does not have.
     """
 
-    style: str = "jasr"  # jasr | nemo (cell for cell its vectorised code, see `nemo_masks`)
-    freq_masks: int = 2
-    freq_width: int = 27  # bins, exclusive
-    time_masks: int = 10
-    time_width: float = 0.05  # up to 1: share of the utterance's frames; above: frames, exclusive
-    fill: str = "zero"  # zero | mean (of each bin over the utterance)
+    # nemo: cell for cell its vectorised code, see `nemo_masks`
+    style: str = settings.field("jasr", choices=("jasr", "nemo"))
+    freq_masks: int = settings.field(2, least=0)
+    freq_width: int = settings.field(27, least=0)  # bins, exclusive
+    time_masks: int = settings.field(10, least=0)
+    # up to 1: share of the utterance's frames; above: frames, exclusive
+    time_width: float = settings.field(0.05, least=0)
+    # mean: of each bin over the utterance
+    fill: str = settings.field("zero", choices=("zero", "mean"))
     warp: float = 0.0  # largest relative stretch of the frequency axis
     mask_value: float = 0.0  # what NeMo's style fills with
 
     def __post_init__(self):
-        if self.style not in ("jasr", "nemo"):
-            raise ValueError(f"spec_augment.style={self.style!r}: choose jasr or nemo")
-        if self.fill not in ("zero", "mean"):
-            raise ValueError(f"spec_augment.fill={self.fill!r}: choose zero or mean")
         if self.style == "nemo" and (self.fill != "zero" or self.warp):
             raise ValueError("spec_augment.style='nemo' has mask_value, but no fill and no warp")
         if self.style == "jasr" and self.mask_value:
             raise ValueError("spec_augment.mask_value is of style='nemo'; style='jasr' has fill")
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class WaveAugmentConfig:
     """Settings of `augment_waveform`; the defaults change nothing."""
 
     gain_db: float = 0.0  # uniform in ± gain_db
-    noise_share: float = 0.0  # probability that an utterance gets noise
+    # probability that an utterance gets noise
+    noise_share: float = settings.field(0.0, least=0, most=1)
     snr_low_db: float = 10.0  # signal-to-noise ratio, uniform
     snr_high_db: float = 40.0
     noise_colour: float = 1.0  # most amplitude an octave down: 0 white, 1 pink, 1.4 brown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -14,7 +13,7 @@ from jasr import settings
 _SEGMENT = 1024  # frames: a segment's spectra are 2 MB
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class FrontEndConfig:
     """Settings of `log_mel`; the defaults are NeMo's Parakeet and FastConformer front end.
 
@@ -24,28 +23,34 @@ class FrontEndConfig:
     area norm). The other fields mean the same for each kind; `NEMO` and `HTK` are complete sets.
     """
 
-    kind: str = "nemo"
-    sample_rate: int = 16000  # Hz
-    n_mels: int = 80
-    n_fft: int = 512  # 0 = next power of two that holds the window
-    win: int = 400  # samples
-    hop: int = 160  # samples
-    window: str = "hann"  # hann | hamming | blackman | bartlett | ones
+    kind: str = settings.field("nemo", choices=("nemo", "nemo_legacy", "htk"))
+    sample_rate: int = settings.field(16000, least=1)  # Hz
+    n_mels: int = settings.field(80, least=1)
+    n_fft: int = settings.field(512, least=0)  # 0 = next power of two that holds the window
+    win: int = settings.field(400, least=1)  # samples
+    hop: int = settings.field(160, least=1)  # samples
+    window: str = settings.field(
+        "hann", choices=("hann", "hamming", "blackman", "bartlett", "ones")
+    )
     low_hz: float = 0.0
     high_hz: float = 0.0  # 0 = half the sampling rate
-    mel_norm: str = "slaney"  # slaney (equal area) | none
+    mel_norm: str = settings.field("slaney", choices=("slaney", "none"))  # slaney: equal area
     preemph: float = 0.97  # 0 = none
     mag_power: float = 2.0
     log: bool = True
     log_guard: float = 2.0**-24
-    log_guard_type: str = "add"  # add | clamp
-    normalize: str = "per_feature"  # per_feature | all_features | none
+    log_guard_type: str = settings.field("add", choices=("add", "clamp"))
+    normalize: str = settings.field("per_feature", choices=("per_feature", "all_features", "none"))
     # standard deviation of noise; needs keys, so training only
     dither: float = settings.field(0.0, meaning=False)
     pad_to: int = 0  # frames are padded to a multiple; 0 = no padding
     pad_value: float = 0.0
     exact_pad: bool = False  # (n_fft - hop) / 2 on each side in place of n_fft / 2
     frame_splicing: int = 1  # copies of every feature, as NeMo's (its shift does nothing)
+
+    def __post_init__(self):
+        if self.n_fft and (self.n_fft % 2 or self.n_fft < self.win):
+            raise ValueError(f"n_fft={self.n_fft}: must be even and at least win={self.win}")
 
 
 NEMO = FrontEndConfig()
@@ -59,9 +64,7 @@ def log_mel(audio, audio_len, cfg: FrontEndConfig = NEMO, keys=None):
     FrontEndConfig. T = 1 + S // hop, one frame more than NeMo's longest length, and pad_value after
     mel_len. A row depends neither on its padding nor on the other rows; samples after audio_len
     are ignored. Always f32 with full-precision products. `keys` [B] turns `dither` on.
-    Raises ValueError for an unknown setting.
     """
-    check(cfg)
     n_fft, edge = _sizes(cfg)
     audio = jnp.asarray(audio, jnp.float32)
     audio_len = jnp.asarray(audio_len, jnp.int32)
@@ -104,21 +107,6 @@ def _sizes(cfg: FrontEndConfig):
     """(samples of a Fourier transform, samples that are added before the first frame's centre)."""
     n_fft = cfg.n_fft or 1 << (cfg.win - 1).bit_length()
     return n_fft, (n_fft - cfg.hop) // 2 if cfg.exact_pad else n_fft // 2
-
-
-def check(cfg: FrontEndConfig) -> None:
-    """Raises ValueError for a setting that is not known, or an FFT too short for the window."""
-    for field, choices in (
-        ("kind", ("nemo", "nemo_legacy", "htk")),
-        ("window", tuple(_WINDOWS)),
-        ("mel_norm", ("slaney", "none")),
-        ("log_guard_type", ("add", "clamp")),
-        ("normalize", ("per_feature", "all_features", "none")),
-    ):
-        if getattr(cfg, field) not in choices:
-            raise ValueError(f"{field}={getattr(cfg, field)!r}: choose one of {', '.join(choices)}")
-    if cfg.n_fft and (cfg.n_fft % 2 or cfg.n_fft < cfg.win):
-        raise ValueError(f"n_fft={cfg.n_fft}: must be even and at least win={cfg.win}")
 
 
 def _blocks(audio, audio_len, cfg: FrontEndConfig, n_fft: int, edge: int):

@@ -22,7 +22,7 @@ import numpy as np
 from jasr import checkpoint, tree
 from jasr.checkpoint import read as checkpoint_read
 from jasr.checkpoint.files import MANIFEST, read_manifest, version
-from jasr.systems import compatibility
+from jasr.systems import catalogue, compatibility
 
 PROVENANCE = "jasr_average.json"
 _BLOCK = 1 << 16  # elements of one pass: accumulator, member and difference stay in cache
@@ -369,9 +369,10 @@ def _check_meaning(metas, members):
     """Parameters of equal shapes are not the same parameters with another vocabulary or model."""
     for meta, m in zip(metas[1:], members[1:], strict=True):
         both = f"{m.path} and {members[0].path} differ in"
-        for key in ("task", "tokenizer"):
-            if meta.get(key) != metas[0].get(key):
-                raise AverageError(f"{both} their {key}")
+        if catalogue.today(meta.get("task")) != catalogue.today(metas[0].get("task")):
+            raise AverageError(f"{both} their task")
+        if meta.get("tokenizer") != metas[0].get("tokenizer"):
+            raise AverageError(f"{both} their tokenizer")
         origins = [x.get("frozen_from") or {} for x in (metas[0], meta)]
         if any(origins[0].get(key) != origins[1].get(key) for key in ("item", "sha256")):
             raise AverageError(f"{both} their frozen_from: frozen parameters are not the same")

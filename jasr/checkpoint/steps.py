@@ -16,7 +16,6 @@ of old steps is not used: it counts damaged steps, and does not delete in one go
 """
 
 import contextlib
-import dataclasses
 import itertools
 import pathlib
 import re
@@ -27,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jasr import settings
 from jasr.checkpoint.files import (
     MANIFEST,
     CheckpointError,
@@ -69,14 +69,14 @@ _agreements = itertools.count()
 _REMAINS = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|jasr-deleting|jasr-probe)")
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class CheckpointConfig:
     """Which steps stay on disk: the newest, and the best by one metric."""
 
-    keep_latest: int = 2
-    keep_best: int = 3
+    keep_latest: int = settings.field(2, least=1)
+    keep_best: int = settings.field(3, least=0)
     metric: str = "val_wer"
-    mode: str = "min"  # "min": lower is better; "max"
+    mode: str = settings.field("min", choices=("min", "max"))  # "min": lower is better
     verify: bool = True  # read every byte of a step before it is restored
 
 
@@ -95,10 +95,7 @@ class Checkpoints:
     def __init__(
         self, directory, keep_latest=2, keep_best=3, metric="val_wer", mode="min", verify=True
     ):
-        if keep_latest < 1 or keep_best < 0:
-            raise ValueError(f"{keep_latest=} must be >= 1 and {keep_best=} >= 0")
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode is {mode!r}, must be 'min' or 'max'")
+        CheckpointConfig(keep_latest, keep_best, metric, mode, verify)  # checks them
         self.directory = pathlib.Path(directory).absolute()
         self.keep_latest, self.keep_best, self.verify = keep_latest, keep_best, verify
         self.metric, self.mode = metric, mode

@@ -1,53 +1,45 @@
 """The optax chain of a run, from plain settings."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from jasr import tree
+from jasr import settings, tree
 from jasr.training.adamw8bit import scale_by_adam8bit
+from jasr.training.schedules import SCHEDULES
 from jasr.training.schedules import make as schedule
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class OptimConfig:
     """Settings of optimizer and schedule; steps are optimizer steps."""
 
-    name: str = "adamw"  # "adamw" | "adamw8bit" (moments in 8 bits) | "sgd"
-    lr: float = 1e-3  # the peak; NoamAnnealing's is lr / sqrt(d_model * warmup_steps)
-    schedule: str = "cosine"  # "cosine" | "linear" | "noam" | "constant" | NeMo's, see schedules.py
-    warmup_steps: int = 0
-    decay_steps: int = 0  # where the decay ends; 0 = config.train.steps
-    min_lr: float = 0.0
-    hold_steps: int = 0  # at the peak, after the warm-up (NeMo's ...Hold...)
-    constant_steps: int = 0  # at min_lr, the last of the decay steps (CosineAnnealing)
-    d_model: int = 0  # of NoamAnnealing
-    power: float = 1.0  # of Polynomial(Hold)DecayAnnealing
-    decay_rate: float = 0.5  # of NoamHoldAnnealing
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-6
-    weight_decay: float = 0.01
+    name: str = settings.field("adamw", choices=("adamw", "adamw8bit", "sgd"))  # 8bit: of moments
+    # the peak; NoamAnnealing's is lr / sqrt(d_model * warmup_steps)
+    lr: float = settings.field(1e-3, least=0)
+    schedule: str = settings.field("cosine", choices=SCHEDULES)  # see schedules.py
+    warmup_steps: int = settings.field(0, least=0)
+    decay_steps: int = settings.field(0, least=0)  # where the decay ends; 0 = config.train.steps
+    min_lr: float = settings.field(0.0, least=0)
+    # at the peak, after the warm-up (NeMo's ...Hold...)
+    hold_steps: int = settings.field(0, least=0)
+    # at min_lr, the last of the decay steps (CosineAnnealing)
+    constant_steps: int = settings.field(0, least=0)
+    d_model: int = settings.field(0, least=0)  # of NoamAnnealing
+    power: float = settings.field(1.0, least=0)  # of Polynomial(Hold)DecayAnnealing
+    decay_rate: float = settings.field(0.5, least=0)  # of NoamHoldAnnealing
+    b1: float = settings.field(0.9, least=0, below=1)
+    b2: float = settings.field(0.98, least=0, below=1)
+    eps: float = settings.field(1e-6, least=0)
+    weight_decay: float = settings.field(0.01, least=0)
     decay_rules: tuple = ((r".*/(kernel|embedding|w0|w1|w2|w_left|w_right)", 1.0), (".*", 0.0))
     lr_rules: tuple = ()  # (regex, multiplier) ...; a parameter without a rule has 1.0
-    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
-    accumulate: int = 1  # micro-batches that one global batch is cut into
-    ema: float = 0.0  # decay of the exponential moving average of the parameters; 0 = none
-    max_bad_steps: int = 10  # the run stops after so many non-finite steps in a row; 0 = never
-
-    def __post_init__(self):
-        if self.accumulate < 1:
-            raise ValueError("config.optim.accumulate must be at least 1")
-        lengths = ("warmup_steps", "decay_steps", "hold_steps", "constant_steps", "max_bad_steps")
-        others = ("d_model", "power", "decay_rate")
-        for name in ("lr", "min_lr", "eps", "weight_decay", "clip_norm", *lengths, *others):
-            if getattr(self, name) < 0:
-                raise ValueError(f"config.optim.{name} must not be negative")
-        for name in ("b1", "b2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"config.optim.{name} must be at least 0 and below 1")
+    clip_norm: float = settings.field(1.0, least=0)  # global gradient norm; 0 = no clipping
+    accumulate: int = settings.field(1, least=1)  # micro-batches that one global batch is cut into
+    # decay of the exponential moving average of the parameters; 0 = none
+    ema: float = settings.field(0.0, least=0, below=1)
+    # the run stops after so many non-finite steps in a row; 0 = never
+    max_bad_steps: int = settings.field(10, least=0)
 
 
 def _scale_by_tree(factors):
@@ -72,7 +64,7 @@ def make(config, params, total_steps, frozen=()):
 
     Raises:
       tree.TreeError: a rule that matches no parameter, a parameter without a decay rule.
-      ValueError: an unknown optimizer or schedule.
+      ValueError: parts of the schedule that are longer than the whole.
     """
     rate = schedule(config, total_steps)
     paths = list(tree.flatten(params))
@@ -82,10 +74,8 @@ def make(config, params, total_steps, frozen=()):
         chain.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
     elif config.name == "adamw8bit":
         chain.append(scale_by_adam8bit(config.b1, config.b2, config.eps))
-    elif config.name == "sgd":
-        chain.append(optax.trace(config.b1) if config.b1 else optax.identity())
     else:
-        raise ValueError(f"config.optim.name {config.name!r}: choose adamw, adamw8bit or sgd")
+        chain.append(optax.trace(config.b1) if config.b1 else optax.identity())
     if config.weight_decay:
         decay = tree.match(config.decay_rules, whole, what="config.optim.decay_rules rule")
         mask = tree.unflatten({p: decay[p] != 0 for p in paths})

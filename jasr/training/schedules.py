@@ -19,13 +19,9 @@ def make(config, total_steps):
       total_steps: where the decay ends, if config.decay_steps is 0.
 
     Raises:
-      ValueError: an unknown schedule, parts that are longer than the whole, or a setting that the
-        schedule needs and does not have.
+      ValueError: parts that are longer than the whole, or a setting that the schedule needs
+        and does not have.
     """
-    if config.schedule not in (*OWN, *NEMO):
-        raise ValueError(
-            f"config.optim.schedule {config.schedule!r}: choose {', '.join((*OWN, *NEMO))}"
-        )
     for name, users in ONLY.items():
         if vars(config)[name] and config.schedule not in users:
             raise ValueError(f"config.optim.{name} is for {', '.join(users)} only")
@@ -166,6 +162,7 @@ NEMO = {
     "WarmupPolicy": _policy,
     "WarmupHoldPolicy": _policy,
 }
+SCHEDULES = (*OWN, *NEMO)
 ONLY = {  # settings that other schedules have no use for
     "hold_steps": ("NoamHoldAnnealing", "PolynomialHoldDecayAnnealing", "WarmupHoldPolicy"),
     "constant_steps": ("CosineAnnealing",),

@@ -1,25 +1,25 @@
 """What a run starts from: its tokenizer, and its own checkpoint, given weights or scratch."""
 
 import contextlib
-import dataclasses
 import re
 
 import jax
 import numpy as np
 
-from jasr import checkpoint, text, tree
+from jasr import checkpoint, settings, text, tree
 from jasr.systems import compatibility, source
 
 ITEMS = ("params", "batch_stats", "opt_state", "ema")
 COUNTERS = ("step", "bad_steps", "bad_in_row", "rng")
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class InitConfig:
     """Weights that a new run starts from, and what it does not train."""
 
     path: str = ""  # a run, step, average, or an original LaCT checkpoint; "" = scratch
-    item: str = ""  # "params" or "ema"; "" = the moving average if there is one
+    # "" = the moving average if there is one
+    item: str = settings.field("", choices=("", "params", "ema"))
     drop: tuple = ()  # regexes of parameters that are not taken from `path`, e.g. "ctc_head/.*"
     freeze: tuple = ()  # regexes of parameters that get no gradient; the batch statistics of
     # modules that are frozen whole stay too, but training still normalises by each batch
@@ -27,17 +27,21 @@ class InitConfig:
     # "model.lact_mode"; an error about such a difference names them
 
 
-@dataclasses.dataclass(frozen=True)
+SCRATCH = InitConfig()
+
+
+@settings.section
 class TextConfig:
     """Which tokenizer a run uses."""
 
-    kind: str = "char"  # "char" | "sentencepiece" | "init": the one of config.init.path
+    # "init": the one of config.init.path
+    kind: str = settings.field("char", choices=("char", "sentencepiece", "init"))
     vocabulary: tuple = ()  # char: the characters without the blank; () = the training texts'
     path: str = ""  # sentencepiece: the .model file
-    normalisation: str = "lower"  # "none" | "lower" | "whisper_english"
+    normalisation: str = settings.field("lower", choices=text.NORMALISATIONS)
 
 
-def make_tokenizer(config, texts, given=InitConfig(), own=None):
+def make_tokenizer(config, texts, given=SCRATCH, own=None):
     """The run's tokenizer.
 
     Args:
@@ -47,7 +51,7 @@ def make_tokenizer(config, texts, given=InitConfig(), own=None):
         run saved counts first, so that it resumes when the weights it began with are gone.
 
     Raises:
-      ValueError: an unknown kind, "init" without a path; text.TextError: a vocabulary or model
+      ValueError: "init" without a path; text.TextError: a vocabulary or model
         that cannot be used.
     """
     if config.kind == "sentencepiece":
@@ -60,8 +64,6 @@ def make_tokenizer(config, texts, given=InitConfig(), own=None):
             raise ValueError("config.text.kind 'init' is the tokenizer of config.init.path: set it")
         meta = source.load_meta(source.resolve(given.path, given.item))
         return text.from_dict(meta["tokenizer"])
-    if config.kind != "char":
-        raise ValueError(f"config.text.kind {config.kind!r}: choose char, sentencepiece or init")
     if config.vocabulary:
         return text.CharTokenizer((text.BLANK, *config.vocabulary), config.normalisation)
     return text.CharTokenizer.from_texts(texts(), config.normalisation)

@@ -1,8 +1,8 @@
 """The training step of every task: its state, gradients, accumulation, guarded update."""
 
-import dataclasses
 import functools
 import importlib.util
+import math
 from typing import Any
 
 import flax.struct
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jasr import tree
+from jasr import settings, tree
 from jasr.training.optim import ema_update
 
 
@@ -35,25 +35,21 @@ class TrainState:
     rng: Any
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class RunConfig:
     """Length and rhythm of a run, in optimizer steps."""
 
-    steps: int = 1000
-    log_every: int = 50
-    eval_every: int = 500  # validate and save
-    save_every: int = 0  # save more often than that; 0 = no
-    sample_every: int = 0  # show one prediction more often than that; 0 = no
-    epochs: float = 0.0  # length in passes over the training data instead of steps; 0 = steps
+    steps: int = settings.field(1000, least=1)
+    log_every: int = settings.field(50, least=1)
+    eval_every: int = settings.field(500, least=1)  # validate and save
+    save_every: int = settings.field(0, least=0)  # save more often than that; 0 = no
+    sample_every: int = settings.field(0, least=0)  # show one prediction more often; 0 = no
+    # length in passes over the training data instead of steps; 0 = steps
+    epochs: float = settings.field(0.0, least=0, below=math.inf)
     validate: tuple = ()  # names of what is measured on the validation sets; () = all there is
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name, least in dict(
-            steps=1, log_every=1, eval_every=1, save_every=0, sample_every=0
-        ).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"config.train.{name} must be at least {least}")
         if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
             raise ValueError(
                 "config.train.tensorboard needs tensorboardX: pip install tensorboardX"

@@ -18,7 +18,9 @@ def test_settings_files_and_checkpoints_are_said_in_one_line(capsys, tmp_path):
         "config.train.stepz is not a field": lambda: settings.build(
             step.RunConfig, {"stepz": 1}, "config.train"
         ),
-        "config.train.steps must be at least 1": lambda: step.RunConfig(steps=0),
+        "config.train.steps must be at least 1": lambda: settings.build(
+            step.RunConfig, {"steps": 0}, "config.train"
+        ),
         "no checkpoint in": lambda: checkpoint.load_meta(tmp_path / "none"),
         "No such file or directory: 'none.json'": lambda: open("none.json"),
     }

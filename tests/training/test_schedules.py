@@ -68,7 +68,7 @@ def test_noam_hold_without_hold_is_noam_with_its_peak_given():
         (dict(schedule="CosineAnnealing", hold_steps=4), "hold_steps is for NoamHold"),
         (dict(schedule="cosine", constant_steps=4), "constant_steps is for CosineAnnealing"),
         (dict(schedule="CosineAnnealing", lr=1e-3, min_lr=1e-2), "below min_lr"),
-        (dict(schedule="CosineAnealing"), "choose cosine.*CosineAnnealing"),
+        (dict(schedule="CosineAnealing"), "one of 'cosine'.*'CosineAnnealing'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(fields, told):

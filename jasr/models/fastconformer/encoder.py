@@ -32,7 +32,6 @@ from jasr.layers.relative_attention import (
 )
 from jasr.models.fastconformer.settings import (  # noqa: F401  (the model's public names)
     FastConformerConfig,
-    FastConformerConfigError,
     output_lengths,
     reduced_lengths,
     subsampled_lengths,

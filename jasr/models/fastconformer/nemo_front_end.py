@@ -5,7 +5,6 @@ import re
 import numpy as np
 
 from jasr import settings
-from jasr.audio import features
 from jasr.audio.features import FrontEndConfig
 
 TARGET = "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor"
@@ -92,10 +91,6 @@ def read(preprocessor, legacy=False):
         "normalize": normalize if normalize in ("per_feature", "all_features") else "none",
     }
     config = settings.build(FrontEndConfig, values, "preprocessor")
-    features.check(config)
-    for name in ("sample_rate", "n_mels", "win", "hop"):
-        if getattr(config, name) < 1:
-            raise FrontEndError(f"preprocessor: {name} would be {getattr(config, name)}")
     return settings.to_dict(config)
 
 

@@ -7,6 +7,7 @@ from jasr import settings
 
 SUBSAMPLING = ("dw_striding", "striding", "stacking", "stacking_norm")
 ATTENTION = ("rel_pos", "rel_pos_local_attn", "abs_pos")
+POWERS = tuple(2**n for n in range(11))
 # Keys of NeMo's that choose a kernel, serve several machines or save memory, and change no number.
 WITHOUT_MEANING = (
     "_target_",
@@ -25,11 +26,7 @@ ONLY_AS = {
 }
 
 
-class FastConformerConfigError(ValueError):
-    """An encoder that is not NeMo's ConformerEncoder as known here, with the key and the remedy."""
-
-
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class FastConformerConfig:
     """NeMo's ConformerEncoder: its keys and defaults, then our own.
 
@@ -37,41 +34,46 @@ class FastConformerConfig:
     kernel upstream has no field. Lists become tuples.
     """
 
-    feat_in: int = 80
-    n_layers: int = 17
-    d_model: int = 512
+    feat_in: int = settings.field(80, least=1)
+    n_layers: int = settings.field(17, least=1)
+    d_model: int = settings.field(512, least=1)
     feat_out: int = -1  # a projection after the last layer, if above 0 and not d_model
     # subsampling
     subsampling: str = "striding"
-    subsampling_factor: int = 4  # 1 = a linear map of every frame
+    # 1 = a linear map of every frame
+    subsampling_factor: int = settings.field(4, choices=POWERS)
     subsampling_conv_channels: int = -1  # -1 = d_model
     causal_downsampling: bool = False
-    reduction: str | None = None  # "pooling" | "striding": fewer frames after a layer
+    # fewer frames after a layer
+    reduction: str | None = settings.field(None, choices=(None, "pooling", "striding"))
     reduction_position: int | None = None  # after which layer; -1 = after everything
-    reduction_factor: int = 1
+    reduction_factor: int = settings.field(1, choices=POWERS)
     # layers
-    ff_expansion_factor: int = 4
-    n_heads: int = 4
-    self_attention_model: str = "rel_pos"
+    ff_expansion_factor: int = settings.field(4, least=1)
+    n_heads: int = settings.field(4, least=1)
+    self_attention_model: str = settings.field("rel_pos", choices=ATTENTION)
     att_context_size: tuple = (-1, -1)  # or several pairs: drawn in training, the first otherwise
     att_context_probs: tuple = settings.field((), meaning=False)
-    att_context_style: str = "regular"
+    att_context_style: str = settings.field("regular", choices=("regular", "chunked_limited"))
     xscaling: bool = True
     untie_biases: bool = True
     conv_kernel_size: int = 31
     conv_norm_type: str = "batch_norm"  # layer_norm, instance_norm, group_normN
     conv_context_size: str | tuple | None = None  # "causal" or (left, right); None = centred
     use_bias: bool = True
-    global_tokens: int = 0  # in local attention: frames that read all and are read by all
-    global_tokens_spacing: int = 1
+    # in local attention: frames that read all and are read by all
+    global_tokens: int = settings.field(0, least=0)
+    global_tokens_spacing: int = settings.field(1, least=1)
     global_attn_separate: bool = False
-    dropout: float = settings.field(0.1, meaning=False)
-    dropout_pre_encoder: float = settings.field(0.1, meaning=False)
-    dropout_emb: float = settings.field(0.1, meaning=False)
-    dropout_att: float = settings.field(0.0, meaning=False)
-    stochastic_depth_drop_prob: float = settings.field(0.0, meaning=False)
-    stochastic_depth_mode: str = settings.field("linear", meaning=False)
-    stochastic_depth_start_layer: int = settings.field(1, meaning=False)
+    dropout: float = settings.field(0.1, least=0, below=1, meaning=False)
+    dropout_pre_encoder: float = settings.field(0.1, least=0, below=1, meaning=False)
+    dropout_emb: float = settings.field(0.1, least=0, below=1, meaning=False)
+    dropout_att: float = settings.field(0.0, least=0, below=1, meaning=False)
+    stochastic_depth_drop_prob: float = settings.field(0.0, least=0, below=1, meaning=False)
+    stochastic_depth_mode: str = settings.field(
+        "linear", choices=("linear", "uniform"), meaning=False
+    )
+    stochastic_depth_start_layer: int = settings.field(1, least=1, meaning=False)
     # ours
     masked_subsampling: bool = True  # NeMo >= 2.5; False lets padding into the last 1-3 frames
     # As NeMo, padded frames count in the statistics of a convolution's norm (batch norm while it
@@ -81,7 +83,7 @@ class FastConformerConfig:
     # local attention that all layers read layer 0's position biases for, as after a change from
     # attention over all frames
     tied_local_biases: bool = settings.field(False, meaning=False)
-    dtype: str = settings.field("float32", meaning=False)
+    dtype: str = settings.field("float32", choices=("float32", "bfloat16"), meaning=False)
     remat: bool = settings.field(False, meaning=False)  # recompute each layer in the backward pass
 
     @classmethod
@@ -94,11 +96,11 @@ class FastConformerConfig:
           mask its padding.
 
         Raises:
-          FastConformerConfigError: a key or value that this encoder does not know.
+          settings.SettingsError: a key or value that this encoder does not know.
         """
         target = str(encoder.get("_target_") or "ConformerEncoder")
         if target.rpartition(".")[2] != "ConformerEncoder":
-            raise FastConformerConfigError(f"the encoder is a {target}, not a ConformerEncoder")
+            raise settings.SettingsError(f"the encoder is a {target}, not a ConformerEncoder")
         names = set(_FIELDS) - set(OURS)
         fields = {key: encoder[key] for key in names & set(encoder)}
         unknown = [
@@ -107,7 +109,7 @@ class FastConformerConfig:
             if encoder[key] not in ONLY_AS.get(key, ())
         ]
         if unknown:
-            raise FastConformerConfigError(
+            raise settings.SettingsError(
                 f"the encoder has settings that jasr does not know: {', '.join(unknown)}"
             )
         if "subsampling" in fields and not fields["subsampling"]:  # NeMo: a linear map then
@@ -125,27 +127,8 @@ class FastConformerConfig:
     def __post_init__(self):
         for name in ("att_context_size", "att_context_probs", "conv_context_size"):
             object.__setattr__(self, name, _tuples(getattr(self, name)))
-        checks = {
-            "subsampling": SUBSAMPLING,
-            "self_attention_model": ATTENTION,
-            "att_context_style": ("regular", "chunked_limited"),
-            "reduction": (None, "pooling", "striding"),
-            "stochastic_depth_mode": ("linear", "uniform"),
-            "dtype": ("float32", "bfloat16"),
-        }
-        for name, allowed in checks.items():
-            if name == "subsampling" and self.subsampling_factor == 1:
-                continue  # NeMo ignores it then
-            self._check(name, getattr(self, name) in allowed, f"one of {allowed}")
-        for name in ("feat_in", "n_layers", "d_model", "n_heads", "ff_expansion_factor"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("subsampling_factor", "reduction_factor"):
-            self._check(name, _is_power_of_2(getattr(self, name)), "a power of 2")
-        for name in (f.name for f in dataclasses.fields(self) if f.name.startswith("dropout")):
-            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        p = self.stochastic_depth_drop_prob
-        self._check("stochastic_depth_drop_prob", 0 <= p < 1, "at least 0 and below 1")
-        self._check("stochastic_depth_start_layer", self.stochastic_depth_start_layer >= 1, ">= 1")
+        known = self.subsampling in SUBSAMPLING or self.subsampling_factor == 1  # NeMo: unread then
+        self._check("subsampling", known, f"one of {SUBSAMPLING}")
         self._check("d_model", self.d_model % self.n_heads == 0, "a multiple of n_heads")
         self._check("d_model", self.d_model % 2 == 0, "even")
         self._check("conv_kernel_size", self.conv_kernel_size % 2 == 1, "odd")
@@ -157,7 +140,7 @@ class FastConformerConfig:
 
     def _check(self, name, good, wanted):
         if not good:
-            raise FastConformerConfigError(
+            raise settings.SettingsError(
                 f"FastConformerConfig.{name} must be {wanted}, got {getattr(self, name)!r}"
             )
 
@@ -191,7 +174,6 @@ class FastConformerConfig:
                 wanted = "(left, right) with left a multiple of right + 1 in the chunked style"
                 self._check("att_context_size", left % (right + 1) == 0, wanted)
         self._check("global_tokens", self.global_tokens == 0 or local, "0 without local attention")
-        self._check("global_tokens_spacing", self.global_tokens_spacing >= 1, "at least 1")
 
     @property
     def head_dim(self):
@@ -274,10 +256,6 @@ def _version(text):
             break
         parts.append(int(digits))
     return tuple(parts) if parts else (math.inf,)
-
-
-def _is_power_of_2(n):
-    return n >= 1 and n & (n - 1) == 0
 
 
 def halved(length, times, causal=False):

@@ -12,42 +12,48 @@ import jax.numpy as jnp
 from jasr import settings
 from jasr.models.fastconformer import encoder as fastconformer
 from jasr.models.fastconformer.settings import FastConformerConfig
-from jasr.systems.fastconformer.transducer import Joint, JointConfig, Prediction, PredictionConfig
+from jasr.systems.fastconformer.transducer import (
+    ACTIVATIONS,
+    Joint,
+    JointConfig,
+    Prediction,
+    PredictionConfig,
+)
 
 KINDS = ("ctc", "rnnt", "tdt", "hybrid")
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class PredictionSettings:
     """What a recipe says of the prediction network; the rest follows from the tokenizer."""
 
-    pred_hidden: int = 640
-    pred_rnn_layers: int = 1
-    dropout: float = settings.field(0.2, meaning=False)
+    pred_hidden: int = settings.field(640, least=1)
+    pred_rnn_layers: int = settings.field(1, least=1)
+    dropout: float = settings.field(0.2, least=0, below=1, meaning=False)
     blank_as_pad: bool = True
     random_state_sampling: bool = settings.field(False, meaning=False)
     forget_gate_bias: float | None = settings.field(1.0, meaning=False)
     hidden_hidden_bias_scale: float = settings.field(0.0, meaning=False)
     weights_init_scale: float = settings.field(1.0, meaning=False)
-    t_max: int | None = settings.field(None, meaning=False)
+    t_max: int | None = settings.field(None, above=2, meaning=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class JointSettings:
     """What a recipe says of the joint network; the rest follows from encoder and tokenizer."""
 
-    joint_hidden: int = 640
-    activation: str = "relu"
-    dropout: float = settings.field(0.2, meaning=False)
+    joint_hidden: int = settings.field(640, least=1)
+    activation: str = settings.field("relu", choices=tuple(ACTIVATIONS))
+    dropout: float = settings.field(0.2, least=0, below=1, meaning=False)
     # follows from the loss: as many as it has durations
-    num_extra_outputs: int = settings.field(0, meaning=False)
+    num_extra_outputs: int = settings.field(0, least=0, meaning=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class ParakeetConfig:
     """kind: "ctc", "rnnt", "tdt", or "hybrid", a transducer with a CTC head beside it."""
 
-    kind: str = "tdt"
+    kind: str = settings.field("tdt", choices=KINDS)
     encoder: FastConformerConfig = FastConformerConfig(
         subsampling="dw_striding",
         subsampling_factor=8,
@@ -59,10 +65,6 @@ class ParakeetConfig:
     decoder: PredictionSettings = PredictionSettings()
     joint: JointSettings = JointSettings()
     vocab_size: int = settings.field(0, meaning=False)  # tokens without the blank: the tokenizer's
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"config.model.kind {self.kind!r}: choose one of {', '.join(KINDS)}")
 
     @property
     def is_transducer(self):

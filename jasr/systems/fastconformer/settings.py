@@ -1,6 +1,5 @@
 """Settings of NeMo's recognisers besides their model: config.loss and config.decoding."""
 
-import dataclasses
 import math
 
 from jasr import settings
@@ -9,9 +8,11 @@ from jasr.losses.reduction import REDUCTIONS
 from jasr.losses.transducer import check_durations
 
 BRANCHES = ("transducer", "ctc")
+# a file of NeMo's may say sum: it is decoded, and refused where it is to be trained
+REDUCED = (*REDUCTIONS, "sum")
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class LossConfig:
     """NeMo's losses and how utterance losses become one number.
 
@@ -20,59 +21,34 @@ class LossConfig:
     transducer's plus weight times CTC's.
     """
 
-    kind: str = settings.field("tdt", meaning=True)  # "ctc" | "rnnt" | "tdt"
-    reduction: str = "mean_batch"
+    kind: str = settings.field("tdt", choices=("ctc", "rnnt", "tdt"), meaning=True)
+    reduction: str = settings.field("mean_batch", choices=REDUCED)
     durations: tuple = settings.field(  # frames, in the order of the TDT outputs
         (0, 1, 2, 3, 4), meaning=lambda loss: loss.kind == "tdt"
     )
-    sigma: float = 0.02
-    omega: float = 0.1
-    fastemit_lambda: float = 0.0
+    sigma: float = settings.field(0.02, least=0)
+    omega: float = settings.field(0.1, least=0, most=1)
+    fastemit_lambda: float = settings.field(0.0, least=0)
     clamp: float = -1.0  # of the gradient of the joint's token logits; 0 or less: none
-    ctc_weight: float = 0.3
-    ctc_reduction: str = "mean_batch"
-    ramp_steps: int = 0  # augmentation strength rises linearly from 0 over so many steps
+    ctc_weight: float = settings.field(0.3, least=0, most=1)
+    ctc_reduction: str = settings.field("mean_batch", choices=REDUCED)
+    # augmentation strength rises linearly from 0 over so many steps
+    ramp_steps: int = settings.field(0, least=0)
 
     def __post_init__(self):
-        if self.kind not in ("ctc", "rnnt", "tdt"):
-            raise ValueError(f"config.loss.kind {self.kind!r}: choose ctc, rnnt or tdt")
-        for name in ("reduction", "ctc_reduction"):
-            # a file of NeMo's may say sum: it is decoded, and refused where it is to be trained
-            if getattr(self, name) not in (*REDUCTIONS, "sum"):
-                raise ValueError(
-                    f"config.loss.{name} {getattr(self, name)!r}: choose {', '.join(REDUCTIONS)}"
-                )
-        most = {"omega": 1, "ctc_weight": 1, "sigma": math.inf, "fastemit_lambda": math.inf}
-        for name, limit in most.items():
-            if not 0 <= getattr(self, name) <= limit:
-                raise ValueError(
-                    f"config.loss.{name} {getattr(self, name)!r}: must be within 0 and {limit}"
-                )
         if self.kind == "tdt":
             check_durations(self.durations, "config.loss.durations")
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class DecodingConfig:
     """How a transducer is decoded; see `decoding.transducer.greedy` and `beam.beam_search`."""
 
-    strategy: str = "greedy_batch"  # "greedy_batch" | "greedy" | "beam"
-    max_symbols: int = 10  # labels at one frame, at most; 0 = no limit (10 with a beam)
-    branch: str = "transducer"  # of a hybrid: "transducer" | "ctc"
-    beam: int = 4  # hypotheses that a beam search keeps
-    expansion_gamma: float = 2.3  # log-probability by which it tries worse symbols than the best
+    strategy: str = settings.field("greedy_batch", choices=(*STRATEGIES, "beam"))
+    # labels at one frame, at most; 0 = no limit (10 with a beam)
+    max_symbols: int = settings.field(10, least=0)
+    branch: str = settings.field("transducer", choices=BRANCHES)  # of a hybrid
+    beam: int = settings.field(4, least=1)  # hypotheses that a beam search keeps
+    # log-probability by which it tries worse symbols than the best
+    expansion_gamma: float = settings.field(2.3, least=0, below=math.inf)
     length_normalised: bool = True  # it takes the best by score / labels
-
-    def __post_init__(self):
-        strategies = (*STRATEGIES, "beam")
-        if self.strategy not in strategies:
-            raise ValueError(
-                f"config.decoding.strategy {self.strategy!r}: choose {', '.join(strategies)}"
-            )
-        if self.branch not in BRANCHES:
-            raise ValueError(f"config.decoding.branch {self.branch!r}: choose transducer or ctc")
-        if self.beam < 1 or self.max_symbols < 0 or not 0 <= self.expansion_gamma < math.inf:
-            raise ValueError(
-                "config.decoding: beam must be at least 1, max_symbols and expansion_gamma not "
-                f"negative, got {self.beam}, {self.max_symbols}, {self.expansion_gamma}"
-            )

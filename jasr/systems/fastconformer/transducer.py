@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jasr import settings
 from jasr.layers.basic import record
 from jasr.layers.lstm import gates_of, lstm, lstm_step
 
@@ -19,34 +20,31 @@ ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh, "sigmoid": nn.sigmoid}
 DTYPES = ("float32", "bfloat16")
 
 
-class TransducerConfigError(ValueError):
-    """A decoder or joint section that is not one known here, with the key and the remedy."""
-
-
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class PredictionConfig:
     """NeMo's RNNTDecoder: keys of its section and of `prednet` in it, with their defaults; dtype
     is ours. The blank is the id after the last token, `vocab_size`."""
 
-    vocab_size: int
-    pred_hidden: int = 640
-    pred_rnn_layers: int = 1
-    dropout: float = 0.0  # after each layer
+    vocab_size: int = settings.field(least=1)
+    pred_hidden: int = settings.field(640, least=1)
+    pred_rnn_layers: int = settings.field(1, least=1)
+    dropout: float = settings.field(0.0, least=0, below=1)  # after each layer
     blank_as_pad: bool = True  # whether the table has a row for the blank, all zeros
     random_state_sampling: bool = False  # training starts from states drawn from N(0, 1)
     # initial values
     forget_gate_bias: float | None = 1.0
     hidden_hidden_bias_scale: float = 0.0  # of the second bias of the forget gate
     weights_init_scale: float = 1.0
-    t_max: int | None = None  # instead: biases for memories of 1 to t_max - 1 tokens
-    dtype: str = "float32"
+    # instead: biases for memories of 1 to t_max - 1 tokens
+    t_max: int | None = settings.field(None, above=2)
+    dtype: str = settings.field("float32", choices=DTYPES)
 
     @classmethod
     def from_nemo(cls, decoder):
         """The config of the `decoder` section of a NeMo model config.
 
         Raises:
-          TransducerConfigError: a key or value that this network does not know.
+          settings.SettingsError: a key or value that this network does not know.
         """
         section, prednet = dict(decoder), dict(decoder.get("prednet") or {})
         section.pop("prednet", None)
@@ -66,37 +64,31 @@ class PredictionConfig:
             "prednet": {key: value for key, value in fields.items() if key != "dtype"},
         }
 
-    def __post_init__(self):
-        for name in ("vocab_size", "pred_hidden", "pred_rnn_layers"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        _check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        _check(self, "t_max", self.t_max is None or self.t_max > 2, "None or above 2")
-        _check(self, "dtype", self.dtype in DTYPES, f"one of {DTYPES}")
-
     @property
     def blank(self):
         return self.vocab_size
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class JointConfig:
     """NeMo's RNNTJoint: keys of its section and of `jointnet` in it; dtype is ours."""
 
-    num_classes: int  # tokens without the blank, which follows them
-    encoder_hidden: int
-    pred_hidden: int
-    joint_hidden: int
-    num_extra_outputs: int = 0  # TDT: a logit of each duration, after the blank's
-    activation: str = "relu"
-    dropout: float = 0.0
-    dtype: str = "float32"
+    num_classes: int = settings.field(least=1)  # tokens without the blank, which follows them
+    encoder_hidden: int = settings.field(least=1)
+    pred_hidden: int = settings.field(least=1)
+    joint_hidden: int = settings.field(least=1)
+    # TDT: a logit of each duration, after the blank's
+    num_extra_outputs: int = settings.field(0, least=0)
+    activation: str = settings.field("relu", choices=tuple(ACTIVATIONS))
+    dropout: float = settings.field(0.0, least=0, below=1)
+    dtype: str = settings.field("float32", choices=DTYPES)
 
     @classmethod
     def from_nemo(cls, joint):
         """The config of the `joint` section of a NeMo model config.
 
         Raises:
-          TransducerConfigError: a key or value that this network does not know.
+          settings.SettingsError: a key or value that this network does not know.
         """
         section, jointnet = dict(joint), dict(joint.get("jointnet") or {})
         section.pop("jointnet", None)
@@ -120,14 +112,6 @@ class JointConfig:
             "jointnet": {key: value for key, value in fields.items() if key != "dtype"},
         }
 
-    def __post_init__(self):
-        for name in ("num_classes", "encoder_hidden", "pred_hidden", "joint_hidden"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        _check(self, "num_extra_outputs", self.num_extra_outputs >= 0, "at least 0")
-        _check(self, "activation", self.activation in ACTIVATIONS, f"one of {(*ACTIVATIONS,)}")
-        _check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        _check(self, "dtype", self.dtype in DTYPES, f"one of {DTYPES}")
-
     @property
     def blank(self):
         return self.num_classes
@@ -142,7 +126,7 @@ def _read(cls, kind, section, inner, silent, fixed):
     """A config from a section of NeMo's and the section inside of it, checked."""
     target = str(section.get("_target_") or kind).rpartition(".")[2]
     if target != kind:
-        raise TransducerConfigError(f"the section is of {target}, not of {kind}")
+        raise settings.SettingsError(f"the section is of {target}, not of {kind}")
     given = {**section, **inner}
     names = {f.name for f in dataclasses.fields(cls)} - {"dtype"}
     unknown = [
@@ -151,7 +135,7 @@ def _read(cls, kind, section, inner, silent, fixed):
         if key not in names and key not in silent and value not in fixed.get(key, ())
     ]
     if unknown:
-        raise TransducerConfigError(
+        raise settings.SettingsError(
             f"the {kind} has settings that jasr does not know: {', '.join(unknown)}"
         )
     fields = {key: given[key] for key in names & set(given)}
@@ -165,15 +149,8 @@ def _read(cls, kind, section, inner, silent, fixed):
         if f.default is dataclasses.MISSING and f.name not in fields
     ]
     if missing:
-        raise TransducerConfigError(f"the {kind} lacks {', '.join(missing)}")
+        raise settings.SettingsError(f"the {kind} lacks {', '.join(missing)}")
     return cls(**fields)
-
-
-def _check(config, name, good, wanted):
-    if not good:
-        raise TransducerConfigError(
-            f"{type(config).__name__}.{name} must be {wanted}, got {getattr(config, name)!r}"
-        )
 
 
 def uniform(bound):

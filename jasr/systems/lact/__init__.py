@@ -17,7 +17,7 @@ SYSTEM = System(
         "spec_augment": _AUDIO + "SpecAugmentConfig",
         "wave_augment": _AUDIO + "WaveAugmentConfig",
         "model": "jasr.systems.lact.settings:LactConfig",
-        "loss": "jasr.systems.lact.task:CtcLossConfig",
+        "loss": "jasr.systems.lact.settings:CtcLossConfig",
     },
     task="jasr.systems.lact.task:build",
     options={

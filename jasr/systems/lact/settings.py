@@ -1,15 +1,14 @@
 """Settings of LaCT ASR, the published sizes, and how many fast-weight updates a configuration
 makes."""
 
-import dataclasses
-
 from jasr import settings
 from jasr.layers import fast_weights
+from jasr.losses.reduction import REDUCTIONS
 
 MODES = ("reference", "causal", "bidirectional", "block")
 
 
-@dataclasses.dataclass(frozen=True)
+@settings.section
 class LactConfig:
     """Every field of LaCTASRConfig and its parent LaCTSWIGLUConfig that acts, with their defaults,
     then our own.
@@ -28,16 +27,17 @@ class LactConfig:
     n_mels: int = settings.field(80, meaning=False)
     n_fft: int = settings.field(512, meaning=False)
     audio_encoder_layers: int = 2
-    audio_encoder_dropout: float = settings.field(0.1, meaning=False)
+    audio_encoder_dropout: float = settings.field(0.1, least=0, below=1, meaning=False)
     # CTC
     ctc_vocab_size: int = settings.field(32, meaning=False)
     ctc_blank_id: int = settings.field(0, meaning=False)
-    use_ctc: bool = settings.field(True, meaning=False)
-    use_attention: bool = False  # an attention decoder; upstream has none either
+    use_ctc: bool = settings.field(True, choices=(True,), meaning=False)
+    # an attention decoder; upstream has none either
+    use_attention: bool = settings.field(False, choices=(False,))
     # transformer
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attn_heads: int = 12
+    hidden_size: int = settings.field(768, least=1)
+    num_hidden_layers: int = settings.field(12, least=1)
+    num_attn_heads: int = settings.field(12, least=1)
     qkv_bias: bool = False
     attn_qk_norm: bool = False
     window_size: int = 4096  # keys a query reads on each side, itself included; 0 = all
@@ -45,21 +45,21 @@ class LactConfig:
     max_position_embeddings: int = settings.field(16384, meaning=False)
     hidden_ratio: int = settings.field(4, meaning=False)
     intermediate_size: int = settings.field(0, meaning=False)
-    hidden_act: str = settings.field("swish", meaning=False)
+    hidden_act: str = settings.field("swish", choices=("swish", "silu"), meaning=False)
     # 0 = 1/sqrt(fan in), branches end in zeros
     initializer_range: float = settings.field(0.006, meaning=False)
     elementwise_affine: bool = True
     norm_eps: float = 1e-6
     # fast weights
-    num_lact_heads: int = 4
+    num_lact_heads: int = settings.field(4, least=1)
     inter_multi: float = 1.0
-    lact_chunk_size: int = 4096
+    lact_chunk_size: int = settings.field(4096, least=1)
     use_muon: bool = False
     use_momentum: bool = True
-    lr_dim: int = 1
-    lr_parameterization: str = "mamba"
+    lr_dim: int = settings.field(1, choices=(1,))
+    lr_parameterization: str = settings.field("mamba", choices=("mamba",))
     learnable_ttt_scale: bool = True
-    ttt_loss_type: str = "dot_product"
+    ttt_loss_type: str = settings.field("dot_product", choices=("dot_product",))
     ttt_prenorm: bool = False
     ttt_nope: bool = False
     qkv_silu: bool = True
@@ -68,40 +68,21 @@ class LactConfig:
     fw_init_gain: float = settings.field(0.5, meaning=False)
     # ours
     fw_base_lr: float = 0.001  # hard-coded upstream
-    lact_mode: str = "reference"
-    lact_every: int = 1  # blocks n, 2n, ... have the fast branch; 0 = none
-    lact_updates: str = "on"  # "off" = initial weights only, "no_branch" = attention only
-    subsampling: int = 1
+    lact_mode: str = settings.field("reference", choices=MODES)
+    lact_every: int = settings.field(1, least=0)  # blocks n, 2n, ... have the fast branch; 0 = none
+    # "off" = initial weights only, "no_branch" = attention only
+    lact_updates: str = settings.field("on", choices=("on", "off", "no_branch"))
+    subsampling: int = settings.field(1, choices=(1, 2, 4))
     conv_kernel: int = 0
     intermediate_ctc: tuple = ()  # after how many blocks
     self_conditioning: bool = False
-    dropout: float = settings.field(0.0, meaning=False)
-    batch_norm: str = settings.field("masked", meaning=False)
-    positions: str = "sinusoidal"
-    dtype: str = settings.field("float32", meaning=False)
+    dropout: float = settings.field(0.0, least=0, below=1, meaning=False)
+    batch_norm: str = settings.field("masked", choices=("masked", "reference"), meaning=False)
+    positions: str = settings.field("sinusoidal", choices=("sinusoidal", "none"))
+    dtype: str = settings.field("float32", choices=("float32", "bfloat16"), meaning=False)
     remat: bool = settings.field(False, meaning=False)  # recompute each block in the backward pass
 
     def __post_init__(self):
-        _choice(self, "lact_mode", MODES)
-        _choice(self, "lact_updates", ("on", "off", "no_branch"))
-        _choice(self, "batch_norm", ("masked", "reference"))
-        _choice(self, "positions", ("sinusoidal", "none"))
-        _choice(self, "subsampling", (1, 2, 4))
-        _choice(self, "dtype", ("float32", "bfloat16"))
-        _choice(self, "hidden_act", ("swish", "silu"))
-        _choice(self, "lr_parameterization", ("mamba",))
-        _choice(self, "lr_dim", (1,))
-        _choice(self, "ttt_loss_type", ("dot_product",))
-        _choice(self, "use_attention", (False,))
-        _choice(self, "use_ctc", (True,))
-        for name in "hidden_size num_hidden_layers num_attn_heads num_lact_heads".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"LactConfig.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dropout", "audio_encoder_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"LactConfig.{name} must be at least 0 and below 1, got {getattr(self, name)}"
-                )
         for name in ("num_attn_heads", "num_lact_heads"):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(
@@ -121,10 +102,6 @@ class LactConfig:
             raise ValueError(
                 f"LactConfig.intermediate_ctc {self.intermediate_ctc} must lie between 1 and "
                 f"num_hidden_layers - 1 = {self.num_hidden_layers - 1}"
-            )
-        if self.lact_chunk_size < 1 or self.lact_every < 0:
-            raise ValueError(
-                "LactConfig: lact_chunk_size must be positive and lact_every not negative"
             )
 
     @property
@@ -152,11 +129,19 @@ class LactConfig:
         return self.lact_every > 0 and (block + 1) % self.lact_every == 0
 
 
-def _choice(config, name, allowed):
-    if getattr(config, name) not in allowed:
-        raise ValueError(
-            f"LactConfig.{name} must be one of {allowed}, got {getattr(config, name)!r}"
-        )
+@settings.section
+class CtcLossConfig:
+    """How utterance losses become one number.
+
+    reduction: "mean" = mean over utterances of loss / tokens (torch's CTCLoss mean, LaCT),
+    "mean_batch" = mean over utterances, "mean_volume" = sum of losses / sum of tokens (NeMo).
+    """
+
+    reduction: str = settings.field("mean", choices=REDUCTIONS)
+    # share of the intermediate CTC losses, if the model has any
+    intermediate_weight: float = settings.field(0.3, least=0, most=1)
+    # augmentation strength rises linearly from 0 over so many steps
+    ramp_steps: int = settings.field(0, least=0)
 
 
 def encoder_frames(config, frames):

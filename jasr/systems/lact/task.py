@@ -13,20 +13,8 @@ from jasr.losses.ctc import ctc_loss, has_path
 from jasr.losses.reduction import contribution, scale_and_count
 from jasr.systems.lact.decoding import window_decoder
 from jasr.systems.lact.model import LactConfig, LactCtc, check_updates, encoder_frames, sharding
+from jasr.systems.lact.settings import CtcLossConfig
 from jasr.training import validators
-
-
-@dataclasses.dataclass(frozen=True)
-class CtcLossConfig:
-    """How utterance losses become one number.
-
-    reduction: "mean" = mean over utterances of loss / tokens (torch's CTCLoss mean, LaCT),
-    "mean_batch" = mean over utterances, "mean_volume" = sum of losses / sum of tokens (NeMo).
-    """
-
-    reduction: str = "mean"
-    intermediate_weight: float = 0.3  # share of the intermediate CTC losses, if the model has any
-    ramp_steps: int = 0  # augmentation strength rises linearly from 0 over so many steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ import pytest
 
 from jasr import tree
 from jasr.losses.transducer import rnnt_loss, tdt_loss
+from jasr.settings import SettingsError
 from jasr.systems.fastconformer.transducer import (
     Joint,
     JointConfig,
     Prediction,
     PredictionConfig,
-    TransducerConfigError,
 )
 
 DURATIONS = (0, 1, 2, 3, 4)
@@ -306,5 +306,5 @@ def test_configs_come_from_nemo_and_go_back():
 )
 def test_sections_that_are_not_known_are_refused_by_name(section, change, message):
     read = PredictionConfig.from_nemo if section == "decoder" else JointConfig.from_nemo
-    with pytest.raises(TransducerConfigError, match=message):
+    with pytest.raises(SettingsError, match=message):
         read(NEMO[section] | change)
