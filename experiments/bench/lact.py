@@ -84,7 +84,7 @@ def jasr_side(config, params, x, cotangent):
 
     def step(params, x, cotangent):
         def layer(params, x):
-            return LactLayer(config).apply({"params": params}, x, length, table)
+            return LactLayer(config).apply({"params": params}, x, length, table)[0]
 
         out, vjp = jax.vjp(layer, params, x)
         d_params, d_x = vjp(cotangent.astype(out.dtype))

@@ -47,7 +47,7 @@ def srt(result, name=""):
     """SubRip subtitles."""
     return "".join(
         f"{number}\n{clock(start, ',')} --> {clock(end, ',')}\n{text}\n\n"
-        for number, (start, end, text) in enumerate(cues(result["words"]), 1)
+        for number, (start, end, text) in enumerate(_timed(result), 1)
     )
 
 
@@ -55,8 +55,15 @@ def vtt(result, name=""):
     """WebVTT subtitles; the header stands even without words."""
     return "WEBVTT\n\n" + "".join(
         f"{clock(start, '.')} --> {clock(end, '.')}\n{escaped(text)}\n\n"
-        for start, end, text in cues(result["words"])
+        for start, end, text in _timed(result)
     )
+
+
+def _timed(result):
+    """The subtitles [(start, end, text)]; of a model without times a segment each."""
+    if result["words"] or not result["text"]:
+        return cues(result["words"])
+    return [(s["start"], s["end"], s["segment"]) for s in result["segments"]]
 
 
 def ctm(result, name=""):

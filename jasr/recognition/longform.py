@@ -3,7 +3,8 @@
 Windows start at multiples of an output frame, so that frame numbers of all windows count on one
 clock. Two windows' tokens are joined at a token on which both agree, near the middle of their
 overlap; where they agree on none, at a frame between words of both, as far from any token and from
-the windows' ends as can be.
+the windows' ends as can be. Tokens without times are joined at the longest text that the end of one
+window and the beginning of the next have in common.
 """
 
 import bisect
@@ -17,6 +18,7 @@ import numpy as np
 AGREE = 4  # frames by which two windows may differ about the start of the same token
 SEAM_JITTER = 2  # frames that a seam between tokens keeps clear of them, where there is room
 SEAM_CLEAR = 12  # frames: more silence than this around a seam makes it no better
+SHARED_LETTERS = 4  # fewer letters in common, without times, are chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,58 @@ def join(pieces, windows, tokenizer):
                 whole.append((space_token(tokenizer), seam, seam, *[0] * (width - 3)))
         whole += items
     return tuple(map(list, zip(*whole, strict=True))) or tuple([] for _ in range(width))
+
+
+def timed(pieces):
+    """Whether every token of `join`'s pieces has a time: a model without them gives frames of
+    -1."""
+    return all(min(starts, default=0) >= 0 for _, _, starts, *_ in pieces)
+
+
+def join_texts(pieces, windows, tokenizer):
+    """Tokens of the whole recording from those of windows that tell no times.
+
+    About as many tokens lie in an overlap as its share of a window; among twice as many, and a
+    few, the longest run that both windows have is looked for, and its middle is the seam. Without
+    one of SHARED_LETTERS the windows follow each other whole, with a space between them.
+
+    Args:
+      pieces: [(first sample, tokens, ...)] in order; columns after the tokens are not read.
+      windows, tokenizer: as in `join`.
+
+    Returns:
+      [(first sample, tokens that come from this window)], one for each piece.
+    """
+    found, share = [], windows.overlap / windows.length
+    for first, tokens, *_ in pieces:
+        new = [int(token) for token in tokens]
+        if found:
+            left = found[-1][1]
+            near = max(0, len(left) - round(2 * share * len(left)) - 8)
+            head = new[: round(2 * share * len(new)) + 8]
+            cut = _shared_text(left[near:], head, tokenizer)
+            if cut:
+                del left[near + cut[0] :]
+                new = new[cut[1] :]
+            elif _runs_on([(t,) for t in left[-1:]], [(t,) for t in new[:1]], tokenizer):
+                left.append(space_token(tokenizer))
+        found.append((first, new))
+    return found
+
+
+def _shared_text(left, right, tokenizer):
+    """(index in left, index in right) of the middle of the longest run that both have, or None.
+
+    Of runs of as many letters, the one nearest to the end of left and the beginning of right.
+    """
+    best = None
+    matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
+    for a, b, size in matcher.get_matching_blocks():
+        letters = sum(len(tokenizer.piece(token).strip()) for token in right[b : b + size])
+        key = letters, -(len(left) - a - size) - b
+        if letters >= SHARED_LETTERS and (best is None or key > best[0]):
+            best = key, a + size // 2, b + size // 2
+    return best and best[1:]
 
 
 def _runs_on(left, right, tokenizer):

@@ -21,6 +21,7 @@ import numpy as np
 
 from jasr import audio
 from jasr.audio import resample
+from jasr.audio.inputs import padded
 from jasr.decoding.ctc import words
 from jasr.recognition import longform
 from jasr.recognition.coverage import LEVEL_SECONDS, coverage, doubts, not_decoded
@@ -144,9 +145,10 @@ class Recognizer:
         Returns:
           [{"audio_filepath", "duration" in s, "text", "words": [{"word", "start", "end"} in s],
           "segments": [{"segment", "start", "end"}], "coverage": see `coverage`, "warnings":
-          [str]}], with the model's own totals ("updates" of fast weights) and with "timestamp" if
-          another kind of timestamps was asked for. A recording that could not be used has "error"
-          too and is also announced by a Python warning.
+          [str]}]; of a model that tells no times no words, and one segment a window. The model's
+          own totals ("updates" of fast weights) stand beside them, and "timestamp" if another kind
+          of timestamps was asked for. A recording that could not be used has "error" too and is
+          also announced by a Python warning.
         """
         if getattr(inputs, "ndim", 1) != 1:
             raise ValueError(
@@ -215,13 +217,7 @@ class Recognizer:
         rows = min(r for r in BUCKET_ROWS if r >= len(items))
         program = self.program(rows, bucket)
         start = time.perf_counter()
-        batch = {
-            "audio": np.zeros((rows, bucket), np.float32),
-            "audio_len": np.zeros(rows, np.int32),
-        }
-        for row, (_, _, samples) in enumerate(items):
-            batch["audio"][row, : len(samples)] = samples
-            batch["audio_len"][row] = len(samples)
+        batch = padded([samples for _, _, samples in items], rows, bucket)
         out = jax.device_get(program(self.variables, batch))
         for row, (job, first, samples) in enumerate(items):
             length = int(out["token_len"][row])
@@ -239,26 +235,50 @@ class Recognizer:
             nothing = {"windows": 0, "seconds": 0.0, "uncovered": []}
             empty = {"duration": 0.0, "text": "", "words": [], "segments": [], "coverage": nothing}
             return {**result, **empty, "warnings": [job.error], "error": job.error}
-        decoder, seconds_per_frame = self.decoder, self.windows.frame / self.sample_rate
+        decoder = self.decoder
         pieces = sorted(job.pieces, key=lambda p: p[0])
-        columns = longform.join(pieces, self.windows, decoder.tokenizer)
-        found = words(decoder.tokenizer, *columns[:3], seconds_per_frame, decoder.marks)
-        for word in found:  # the last frame may reach beyond the last sample; TDT may give it none
-            word["start"] = min(word["start"], result["duration"])
-            if word["end"] <= word["start"]:
-                word["end"] = round(word["start"] + seconds_per_frame, 4)
-            word["end"] = min(word["end"], result["duration"])
+        if longform.timed(pieces):
+            columns = longform.join(pieces, self.windows, decoder.tokenizer)
+            result["words"] = self._words(columns, result["duration"])
+            result["segments"] = segments(result["words"])
+        else:
+            parts = longform.join_texts(pieces, self.windows, decoder.tokenizer)
+            ids = [token for _, tokens in parts for token in tokens]
+            columns = ids, *[[-1] * len(ids)] * (len(pieces[0]) - 2)
+            result["words"], result["segments"] = [], self._segments(parts, result["duration"])
         result["text"] = decoder.text(columns[0])
-        result["words"], result["segments"] = found, segments(found)
         if self.timestamps:
             result["timestamp"] = decoder.extras[self.timestamps](*columns, meta=self.meta)
+        heard = result["words"] or result["segments"]
         result["coverage"] = coverage(job.spans, job.seconds)
         result["warnings"] = [
             *job.notes,
             *not_decoded(result["coverage"]["uncovered"]),
-            *doubts(found, np.concatenate(job.levels), job.seconds),
+            *doubts(heard, np.concatenate(job.levels), job.seconds),
         ]
         return {**result, **job.totals}
+
+    def _words(self, columns, duration):
+        """The words of joined columns, with times inside the recording's `duration` in s."""
+        decoder, seconds_per_frame = self.decoder, self.windows.frame / self.sample_rate
+        found = words(decoder.tokenizer, *columns[:3], seconds_per_frame, decoder.marks)
+        for word in found:  # the last frame may reach beyond the last sample; TDT may give it none
+            word["start"] = min(word["start"], duration)
+            if word["end"] <= word["start"]:
+                word["end"] = round(word["start"] + seconds_per_frame, 4)
+            word["end"] = min(word["end"], duration)
+        return found
+
+    def _segments(self, parts, duration):
+        """One segment for each window that has text, of a model without times: windows meet in the
+        middle of their overlap."""
+        half = self.windows.overlap // 2
+        edges = [(first + half) / self.sample_rate for first, _ in parts[1:]]
+        found = [
+            {"segment": self.decoder.text(ids), "start": round(start, 4), "end": round(end, 4)}
+            for (_, ids), start, end in zip(parts, [0.0, *edges], [*edges, duration], strict=True)
+        ]
+        return [segment for segment in found if segment["segment"]]
 
 
 @dataclasses.dataclass

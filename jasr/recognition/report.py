@@ -98,9 +98,7 @@ def _rows(source, chosen, order):
 
 def score(refs, hyps, durations, normalisation="none"):
     """Error rates of texts with intervals, by duration and for each utterance."""
-    refs = [text.normalise(r, normalisation) for r in refs]
-    hyps = [text.normalise(h, normalisation) for h in hyps]
-    result = metrics.wer(refs, hyps)
+    result, refs, hyps = text.text_scores(refs, hyps, normalisation)
     counts = result.pop("per_utterance")
     low, high = metrics.interval(counts[:, 0], counts[:, 1])
     char_low, char_high = metrics.interval(counts[:, 2], counts[:, 3])

@@ -1,5 +1,6 @@
 """Tokenizers, text normalisation and SentencePiece vocabularies."""
 
+from jasr.text.scores import text_scores
 from jasr.text.tokenizers import (
     BLANK,
     NORMALISATIONS,
@@ -21,5 +22,6 @@ __all__ = [
     "from_dict",
     "normalise",
     "spellings_file",
+    "text_scores",
     "whisper_english",
 ]

@@ -1,8 +1,10 @@
 """Tokenizers behind one face, and the normalisations that texts go through.
 
 A tokenizer has `encode(text) -> list[int]`, `decode(ids) -> text`, `piece(id) -> str` (a leading
-space marks the beginning of a word), `vocab_size`, `blank_id` and `to_dict()`, which `from_dict`
-reverses: it travels in the checkpoint's meta, so that a checkpoint alone can transcribe.
+space marks the beginning of a word), `normalisation`, `vocab_size` and `to_dict()`, which
+`from_dict` reverses: it travels in the checkpoint's meta, so that a checkpoint alone can
+transcribe. CTC and transducers have a blank among the ids, `blank_id`, language models have none
+(-1): a task takes the tokenizer that it is given `with_blank()` or `without_blank()`.
 """
 
 import base64
@@ -93,15 +95,13 @@ def spellings_file():
 
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer:
-    """Characters as tokens; `vocabulary[id]` is the character and one entry is "<blank>"."""
+    """Characters as tokens; `vocabulary[id]` is the character, or "<blank>" for the blank."""
 
     vocabulary: tuple[str, ...]
     normalisation: str = "none"
 
     def __post_init__(self):
         object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
-        if self.vocabulary.count(BLANK) != 1:
-            raise TextError(f"the vocabulary must hold {BLANK!r} once: {self.vocabulary!r:.200}")
         if len(set(self.vocabulary)) != len(self.vocabulary):
             twice = [c for c, n in collections.Counter(self.vocabulary).items() if n > 1]
             raise TextError(f"the vocabulary holds {twice} more than once")
@@ -132,7 +132,17 @@ class CharTokenizer:
 
     @property
     def blank_id(self):
-        return self.vocabulary.index(BLANK)
+        return self.vocabulary.index(BLANK) if BLANK in self.vocabulary else -1
+
+    def with_blank(self):
+        """This tokenizer if it has a blank, else the one with the blank before all characters."""
+        if BLANK in self.vocabulary:
+            return self
+        return dataclasses.replace(self, vocabulary=(BLANK, *self.vocabulary))
+
+    def without_blank(self):
+        """The tokenizer whose ids are those of characters alone."""
+        return dataclasses.replace(self, vocabulary=tuple(self.ids))
 
     def encode(self, text):
         """Ids of the normalised text's characters; TextError names those it does not know."""
@@ -171,6 +181,7 @@ class SentencePieceTokenizer:
 
     model: bytes = dataclasses.field(repr=False)
     normalisation: str = "none"
+    blank: bool = True
 
     @classmethod
     def from_file(cls, path, normalisation="none"):
@@ -192,11 +203,19 @@ class SentencePieceTokenizer:
 
     @property
     def vocab_size(self):
-        return self.processor.vocab_size() + 1
+        return self.processor.vocab_size() + self.blank
 
     @property
     def blank_id(self):
-        return self.vocab_size - 1
+        return self.vocab_size - 1 if self.blank else -1
+
+    def with_blank(self):
+        """The tokenizer with the blank after all pieces."""
+        return dataclasses.replace(self, blank=True)
+
+    def without_blank(self):
+        """The tokenizer whose ids are those of pieces alone."""
+        return dataclasses.replace(self, blank=False)
 
     def encode(self, text):
         """Ids of the normalised text's pieces; TextError names the pieces it does not know."""
@@ -226,6 +245,7 @@ class SentencePieceTokenizer:
             "kind": "sentencepiece",
             "model": base64.b64encode(self.model).decode("ascii"),
             "normalisation": self.normalisation,
+            **({} if self.blank else {"blank": False}),
         }
 
 
@@ -236,5 +256,6 @@ def from_dict(description):
     if kind == "char":
         return CharTokenizer(tuple(description["vocabulary"]), normalisation)
     if kind == "sentencepiece":
-        return SentencePieceTokenizer(base64.b64decode(description["model"]), normalisation)
+        model, blank = base64.b64decode(description["model"]), description.get("blank", True)
+        return SentencePieceTokenizer(model, normalisation, blank)
     raise TextError(f"no tokenizer of kind {kind!r}; known: char, sentencepiece")

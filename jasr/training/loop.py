@@ -93,6 +93,7 @@ def prepare(plain, workdir):
     texts = functools.partial(data.texts, sources.train)
     tokenizer = start.make_tokenizer(words, texts, given, workdir / "checkpoints")
     task = loading.build(plain, tokenizer, sharding.batch_ways(mesh))
+    tokenizer = task.tokenizer  # with a blank or without
     start.check_rates(sources.sample_rate, task.front_end.sample_rate)
     train_data = data.open_train(
         sources,

@@ -24,13 +24,12 @@ def transcripts(tokenizer, decode, predict, means=()):
         return {name: found[name] for name in names}
 
     def score(rows, items):
-        order, kind = sorted(rows), tokenizer.normalisation
-        refs = [text.normalise(items[i].fields["text"], kind) for i in order]
-        hyps = [
-            text.normalise(decode([int(t) for t in row["tokens"][: row["token_len"]]]), kind)
-            for row in map(rows.get, order)
-        ]
-        found = metrics.wer(refs, hyps)
+        order = sorted(rows)
+        found, refs, hyps = text.text_scores(
+            [items[i].fields["text"] for i in order],
+            [decode([int(t) for t in rows[i]["tokens"][: rows[i]["token_len"]]]) for i in order],
+            tokenizer.normalisation,
+        )
         result = {"wer": found["wer"], "cer": found["cer"]}
         result |= {name: float(np.mean([rows[i][name] for i in order])) for name in means if order}
         sample = f"True: {refs[0]}\nPred: {hyps[0]}" if order else ""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jasr.recognition.longform import Windows, find_seam, join
+from jasr.recognition.longform import Windows, find_seam, join, join_texts, timed
 from jasr.text import CharTokenizer
 
 TOKENIZER = CharTokenizer(("<blank>", " ", "a", "b", "c", "d"))
@@ -133,6 +133,28 @@ def test_empty_windows_join():
     nothing = [[], [], []]
     assert join([(0, *nothing), (300, *nothing)], windows, TOKENIZER)[0] in ([], [1])
     assert join([(0, *nothing)], windows, TOKENIZER) == ([], [], [])
+
+
+def test_windows_without_times_are_joined_at_the_text_they_share():
+    ids = np.random.default_rng(0).integers(2, 6, 600).tolist()
+    windows = Windows(100 * FRAME, 20 * FRAME, FRAME)
+    pieces = []
+    for first, samples in windows.cut([np.zeros(600 * FRAME, np.float32)]):
+        here = ids[first // FRAME : (first + len(samples)) // FRAME]
+        here[:2] = here[-2:] = [2, 3]  # what is cut off at an edge is misheard
+        pieces.append((first, here, [-1] * len(here), [-1] * len(here)))
+    assert not timed(pieces)
+    parts = join_texts(pieces, windows, TOKENIZER)
+    assert [first for first, _ in parts] == [first for first, *_ in pieces]
+    assert [token for _, tokens in parts for token in tokens][2:-2] == ids[2:-2]
+
+
+def test_windows_without_times_that_share_nothing_follow_each_other():
+    windows, none = Windows(40 * FRAME, 10 * FRAME, FRAME), []
+    pieces = [(0, [2, 3]), (300, none), (600, [4]), (900, [5])]
+    parts = join_texts([(first, ids, [-1] * len(ids)) for first, ids in pieces], windows, TOKENIZER)
+    assert [ids for _, ids in parts] == [[2, 3], [], [4, 1], [5]]
+    assert timed([(0, [], [], [])])
 
 
 def test_windows_are_whole_frames_and_the_overlap_at_most_a_quarter():

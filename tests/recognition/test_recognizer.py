@@ -12,6 +12,7 @@ import soundfile
 from jasr.audio.resample import resample, resample_stream
 from jasr.decoding.ctc import ctc_greedy
 from jasr.recognition.coverage import doubts
+from jasr.recognition.formats import render
 from jasr.recognition.recognizer import WAITING_JOBS, Recognizer, find_recordings
 from jasr.seam import WindowDecoder
 from jasr.text import CharTokenizer
@@ -130,6 +131,38 @@ def test_alone_or_in_any_batch_the_result_is_the_same_and_order_is_kept():
     assert [plain(r) for r in together] == [plain(r) for r in alone]
     assert [plain(r) for r in together] == [plain(r) for r in backwards[::-1]]
     assert [r["audio_filepath"] for r in together[:2]] == ["array 0", "array 1"]
+
+
+class Timeless(Levels):
+    """The same without times, as a language model's text."""
+
+    def decode(self, variables, batch):
+        found = super().decode(variables, batch)
+        return found | {k: jnp.full_like(found[k], -1) for k in ("start_frame", "end_frame")}
+
+
+def test_a_model_without_times_gives_the_same_text_and_a_segment_a_window():
+    ids = sentence(3, 700)
+    want = recognizer(window=100.0).transcribe(coded(ids))["text"]
+    for window, count in ((100.0, 1), (8.0, 5)):
+        model = Recognizer(Timeless(), {}, window=window, overlap=2.0)
+        result = model.transcribe(coded(ids))
+        assert result["text"] == want and result["words"] == [] and result["warnings"] == []
+        found = result["segments"]
+        assert len(found) == result["coverage"]["windows"] == count
+        assert found[0]["start"] == 0 and found[-1]["end"] == result["duration"] == 28.0
+        assert all(a["end"] == b["start"] for a, b in zip(found, found[1:], strict=False))
+        assert render(result, "srt").count("-->") == count
+    (silent,) = recognizer().transcribe(np.zeros(RATE, np.float32))["warnings"]
+    assert model.transcribe(np.zeros(RATE, np.float32))["warnings"] == [silent]
+
+
+def test_a_model_that_does_not_transcribe_says_what_it_does():
+    class Speaks:
+        verbs = {"generate": None}
+
+    with pytest.raises(ValueError, match="does not transcribe; what it does: generate"):
+        Recognizer(Speaks(), {})
 
 
 def test_second_recording_of_a_length_compiles_nothing():

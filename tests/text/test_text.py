@@ -82,11 +82,20 @@ def test_unknown_characters_are_named():
 
 def test_bad_vocabularies_are_refused():
     with pytest.raises(TextError, match="<blank>"):
-        CharTokenizer(("a", "b"))
+        CharTokenizer(("<blank>", "a", "<blank>"))
     with pytest.raises(TextError, match="'a'"):
         CharTokenizer(("<blank>", "a", "a"))
     with pytest.raises(TextError, match="no normalisation"):
         CharTokenizer(("<blank>", "a"), "uper")
+
+
+def test_characters_without_a_blank_are_tokens_too():
+    plain = CharTokenizer((" ", "a", "b"))
+    assert plain.encode("ab a") == [1, 2, 0, 1] and plain.decode([1, 2, 0, 1]) == "ab a"
+    assert plain.vocab_size == 3 and plain.blank_id == -1
+    assert plain.with_blank().vocabulary == ("<blank>", " ", "a", "b")
+    assert plain.with_blank().with_blank().without_blank() == plain
+    assert text.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
 
 
 def test_char_tokenizer_survives_json():
@@ -145,3 +154,13 @@ def test_what_is_no_sentencepiece_model_is_refused(tmp_path):
         SentencePieceTokenizer(b"rubbish").vocab_size  # noqa: B018
     with pytest.raises(TextError, match="missing.model"):
         SentencePieceTokenizer.from_file(tmp_path / "missing.model")
+
+
+def test_sentencepiece_without_a_blank_has_the_pieces_alone(sentencepiece_tokenizer):
+    with_one, plain = sentencepiece_tokenizer, sentencepiece_tokenizer.without_blank()
+    ids = plain.encode("Seven, nine")
+    assert ids == with_one.encode("Seven, nine") and plain.decode(ids) == "seven nine"
+    assert plain.vocab_size == with_one.vocab_size - 1 == 24 and plain.blank_id == -1
+    assert [plain.piece(i) for i in range(24)] == [with_one.piece(i) for i in range(24)]
+    assert plain.with_blank() == with_one and "blank" not in with_one.to_dict()
+    assert text.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain

@@ -50,6 +50,7 @@ class ParakeetTask:
           settings.SettingsError: a misspelt key or a value of the wrong kind.
           ValueError: settings that contradict each other, or a blank that is not the last id.
         """
+        tokenizer = tokenizer.with_blank()
         model = settings.build(ParakeetConfig, config["model"], "config.model")
         loss = settings.build(LossConfig, config.get("loss", {}), "config.loss")
         given = inputs.sections(config)

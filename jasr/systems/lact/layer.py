@@ -104,20 +104,39 @@ def arguments(config, scale, offset, tokens):
     return tuple(y.astype(c.dtype).transpose(0, 2, 1, 3) for y in (q, k, heads(v, nh)))
 
 
+def _where_rows(rows, x, y):
+    """x in the rows bool[B], y in the others."""
+    return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+
+def fast_state(config, batch):
+    """The fw.State with which a stream of `batch` rows is made: zeros, which rows that begin anew
+    replace by the initial weights."""
+    c, dim = config, config.fast_head_dim
+    hidden, wide = int(dim * c.inter_multi), (c.num_lact_heads,)
+    w0, w1 = jnp.zeros((*wide, hidden, dim)), jnp.zeros((*wide, dim, hidden))
+    made = jax.eval_shape(lambda: fw.start(fw.FastWeights(w0, w1, w0), batch=batch))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
+
+
 class LactLayer(nn.Module):
     """Attention + fast weights over one sequence, [B,T,D] -> [B,T,D].
 
-    A recording that comes in segments can carry its fast weights along: apply with
-    mutable=["fast_weights"], and give what comes back with the next segment's variables.
+    A recording that comes in segments carries its fast weights along: see `fast_state`.
     """
 
     config: LactConfig
     fast: bool = True
 
     @nn.compact
-    def __call__(self, x, length, table):
-        """Args: x [B,T,D] already normed; length i32[B] valid frames; table `rope_table` of T
-        frames."""
+    def __call__(self, x, length, table, stream=None):
+        """(out [B,T,D], what the next segment begins with).
+
+        Args:
+          x: [B,T,D] already normed. length: i32[B] valid frames. table: `rope_table` of T frames.
+          stream: (bool[B] rows that begin anew, the fw.State of the segment before); None: this is
+            all there is, and None comes back.
+        """
         c = self.config
         frames = x.shape[1]
         fast = self.fast and (c.lact_updates != "no_branch" or self.is_initializing())
@@ -139,15 +158,16 @@ class LactLayer(nn.Module):
             key_len=length if block or not c.causal else None,
         ).reshape(x.shape)
         record(self, "attn_out", out)
+        after = stream and stream[1]
         if fast:
             valid = jnp.arange(frames) < length[:, None]
-            branch = self.fast_branch(x, qkv, valid, table)
+            branch, after = self.fast_branch(x, qkv, valid, table, stream)
             record(self, "fast_branch_out", branch)
             if c.lact_updates != "no_branch":
                 out = out + branch
         out = linear(c, c.hidden_size, "o_proj")(out)
         record(self, "o_proj_out", out)
-        return out
+        return out, after
 
     def initial_weights(self):
         """w0, w1, w2 f32[H,..] in out_in layout; w0 and w2 low rank if the config says so."""
@@ -188,8 +208,8 @@ class LactLayer(nn.Module):
             scale = jax.nn.silu(y[..., -nh:])[..., None]
         return lr, momentum, scale
 
-    def fast_branch(self, x, qkv, valid, table):
-        """What the fast weights read out, [B,T,D]."""
+    def fast_branch(self, x, qkv, valid, table, stream):
+        """(what the fast weights read out [B,T,D], their state after it or None)."""
         c = self.config
         scale = self.param("qk_scale", nn.initializers.ones, (c.hidden_size, 2))
         offset = self.param("qk_offset", nn.initializers.zeros, (c.hidden_size, 2))
@@ -199,25 +219,23 @@ class LactLayer(nn.Module):
         record(self, "eta", lr)
         if momentum is not None:
             record(self, "beta", momentum)
-        out = self.run(tokens, prepare, lr, momentum, valid).transpose(0, 2, 1, 3)
+        out, after = self.run(tokens, prepare, lr, momentum, valid, stream)
+        out = out.transpose(0, 2, 1, 3)
         record(self, "fast_out", out)
         out = nn.remat(RMSNorm)(name="ttt_norm")(out)
         if gate is not None:
             out = out * gate
-        return out.reshape(x.shape).astype(c.dtype)
+        return out.reshape(x.shape).astype(c.dtype), after
 
-    def run(self, tokens, prepare, lr, momentum, valid):
-        """The operator that the mode asks for: out f32[B,H,T,V]; prepare(tokens) is (q, k, v).
-
-        The state comes from the collection "fast_weights" if that is given and goes back to it if
-        that is mutable; the last chunk is then learnt from as well.
-        """
+    def run(self, tokens, prepare, lr, momentum, valid, stream):
+        """The operator that the mode asks for: (out f32[B,H,T,V], state); prepare(tokens) is
+        (q, k, v). In a stream the last chunk is learnt from as well."""
         c = self.config
         rule = fw.Rule(muon=fw.MUON_TUNED if c.use_muon else None, prenorm=c.ttt_prenorm)
         initial = state = fw.start(self.initial_weights(), rule, batch=lr.shape[0])
-        if self.has_variable("fast_weights", "state"):
-            state = self.get_variable("fast_weights", "state")
-        keep = self.is_mutable_collection("fast_weights") and not self.is_initializing()
+        keep = stream is not None
+        if keep:
+            state = jax.tree.map(functools.partial(_where_rows, stream[0]), initial, stream[1])
         options = dict(rule=rule, momentum=momentum)
         if c.lact_updates == "off":
             state, out = fw.apply_only(state, jax.checkpoint(prepare)(tokens)[0])
@@ -230,13 +248,11 @@ class LactLayer(nn.Module):
             options |= dict(chunk=c.lact_chunk_size, update_last=keep, prepare=prepare)
             mask = valid if keep else None
             state, out = fw.shifted(state, tokens, None, None, lr, mask=mask, **options)
-        if keep:
-            self.put_variable("fast_weights", "state", state)
         if self.is_mutable_collection("stages") and not self.is_initializing():
             _, k, v = prepare(tokens)
             record(self, "delta_norm", self.first_direction(initial, k, v, lr, valid))
             record(self, "w_norm", jnp.stack([fw.size(w) for w in state.w]))
-        return out
+        return out, state if keep else None
 
     def first_direction(self, state, k, v, lr, valid):
         """f32[3,B,H]: sizes of the first chunk's ascent directions of w0, w1, w2."""

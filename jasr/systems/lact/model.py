@@ -22,7 +22,7 @@ import numpy as np
 
 from jasr.layers.attention import rope_table
 from jasr.layers.basic import BatchNorm, Dropout, RMSNorm, depthwise, frame_mask, record
-from jasr.systems.lact.layer import LactLayer, kernel_init, linear
+from jasr.systems.lact.layer import LactLayer, fast_state, kernel_init, linear
 from jasr.systems.lact.settings import (  # noqa: F401  (the model's public names)
     BASE,
     IMPROVED,
@@ -139,7 +139,7 @@ class Block(nn.Module):
     fast: bool
 
     @nn.compact
-    def __call__(self, x, length, table, train):
+    def __call__(self, x, length, table, train, stream=None):
         c = self.config
 
         def drop(x):
@@ -150,35 +150,38 @@ class Block(nn.Module):
 
         y = norm("attn_norm", x)
         record(self, "attn_norm_out", y)
-        x = x + drop(LactLayer(c, self.fast, name="attn")(y, length, table))
+        y, stream = LactLayer(c, self.fast, name="attn")(y, length, table, stream)
+        x = x + drop(y)
         if c.conv_kernel:
             y = ConvModule(c, name="conv")(norm("conv_norm", x), frame_mask(length, x.shape[1]))
             record(self, "conv_out", y)
             x = x + drop(y)
         y = GatedMLP(c, name="mlp")(norm("mlp_norm", x))
         record(self, "mlp_out", y)
-        return x + drop(y)
+        return x + drop(y), stream
 
 
 class Model(nn.Module):
-    """The encoder: mel f32[B,T,F] -> hidden [B,T',D] after the final norm, their length, and what
-    intermediate CTC reads."""
+    """The encoder: mel f32[B,T,F] -> hidden [B,T',D] after the final norm, their length, what
+    intermediate CTC reads, and the state of a stream."""
 
     config: LactConfig
 
     @nn.compact
-    def __call__(self, mel, mel_len, train, head):
+    def __call__(self, mel, mel_len, train, head, stream=None):
         c = self.config
         x, length = AudioFeatureExtractor(c, name="audio_feature_extractor")(mel, mel_len, train)
         x = Dropout(c.dropout)(x, train)
         table = rope_table(x.shape[1], c.head_dim, c.rope_theta)
         norm = RMSNorm(c.norm_eps, c.elementwise_affine, name="norm")
         block = nn.remat(Block, static_argnums=(4,)) if c.remat else Block
-        intermediate = []
+        intermediate, after = [], {}
         if c.self_conditioning and c.intermediate_ctc:
             condition = linear(c, c.hidden_size, "self_condition")
         for n in range(c.num_hidden_layers):
-            x = block(c, c.has_lact(n), name=f"layers_{n}")(x, length, table, train)
+            name = f"layers_{n}"
+            before = stream and (stream["fresh"], stream[name])
+            x, after[name] = block(c, c.has_lact(n), name=name)(x, length, table, train, before)
             if n + 1 in c.intermediate_ctc:
                 logits = head(norm(x))
                 intermediate.append(logits)
@@ -187,7 +190,18 @@ class Model(nn.Module):
                     x = x + condition(probabilities)
         x = norm(x)
         record(self, "norm_out", x)
-        return x, length, tuple(intermediate)
+        if stream:
+            stream = {**after, "fresh": jnp.zeros_like(stream["fresh"])}
+        return x, length, tuple(intermediate), stream
+
+
+def stream_state(config, batch):
+    """What a stream of so many rows begins with, for LactCtc: {"fresh" bool[B]: rows that begin
+    anew, "layers_N": the state of its fast weights}. A row is begun again by setting its "fresh".
+    """
+    names = [f"layers_{n}" for n in range(config.num_hidden_layers)]
+    made = {name: fast_state(config, batch) for name in names}
+    return {**made, "fresh": jnp.ones(batch, bool)}
 
 
 class LactCtc(nn.Module):
@@ -196,22 +210,25 @@ class LactCtc(nn.Module):
     config: LactConfig = LactConfig()
 
     @nn.compact
-    def __call__(self, mel, mel_len, *, train=False):
+    def __call__(self, mel, mel_len, *, train=False, stream=None):
         """CTC logits of a batch of log-mel frames.
 
         Args:
           mel: f32[B,T,F]. mel_len: i32[B] valid frames; what lies beyond has no effect (with
           batch_norm="masked").
           train: batch statistics and dropout; batch_stats must then be mutable.
+          stream: where the frames are a segment of recordings, `stream_state` or what came back
+            for the segment before; attention and convolutions see the segment alone.
 
         Returns:
           dict of logits f32[B,T',V] with T' = ceil(T / subsampling), logit_len i32[B],
-          intermediate (tuple of f32[B,T',V]) and updates i32[B], the number of fast-weight updates
-          of each utterance in each fast-weight layer.
+          intermediate (tuple of f32[B,T',V]), updates i32[B], the number of fast-weight updates of
+          each utterance in each fast-weight layer, and stream, for the next segment.
         """
         c = self.config
         head = linear(c, c.ctc_vocab_size, "ctc_head")
-        x, length, intermediate = Model(c, name="model")(mel, mel_len, train, head)
+        model = Model(c, name="model")
+        x, length, intermediate, stream = model(mel, mel_len, train, head, stream)
         logits = head(x).astype(jnp.float32)
         record(self, "logits", logits)
         return {
@@ -219,6 +236,7 @@ class LactCtc(nn.Module):
             "logit_len": length,
             "intermediate": tuple(y.astype(jnp.float32) for y in intermediate),
             "updates": num_updates(c, mel_len),
+            "stream": stream,
         }
 
 

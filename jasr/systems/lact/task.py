@@ -36,6 +36,7 @@ class CtcTask:
           settings.SettingsError: a misspelt key or a value of the wrong kind.
           ValueError: settings that contradict each other.
         """
+        tokenizer = tokenizer.with_blank()
         model = settings.build(LactConfig, config["model"], "config.model")
         given = inputs.sections(config)
         front_end = given["front_end"]

@@ -51,7 +51,7 @@ def test_layer_matches_the_reference(golden, name):
     table = rope_table(frames, config.head_dim, config.rope_theta)
 
     def layer(params, x):
-        return LactLayer(config).apply({"params": params}, x, jnp.full(2, frames), table)
+        return LactLayer(config).apply({"params": params}, x, jnp.full(2, frames), table)[0]
 
     check(layer, z, (1e-4, 3e-4))
 
