@@ -130,6 +130,13 @@ def concatenate(xs, axis):
     return Lazy(shape, xs[0].dtype, read)
 
 
+def cast(x, dtype):
+    """The array in another dtype, cast when it is read."""
+    if x.dtype == dtype:
+        return x
+    return Lazy(x.shape, dtype, lambda at: np.asarray(x[at]).astype(dtype))
+
+
 def same(x, other):
     """Whether two array-likes hold the same bits; the same memory is not read."""
     if x is other:
