@@ -124,7 +124,9 @@ def concatenate(xs, axis):
             start = end - x.shape[axis]
             low, high = max(at[axis].start - start, 0), min(at[axis].stop, end) - start
             if low < high or at[axis].start == at[axis].stop:
-                found.append(np.asarray(x[(*at[:axis], slice(low, max(low, high)), *at[axis + 1 :])]))
+                found.append(
+                    np.asarray(x[(*at[:axis], slice(low, max(low, high)), *at[axis + 1 :])])
+                )
         return np.concatenate(found, axis)
 
     return Lazy(shape, xs[0].dtype, read)

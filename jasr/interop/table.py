@@ -222,7 +222,9 @@ def _cut(row, array, paths, flat_want):
         return {paths[0]: array}
     sizes = [flat_want[p].shape[row.axis] for p in paths]
     if sum(sizes) != array.shape[row.axis]:
-        raise ValueError(f"gives {tuple(array.shape)}, which {sizes} do not share on axis {row.axis}")
+        raise ValueError(
+            f"gives {tuple(array.shape)}, which {sizes} do not share on axis {row.axis}"
+        )
     found, done = {}, 0
     for path, size in zip(paths, sizes, strict=True):
         found[path] = lazy.part(array, row.axis, done, done + size)

@@ -226,7 +226,10 @@ def test_random_tables_are_inverse(seed):
         count, axis = int(rng.integers(1, 5)), int(rng.integers(0, 2))
         dim = 4 * int(rng.integers(1, 4))
         transform = [("linear",), (Halves(2),), (Halves(1), "linear"), ()][rng.integers(4)]
-        make = lambda rows, dim=dim: rng.standard_normal((rows, dim)).astype(np.float16)
+
+        def make(rows, dim=dim):
+            return rng.standard_normal((rows, dim)).astype(np.float16)
+
         turned = "linear" in transform
         if rng.integers(2):
             rows.append(Row(rf"s{number}\.(\d+)", f"s{number}", transform, axis))

@@ -112,7 +112,7 @@ def mapped(path, *, like=None):
       NemoError: the path and everything that does not fit.
     """
     path = os.fspath(path)
-    with _errors(path), _opened(path) as (state, config, tokenizer):
+    with errors(path), _opened(path) as (state, config, tokenizer):
         if like is not None:
             config, tokenizer = _read_like(os.fspath(like))
         if config is None:
@@ -128,12 +128,13 @@ def from_state(state, config, tokenizer=None, what="the weights"):
     Raises:
       NemoError: as `read`.
     """
-    with _errors(what):
+    with errors(what):
         return _model(what, state, config, tokenizer)
 
 
 @contextlib.contextmanager
-def _errors(path, done="read"):
+def errors(path, done="read"):
+    """Context in which what goes wrong becomes a NemoError that names `path`."""
     try:
         yield
     except NemoError:
@@ -300,7 +301,7 @@ def write(path, model):
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise NemoError(f"{os.fspath(path)} cannot be written: there is no folder {folder}")
-    with _errors(os.fspath(path), "written"):
+    with errors(os.fspath(path), "written"):
         settings = nemo_config.Settings(model.kind, model.config)
         tokenizer = sentencepiece(model)
         base = model.nemo_config

@@ -210,7 +210,7 @@ def test_the_runs_config_has_the_originals_front_end():
     from jasr.text import CharTokenizer
 
     config = original.reference_config(settings.to_dict(LactConfig()))
-    task = CtcTask.build(config, CharTokenizer(original.LIBRISPEECH, "lower"))
+    task = CtcTask.build(config, CharTokenizer(original.LIBRISPEECH, "lower"), 1)
     assert task.front_end == audio.HTK and task.config.ctc_vocab_size == 29
 
 
