@@ -1,12 +1,14 @@
-"""Converts models between NeMo, Hugging Face and jasr.
+"""Converts models between jasr and the formats they come from: NeMo, Hugging Face, LaCT ASR.
 
     python -m experiments.convert parakeet.nemo runs/parakeet      # also .ckpt, or an HF directory
     python -m experiments.convert runs/parakeet parakeet.nemo      # what NeMo restores
     python -m experiments.convert runs/parakeet parakeet_hf --to=hf
+    python -m experiments.convert runs/lact theirs --to=lact       # what the original loads
 
 The source is whatever transcribe takes as --checkpoint. The result's format follows from its name
-(.nemo; a directory ending in _hf) or from --to. Float32 weights, the tokenizer and settings come
-out as they went in, bit for bit; weights of another precision become float32, which a note says.
+(.nemo; a directory ending in _hf or _lact) or from --to. Float32 weights, the tokenizer and
+settings come out as they went in, bit for bit; weights of another precision become float32, which
+a note says.
 
 Weights without config or tokenizer (most .ckpt) take those of --like=model.nemo. Hugging Face has
 no hybrids, of which --branch takes one head, and not the front end of NeMo before 2.5, which
@@ -18,6 +20,7 @@ import os
 import sys
 
 from experiments.errors import in_one_line
+from jasr.systems import catalogue
 
 
 @in_one_line
@@ -29,41 +32,35 @@ def main(argv=None):
     )
     parser.add_argument("source", help=".nemo, .ckpt, Hugging Face directory, run, step or average")
     parser.add_argument("target", help="x.nemo, a directory x_hf, or a run directory of jasr")
-    parser.add_argument("--to", choices=("nemo", "hf", "jasr"), help="the target's format")
+    systems = catalogue.every()
+    names = list(dict.fromkeys(name for system in systems for name in system.originals))
+    parser.add_argument("--to", choices=(*names, "jasr"), help="the target's format")
     parser.add_argument("--like", default="", help=".nemo that the weights of a .ckpt belong to")
-    parser.add_argument(
-        "--branch", choices=("transducer", "ctc"), default="", help="export one head of a hybrid"
-    )
-    parser.add_argument(
-        "--modern_front_end",
-        action="store_true",
-        help="export a model of NeMo before 2.5 with the front end and subsampling of 2.5",
-    )
+    catalogue.add_options(parser, "convert")
     parser.add_argument("--step", type=int, default=None, help="step of a run (newest)")
     parser.add_argument("--item", default="", help="params or ema (ema if there is one)")
     args = parser.parse_args(argv)
-    from jasr.systems import loading, originals
-    from jasr.systems.fastconformer import hf_parakeet, nemo
+    from jasr import tree
+    from jasr.systems import loading, source
 
-    kind = args.to or format_of(args.target)
+    kind = args.to or source.format_of(args.target) or "jasr"
+    options = catalogue.given_options(args, "convert")
     if os.path.exists(args.target) and (kind != "jasr" or os.path.isfile(args.target)):
         parser.error(f"{args.target} exists already")
     if kind == "jasr" and not is_free(args.target):
         parser.error(f"{args.target} holds files that are no run; name a new directory")
-    if kind == "jasr" and (args.branch or args.modern_front_end):
-        parser.error("--branch and --modern_front_end are for .nemo and Hugging Face targets")
-    task, variables, meta = loading.load(args.source, args.step, args.item, like=args.like)
-    said = getattr(task.config, "kind", meta["task"])
+    if kind == "jasr" and options:
+        parser.error(f"--{' and --'.join(options)}: for targets of other formats than jasr's")
+    meta, leaves = source.opened(args.source, args.step, args.item, args.like)
+    loading.check_meta(args.source, meta)
     if kind == "jasr":
-        loading.save(args.target, meta, variables)
+        loading.save(args.target, meta, tree.unflatten(leaves))
+        said = [meta["config"]["model"].get("kind", meta["config"]["task"])]
     else:
-        model = originals.nemo_model(task, variables, meta)
-        model, changes = originals.exported(model, args.branch, args.modern_front_end)
-        (nemo.write if kind == "nemo" else hf_parakeet.write)(args.target, model)
-        said = model.kind
-        for change in changes:
-            print(f"note: {change}", file=sys.stderr)
-    print(f"{args.target}: {said}")
+        said = source.export(kind, args.target, meta, leaves, options)
+    for change in said[1:]:
+        print(f"note: {change}", file=sys.stderr)
+    print(f"{args.target}: {said[0]}")
     return 0
 
 
@@ -71,13 +68,6 @@ def is_free(target):
     """Whether a run can be made at `target`: nothing is there, or a run (which is not replaced)."""
     there = os.listdir(target) if os.path.isdir(target) else []
     return not there or "checkpoints" in there
-
-
-def format_of(path):
-    """The format that a target's name asks for."""
-    if path.endswith(".nemo"):
-        return "nemo"
-    return "hf" if path.rstrip("/").endswith(("_hf", "-hf")) else "jasr"
 
 
 if __name__ == "__main__":

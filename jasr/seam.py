@@ -144,11 +144,15 @@ class Original:
     """One foreign format. Nothing of a file is ever run."""
 
     name: str  # "nemo", "hf": convert --to
-    files: Callable  # path -> the files that hold its weights; () = another format
-    meta: Callable  # (path, like, with_tokens) -> {"config", "tokenizer", "kept"}
+    endings: tuple[str, ...]  # of names that mean it, (".nemo",); the first one is given to exports
+    files: Callable  # (path, like) -> the files that hold its weights; () = another format. `path`
+    # may be the only one of them. like: "" or the path of what config and tokenizer are taken from
+    meta: Callable  # (path, like, with_tokens) -> a step's meta: {"config", "tokenizer", ...}, with
+    # what `write` wants back
     leaves: Callable  # (path, like) -> {"params/..." or "batch_stats/...": array-like with shape,
     # dtype and slices, mapped from the file where it can be}
-    write: Callable  # (path, meta, leaves, options) -> sentences on what changed; refuses by name
+    write: Callable  # (path, meta, leaves, options) -> [what was written, sentences on what was
+    # changed]; raises ValueError, by name, for what the format does not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +171,7 @@ class Flag:
     help: str
     choices: tuple = ()
     parse: Callable = str  # what stands on the command line -> value; ValueError
+    switch: bool = False  # it takes no value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,4 +194,7 @@ class System:
     old_names: tuple[str, ...]  # read in checkpoints and users' configs
     sections: Mapping[str, str]  # config section -> "module:SettingsDataclass"
     task: str  # "module:function": (config, tokenizer, ways: parts rows are split into) -> Task
-    options: Mapping[str, Options]  # by verb, "transcribe" ...: what a command may change
+    originals: Mapping[str, str]  # {"nemo": "module:Original"}, the formats that it comes from
+    parts: Mapping[str, Part]  # what origins may give by name, beside the whole model
+    options: Mapping[str, Options]  # by verb, "transcribe" ...: what a command may change; those of
+    # "convert" reach Original.write

@@ -89,8 +89,7 @@ def write(args, directory):
     import jax
 
     from jasr import text, tree
-    from jasr.systems import loading, originals
-    from jasr.systems.fastconformer import hf_parakeet, nemo
+    from jasr.systems import loading, source
     from jasr.text import sentencepiece_model as spm
 
     pieces = [spm.Piece.of("<unk>", type=spm.UNKNOWN)]
@@ -110,10 +109,10 @@ def write(args, directory):
     shapes = inputs["mel"][:1, :16], np.array([16], np.int32), inputs["tokens"][:1]
     variables = jax.jit(task.model.init)(jax.random.key(0), *shapes)
     variables = jax.tree.map(np.asarray, dict(variables))
-    whole = originals.nemo_model(task, variables, {})
-    hf_parakeet.write(directory / "hf", whole)
+    meta = {"config": config(args), "tokenizer": task.tokenizer.to_dict()}
+    source.export("hf", directory / "hf", meta, tree.flatten(variables), {})
     if args.nemo_python:
-        nemo.write(directory / "model.nemo", whole)
+        source.export("nemo", directory / "model.nemo", meta, tree.flatten(variables), {})
     np.savez(directory / "inputs.npz", **inputs)
     return tree.count(variables["params"])
 

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from jasr import tree as trees
 from jasr.checkpoint.files import CheckpointError, find_step, first_line, items, read_json
+from jasr.interop import lazy
 
 
 def load_params(path, step=None, item="", verify=True):
@@ -95,6 +96,17 @@ class Leaves:
             path: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype)
             for path, store in self._stores.items()
         }
+
+    def arrays(self):
+        """{path: Lazy}, read by slices."""
+        return {path: self._lazy(path, kind) for path, kind in self.kinds.items()}
+
+    def _lazy(self, path, kind):
+        def read(at):
+            with told_where(self.directory):
+                return self._stores[path][at].read().result()
+
+        return lazy.Lazy(kind.shape, kind.dtype, read)
 
     def read(self, path):
         """One leaf as a numpy array."""

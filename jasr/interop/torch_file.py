@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jasr.interop import pickles, torch_zip
+from jasr.interop.lazy import Lazy
 from jasr.interop.torch_zip import Damage
 
 # Modules whose objects appear in checkpoints as hyper-parameters: read as inert data.
@@ -224,8 +225,9 @@ def write(path, tree):
     """Writes a file that torch.load(path, weights_only=True) reads: `tree` with its arrays as CPU
     tensors, bit for bit.
 
-    tree: dict, list or tuple of arrays, str, int, float, bool and None. Arrays that are the same
-    memory are stored once, as torch stores tied tensors. The file appears whole or not at all.
+    tree: dict, list or tuple of arrays, str, int, float, bool and None. Lazy arrays are read one at
+    a time. Arrays that are the same memory (or the same Lazy) are stored once, as torch stores tied
+    tensors. The file appears whole or not at all.
 
     Raises:
       TorchFileError: something that such a file cannot hold, with its place in the tree.
@@ -262,6 +264,8 @@ def _add(archive, name, data):
 
 def _place(array):
     """The same for two existing arrays only if they are the same elements in the same order."""
+    if isinstance(array, Lazy):
+        return id(array)
     order = "C" if array.flags.c_contiguous else (array.shape, array.strides)
     return array.__array_interface__["data"][0], array.dtype, array.size, order
 
@@ -291,7 +295,7 @@ def _emit(out, value, storages, names, where):
             _emit(out, item, storages, names, f"{where}/{number}")
         out += b"t" if isinstance(value, tuple) else b"e"
     elif hasattr(value, "dtype") and hasattr(value, "shape"):
-        array = np.asarray(value)
+        array = value if isinstance(value, Lazy) else np.asarray(value)
         if array.dtype not in names:
             raise TorchFileError(f"{where or 'the tree'}: torch files hold no {array.dtype} here")
         number, _ = storages.setdefault(_place(array), (len(storages), array))

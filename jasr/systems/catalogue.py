@@ -54,8 +54,9 @@ def add_options(parser, verb):
         group = parser.add_argument_group(f"options of {system.name} models")
         for name, flag in options.flags.items() if options else ():
             if name not in taken:
-                choices = flag.choices or None
-                group.add_argument(f"--{name}", default="", choices=choices, help=flag.help)
+                how = {"choices": flag.choices or None}
+                how = {"action": "store_true"} if flag.switch else how
+                group.add_argument(f"--{name}", default="", help=flag.help, **how)
             taken.add(name)
 
 

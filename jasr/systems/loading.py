@@ -21,8 +21,7 @@ def load(path, step=None, item="", model=None, options=None, like=""):
     """A task, its variables and the checkpoint's meta.
 
     Args:
-      path: a run directory, a checkpoint step, an average, or a model of an original system
-        (`interop.originals`).
+      path: a run directory, a checkpoint step, an average, or a model of an original system.
       step: the step of a run; None = the newest good one.
       item: "params" or "ema"; "" = the moving average if the checkpoint has one.
       model: mapping of model settings to change, e.g. {"lact_updates": "off"}.
@@ -36,30 +35,30 @@ def load(path, step=None, item="", model=None, options=None, like=""):
       checkpoint.CheckpointError: nothing good is there, or it does not say what model it is.
       ValueError: options that the model does not have.
     """
-    from jasr import checkpoint, text
-    from jasr.systems import originals, source
+    from jasr import text
+    from jasr.systems import source
 
-    if original := originals.find(path, like):
-        if step is not None or item:
-            raise ValueError(f"{path} has neither steps nor items; leave out --step and --item")
-        meta, variables = original.load(path)
-    else:
-        # One step for all parts: each load by itself could fall back to another one.
-        path = checkpoint.find_step(path, step, items=("params", "ema", "batch_stats", "frozen"))
-        meta = checkpoint.load_meta(path)
-        for key in ("config", "tokenizer"):
-            if key not in meta:
-                raise checkpoint.CheckpointError(
-                    f"{path} has no {key!r} beside its weights, so no model can be built: it was "
-                    "not saved by experiments.train. jasr.load_params reads its weights."
-                )
-        params, stats = source.read(source.resolve(path, item))
-        variables = {"params": params, "batch_stats": stats}
+    meta, leaves = source.opened(path, step, item, like)
+    check_meta(path, meta)
+    params, stats = source.in_memory(leaves)
+    variables = {"params": params, "batch_stats": stats}
     config = dict(meta["config"])
     if model:
         config["model"] = {**config["model"], **model}
     config = catalogue.with_options(config, options or {})
     return build(config, text.from_dict(meta["tokenizer"])), variables, meta
+
+
+def check_meta(path, meta):
+    """Raises checkpoint.CheckpointError unless a checkpoint's meta says what model it is."""
+    from jasr import checkpoint
+
+    for key in ("config", "tokenizer"):
+        if key not in meta:
+            raise checkpoint.CheckpointError(
+                f"{path} has no {key!r} beside its weights, so no model can be built: it was "
+                "not saved by experiments.train. jasr.load_params reads its weights."
+            )
 
 
 def save(path, meta, variables):
@@ -75,4 +74,5 @@ def save(path, meta, variables):
     if checkpoints.exists() and any(checkpoints.iterdir()):
         raise checkpoint.CheckpointError(f"{checkpoints} holds a run already; name another place")
     items = {name: tree for name, tree in variables.items() if tree}
-    checkpoint.save_step(checkpoints / "0", items, {**meta, "step": 0})
+    whole = {key: value for key, value in meta.items() if key != "frozen_from"}
+    checkpoint.save_step(checkpoints / "0", items, {**whole, "step": 0})

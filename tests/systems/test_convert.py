@@ -7,8 +7,8 @@ import pytest
 from experiments import convert, evaluate, expand_vocab, transcribe
 from jasr import tree
 from jasr.interop import nemo_archive, torch_file
-from jasr.systems import loading, originals
-from jasr.systems.fastconformer import nemo
+from jasr.systems import loading
+from jasr.systems.fastconformer import nemo, original
 from tests.systems.fastconformer import nemo_models
 
 
@@ -72,7 +72,7 @@ def test_weights_alone_become_a_model_with_the_nemo_that_like_names(
 def test_a_checkpoint_with_a_config_still_lacks_its_tokenizer(archive, state):
     model = nemo.from_state(state, nemo.read(archive).nemo_config)
     with pytest.raises(nemo.NemoError, match="has no tokenizer.*--like=model.nemo of convert"):
-        originals._meta(model, "a.ckpt")
+        original.meta_of(model, "a.ckpt")
 
 
 def test_every_command_takes_like(archive, state, tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_one_head_of_a_hybrid_is_exported(goldens, tmp_path, capsys):
     assert_same(head["decoder"], params["ctc_decoder"])
     assert run(tmp_path / "x_hf", tmp_path / "y.nemo", "--branch=transducer") == 1
     assert "kind 'ctc' has no branch 'transducer'" in capsys.readouterr().err
-    assert "targets" in refused(capsys, path, tmp_path / "run", "--branch=ctc")
+    assert "other formats" in refused(capsys, path, tmp_path / "run", "--branch=ctc")
 
 
 def test_an_older_front_end_is_replaced_where_asked(goldens, tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_an_older_front_end_is_replaced_where_asked(goldens, tmp_path, capsys):
     assert new.config["front_end"] == {**old.config["front_end"], "kind": "nemo"}
     assert new.config["encoder"]["masked_subsampling"] is True
     assert_same(new.variables, old.variables)
-    assert originals.exported(new, modern_front_end=True)[1] == [
+    assert original.exported(new, modern_front_end=True)[1] == [
         "front end and subsampling are those of NeMo 2.5 already"
     ]
 

@@ -1,6 +1,6 @@
 """NeMo's FastConformer recognisers: CTC, RNN-T, TDT and hybrids, with their files."""
 
-from jasr.seam import Flag, Options, System
+from jasr.seam import Flag, Options, Part, System
 from jasr.systems.fastconformer import options
 
 _AUDIO = "jasr.audio:"
@@ -17,7 +17,25 @@ SYSTEM = System(
         "decoding": "jasr.systems.fastconformer.settings:DecodingConfig",
     },
     task="jasr.systems.fastconformer.task:build",
+    originals={
+        "nemo": "jasr.systems.fastconformer.original:NEMO",
+        "hf": "jasr.systems.fastconformer.original:HF",
+    },
+    parts={
+        "encoder": Part("encoder", "model.encoder", {"fastconformer": ("encoder", "model.encoder")})
+    },
     options={
+        "convert": Options(
+            {
+                "branch": Flag("export one head of a hybrid", ("transducer", "ctc")),
+                "modern_front_end": Flag(
+                    "export a model of NeMo before 2.5 with the front end and subsampling of 2.5",
+                    parse=bool,
+                    switch=True,
+                ),
+            },
+            lambda config, given: {},
+        ),
         "transcribe": Options(
             {
                 "beam": Flag(
@@ -33,6 +51,6 @@ SYSTEM = System(
                 ),
             },
             options.changes,
-        )
+        ),
     },
 )

@@ -58,7 +58,13 @@ def rename(key, pairs):
 
 
 def read(directory):
-    """The NemoModel of a Parakeet directory, f32, with a config that NeMo understands.
+    """`mapped`, with every weight copied into memory."""
+    return nemo.owned(mapped(directory))
+
+
+def mapped(directory):
+    """The NemoModel of a Parakeet directory, f32, with a config that NeMo understands; its weights
+    stay in the files until they are read.
 
     Raises:
       HfError: the path and everything that does not fit.
@@ -102,22 +108,26 @@ def _extractor(directory):
     return _json(directory / "preprocessor_config.json")
 
 
+def weights_files(directory):
+    """Paths of model.safetensors, or of the files that its index names."""
+    directory = pathlib.Path(directory)
+    index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if whole.is_file() or not index.is_file():
+        return (whole,)
+    files = _json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+        raise HfError(f"{index.name}: weight_map is no mapping of tensors to files")
+    names = sorted(set(files.values()))
+    if any(name != os.path.basename(name) or not name.endswith(".safetensors") for name in names):
+        raise HfError(f"{index.name} names files outside of the directory")
+    return tuple(directory / name for name in names)
+
+
 def _weights(directory):
-    """{name: array} of model.safetensors, or of the files that its index names."""
-    index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file() and not (directory / names[0]).is_file():
-        files = _json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-            raise HfError(f"{index.name}: weight_map is no mapping of tensors to files")
-        names = sorted(set(files.values()))
-        if any(
-            name != os.path.basename(name) or not name.endswith(".safetensors") for name in names
-        ):
-            raise HfError(f"{index.name} names files outside of the directory")
+    """{name: array} of the weights' files."""
     state = {}
-    for name in names:
-        state |= safetensors_file.read(directory / name)
+    for path in weights_files(directory):
+        state |= safetensors_file.read(path)
     return state
 
 

@@ -20,8 +20,7 @@ import jax
 import numpy as np
 
 from jasr import tree
-from jasr.interop import nemo_archive, plain_yaml, table, torch_file
-from jasr.models.fastconformer.settings import FastConformerConfig
+from jasr.interop import lazy, nemo_archive, plain_yaml, table, torch_file
 from jasr.systems.fastconformer import nemo_config, nemo_problems
 from jasr.systems.fastconformer.nemo_tables import TRANSDUCERS, rows, shapes
 from jasr.text import SentencePieceTokenizer, sentencepiece_model
@@ -44,8 +43,8 @@ class NemoModel:
       that the kind has; see `nemo_config`.
     tokenizer: what `text.from_dict` takes; None where the file has none (checkpoints) or has an
       aggregate of several (Canary).
-    variables: {"params", "batch_stats"}, trees of f32 numpy arrays; a warning says where the file
-      has another precision.
+    variables: {"params", "batch_stats"}, trees of f32 array-likes (`interop.lazy`), of numpy arrays
+      where `read` made them; a warning says where the file has another precision.
     nemo_config: the config as it stood in the file.
     buffers: {key: array} of the state dict's entries that are no variables: the front end's window
       and filters, counts of batches. They are written back as they came.
@@ -94,10 +93,15 @@ def branch(model, kind):
 
 
 def read(path, *, like=None):
+    """`mapped`, with every weight copied into memory, one by one."""
+    return owned(mapped(path, like=like))
+
+
+def mapped(path, *, like=None):
     """The NemoModel of a file: .nemo (tar or tar.gz), a Lightning .ckpt, or a bare state dict.
 
-    Weights stay in the file until they are copied one by one, so that the peak of memory is the
-    result and a few tensors.
+    Weights stay in the file until they are read. Of a gzip file that is a temporary one, which is
+    gone by name already and whose room on the disk is free when the model is.
 
     Args:
       path: the file.
@@ -108,7 +112,7 @@ def read(path, *, like=None):
       NemoError: the path and everything that does not fit.
     """
     path = os.fspath(path)
-    with _errors(path), _opened(path) as (state, config, tokenizer):
+    with errors(path), _opened(path) as (state, config, tokenizer):
         if like is not None:
             config, tokenizer = _read_like(os.fspath(like))
         if config is None:
@@ -124,12 +128,13 @@ def from_state(state, config, tokenizer=None, what="the weights"):
     Raises:
       NemoError: as `read`.
     """
-    with _errors(what):
+    with errors(what):
         return _model(what, state, config, tokenizer)
 
 
 @contextlib.contextmanager
-def _errors(path, done="read"):
+def errors(path, done="read"):
+    """Context in which what goes wrong becomes a NemoError that names `path`."""
     try:
         yield
     except NemoError:
@@ -238,7 +243,7 @@ def _model(path, state, config, tokenizer):
         kind=model.kind,
         config=model.sections,
         tokenizer=SentencePieceTokenizer(tokenizer).to_dict() if tokenizer else None,
-        variables=owned(variables),
+        variables=jax.tree.map(lambda x: lazy.cast(x, np.float32), variables),
         nemo_config=config,
         buffers=buffers,
     )
@@ -258,18 +263,9 @@ def _note_precision(state, buffers):
         warnings.warn(text, stacklevel=4)
 
 
-def owned(variables):
-    """The tree with its arrays in memory of their own: what is mapped from a file is copied, in C
-    order and to a multiple of 64 bytes, where JAX on CPUs uses it without another copy."""
-    return jax.tree.map(lambda x: x if x.flags.owndata else _aligned(x), variables)
-
-
-def _aligned(array):
-    room = np.empty(array.nbytes + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    np.copyto(copy, array)
-    return copy
+def owned(model):
+    """The model with its weights in memory of their own."""
+    return dataclasses.replace(model, variables=jax.tree.map(lazy.owned, model.variables))
 
 
 def _head(state):
@@ -305,7 +301,7 @@ def write(path, model):
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise NemoError(f"{os.fspath(path)} cannot be written: there is no folder {folder}")
-    with _errors(os.fspath(path), "written"):
+    with errors(os.fspath(path), "written"):
         settings = nemo_config.Settings(model.kind, model.config)
         tokenizer = sentencepiece(model)
         base = model.nemo_config
@@ -356,7 +352,7 @@ def sentencepiece(model):
 
 
 def state_dict(model):
-    """{key: array} that NeMo's class loads strictly: weights as views, and buffers.
+    """{key: array-like} that NeMo's class loads strictly: weights as views, and buffers.
 
     Raises:
       table.TableError, tree.TreeError: parameters that the settings do not have, or that miss.
@@ -366,11 +362,6 @@ def state_dict(model):
     tree.compare(shapes(settings, pieces), model.variables, what="the model to be written")
     index = 1 if not model.config.get("joint", {}).get("dropout", 1) else 2
     state = table.invert(rows(settings, index), model.variables, what="the model to be written")
-    config = FastConformerConfig(**model.config["encoder"])
-    for layer in range(1, config.n_layers if config.tied_biases else 1):
-        for name in ("pos_bias_u", "pos_bias_v"):
-            first = state[f"encoder.layers.0.self_attn.{name}"]
-            state[f"encoder.layers.{layer}.self_attn.{name}"] = first
     buffers = {
         key: make()
         for key, (_, make) in nemo_problems.featurizer(model.config["front_end"]).items()

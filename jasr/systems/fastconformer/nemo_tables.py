@@ -84,11 +84,10 @@ def encoder_rows(config, source="encoder", target="encoder"):
     norms = "feed_forward1|self_att|conv|feed_forward2|out"
     linears = "linear_q|linear_k|linear_v|linear_out|linear_pos|global_q|global_k|global_v"
     convs = "pointwise_conv1|depthwise_conv|pointwise_conv2"
-    biases = rf"{source}\.layers\.(\d+)\.self_attn\.pos_bias_(u|v)"
-    tied = ()
+    biases = Row(rf"{layer}\.self_attn\.pos_bias_(u|v)", rf"{to_layer}/self_attn/pos_bias_\2")
     if config.tied_biases:  # one parameter under the names of all layers; ours is layer 0's
-        biases = biases.replace(r"(\d+)", "(0)")
-        tied = (Row(rf"{source}\.layers\.(?!0\.)\d+\.self_attn\.pos_bias_[uv]", None),)
+        only = rf"{params}/layers_0/self_attn/pos_bias_\2"
+        biases = biases._replace(target=only, copies=config.n_layers)
     return (
         Row(rf"{pre}\.weight", f"{to}/kernel", "linear"),
         Row(rf"{pre}\.bias", f"{to}/bias"),
@@ -118,8 +117,7 @@ def encoder_rows(config, source="encoder", target="encoder"):
             "linear",
         ),
         Row(rf"{layer}\.self_attn\.({linears})\.bias", rf"{to_layer}/self_attn/\2/bias"),
-        Row(biases, rf"{to_layer}/self_attn/pos_bias_\2"),
-        *tied,
+        biases,
         Row(rf"{layer}\.conv\.({convs})\.weight", rf"{to_layer}/conv/\2/kernel", "conv1d"),
         Row(rf"{layer}\.conv\.({convs})\.bias", rf"{to_layer}/conv/\2/bias"),
         Row(rf"{layer}\.conv\.batch_norm\.weight", rf"{to_layer}/conv/batch_norm/scale"),

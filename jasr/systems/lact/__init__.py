@@ -20,6 +20,8 @@ SYSTEM = System(
         "loss": "jasr.systems.lact.settings:CtcLossConfig",
     },
     task="jasr.systems.lact.task:build",
+    originals={"lact": "jasr.systems.lact.original:LACT"},
+    parts={},
     options={
         "transcribe": Options(
             {

@@ -18,10 +18,12 @@ import jax
 import numpy as np
 
 from jasr import settings, tree
-from jasr.interop import table, torch_file
+from jasr.audio import FrontEndConfig
+from jasr.interop import lazy, table, torch_file
 from jasr.interop.table import Row
+from jasr.seam import Original
 from jasr.systems.lact.model import LactConfig, LactCtc
-from jasr.text import CharTokenizer
+from jasr.text import CharTokenizer, from_dict
 
 BLANK = "<blank>"
 # The characters of the original's LibriSpeech runs (its logs, train-clean-100 and -360 alike).
@@ -101,19 +103,26 @@ def _vocabulary(weights, config):
 
 def read_weights(path):
     """(LactConfig, variables), as `read_lact`, of a checkpoint that need have no vocabulary."""
-    weights, config, state = _open(path)
-    variables = table.convert(rows(config), state, shapes(config), what=f"{weights}: the weights")
+    config, variables = _mapped(path)
     # copies, since a run that goes on writes over the file that the arrays are mapped from
-    return config, jax.tree.map(np.array, variables)
+    return config, jax.tree.map(lazy.owned, variables)
 
 
-def load_meta(path, tokens=True):
-    """{"config", "tokenizer", "step"} as in the meta of a step of ours.
+def _mapped(path):
+    """(LactConfig, variables), their arrays f32 and mapped from the file."""
+    weights, config, state = _open(path)
+    want = shapes(config)
+    variables = table.convert(rows(config), state, want, what=f"{weights}: the weights")
+    return config, jax.tree.map(lambda x, like: lazy.cast(x, like.dtype), variables, want)
+
+
+def load_meta(path, like="", tokens=True):
+    """{"config", "tokenizer", "step", "task"} as in the meta of a step of ours.
 
     tokens: False leaves out the tokenizer, which needs a vocabulary.
     """
     weights, config, _ = _open(path)
-    meta = {"config": reference_config(settings.to_dict(config)), "step": 0}
+    meta = {"config": reference_config(settings.to_dict(config)), "step": 0, "task": "lact"}
     if tokens:
         meta["tokenizer"] = CharTokenizer(tuple(_vocabulary(weights, config)), "lower").to_dict()
     return meta
@@ -410,3 +419,36 @@ def _buffers(config):
         norm = f"{extractor}.conv_layers.{4 * i + 1}"
         buffers[f"{norm}.num_batches_tracked"] = np.array(0, np.int64)
     return buffers
+
+
+# ---- as an original ------------------------------------------------------------------------------
+
+
+def _files(path, like=""):
+    return (weights_file(path),) if not like and is_lact(path) else ()
+
+
+def _leaves(path, like=""):
+    return tree.flatten(_mapped(path)[1])
+
+
+def _write(path, meta, leaves, options):
+    """Writes the original's directory; raises as `write_lact`, and for another tokenizer or front
+    end than the original's."""
+    tokenizer = from_dict(meta["tokenizer"])
+    if not isinstance(tokenizer, CharTokenizer):
+        raise LactFileError("the original's tokens are characters, and those of this model are not")
+    sizes = {"ctc_vocab_size": tokenizer.vocab_size, "ctc_blank_id": tokenizer.blank_id}
+    config = settings.build(LactConfig, {**meta["config"]["model"], **sizes}, "config.model")
+    theirs = reference_config(settings.to_dict(config))["front_end"]
+    ours = settings.to_dict(
+        settings.build(FrontEndConfig, meta["config"].get("front_end", {}), "config.front_end")
+    )
+    if other := {k: ours[k] for k in theirs if ours[k] != theirs[k]}:
+        raise LactFileError(f"the original's front end has no {other}")
+    variables = {"params": {}, "batch_stats": {}, **tree.unflatten(leaves)}
+    write_lact(path, config, variables, tokenizer.vocabulary, step=meta.get("step", 0))
+    return ["lact"]
+
+
+LACT = Original("lact", ("_lact", "-lact"), _files, load_meta, _leaves, _write)

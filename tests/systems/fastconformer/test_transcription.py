@@ -13,8 +13,8 @@ from jasr import settings as settings_lib
 from jasr import tree
 from jasr.models.fastconformer.encoder import FastConformer, FastConformerConfig
 from jasr.recognition.recognizer import Recognizer, from_pretrained, trained_seconds
-from jasr.systems import catalogue, loading, originals
-from jasr.systems.fastconformer import decoding, nemo, nemo_config, times
+from jasr.systems import catalogue, loading
+from jasr.systems.fastconformer import decoding, nemo, nemo_config, original, times
 from jasr.systems.fastconformer import options as options_lib
 from tests.experiments.test_cli import babbling
 from tests.recognition import test_recognizer
@@ -269,7 +269,7 @@ def run_decoding(config):
     """What a run's config.decoding is made of a NeMo config."""
     settings, _ = nemo_config.parse(config)
     model = nemo.NemoModel(settings.kind, settings.sections, None, {}, config)
-    return originals.run_config(model)["decoding"], settings
+    return original.run_config(model)["decoding"], settings
 
 
 def test_a_nemo_configs_beam_search_is_taken_and_written_back(goldens, recwarn):

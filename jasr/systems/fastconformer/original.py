@@ -1,64 +1,106 @@
-"""Models of original systems by path: which system a file or directory is of, and how it is read.
-
-An `Original` answers what a run of jasr's own would: its weights file, its config and tokenizer as
-a checkpoint's meta has them, its variables.
-"""
+"""NeMo's files and Hugging Face's Parakeet directories as originals (`seam.Original`)."""
 
 import base64
 import dataclasses
+import functools
 import os
 import pathlib
-import typing
 import warnings
 
 import numpy as np
 
-from jasr import settings
+from jasr import settings, text, tree
+from jasr.interop import lazy
+from jasr.seam import Original
 from jasr.systems.fastconformer import hf_parakeet, nemo, nemo_config
 from jasr.systems.fastconformer.model import JointSettings, PredictionSettings
-from jasr.systems.lact import original
+from jasr.systems.fastconformer.task import build
+
+WEIGHTS = "model.safetensors"
 
 
-class Original(typing.NamedTuple):
-    """How a system's files are read; every function takes their path.
-
-    weights_file: the file that holds the weights.
-    load_meta: (path, tokens) -> {"config", "tokenizer", "step"}; with tokens=False the tokenizer
-      may be missing.
-    load: (meta, {"params", "batch_stats"} of numpy arrays).
-    """
-
-    weights_file: typing.Callable
-    load_meta: typing.Callable
-    load: typing.Callable
+# ---- their files ---------------------------------------------------------------------------------
 
 
-def find(path, like=None):
-    """The Original at `path`, or None where it is none of these: a NeMo archive or checkpoint
-    (.nemo, .ckpt), a Hugging Face Parakeet directory, original LaCT ASR (.pt or directory).
+def _nemo_files(path, like=""):
+    """A .nemo or .ckpt; any file of weights whose config is that of `like`."""
+    path = pathlib.Path(path)
+    if like and (path.is_dir() or path.suffix == ".nemo"):
+        raise nemo.NemoError(f"{path} has its own config; --like is for a .ckpt or .pt alone")
+    return (path,) if like or nemo.is_nemo(path) else ()
 
-    like: path of the .nemo whose config and tokenizer a file of weights (.ckpt, .pt) belongs to.
+
+def _hf_files(path, like=""):
+    """The weights of a Parakeet directory."""
+    directory = _directory(path)
+    return hf_parakeet.weights_files(directory) if hf_parakeet.is_parakeet(directory) else ()
+
+
+def _directory(path):
+    """A Parakeet's directory, where `path` may be the weights' file in it."""
+    path = pathlib.Path(path)
+    return path.parent if path.name == WEIGHTS else path
+
+
+def _read(path, like=""):
+    """The NemoModel at a path, its weights mapped; the last one is kept for who asks again."""
+    files = _hf_files(path) or (path, *([like] if like else []))
+    with nemo.errors(os.fspath(path)):
+        stamp = tuple((os.fspath(f), os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files)
+    return _mapped(os.fspath(_directory(path)), os.fspath(like), stamp)
+
+
+@functools.lru_cache(1)
+def _mapped(path, like, stamp):
+    if os.path.isdir(path):
+        return hf_parakeet.mapped(path)
+    return nemo.mapped(path, like=like or None)
+
+
+def _meta(path, like="", tokens=True):
+    return meta_of(_read(path, like), path, tokens)
+
+
+def _leaves(path, like=""):
+    return {p: x for p, x in tree.flatten(_read(path, like).variables).items()}
+
+
+def _write(write):
+    """How an export is written by `write(path, NemoModel)`."""
+
+    def exports(path, meta, leaves, options):
+        model, changes = exported(model_of(meta, leaves), **options)
+        write(path, model)
+        return [model.kind, *changes]
+
+    return exports
+
+
+NEMO = Original("nemo", (".nemo",), _nemo_files, _meta, _leaves, _write(nemo.write))
+HF = Original("hf", ("_hf", "-hf"), _hf_files, _meta, _leaves, _write(hf_parakeet.write))
+
+
+# ---- a NemoModel and a run's meta ----------------------------------------------------------------
+
+
+def meta_of(model, path, tokens=True):
+    """{"config", "tokenizer", "task", "step", "nemo"} of a NemoModel, as in a step of ours; "nemo"
+    is what else its file says, which is written back.
 
     Raises:
-      nemo.NemoError: `like` is given for something else.
+      nemo.NemoError: no tokenizer, unless `tokens` is False, or no recogniser of its own.
     """
-    if like:
-        if os.path.isdir(path) or os.fspath(path).endswith(".nemo"):
-            raise nemo.NemoError(f"{path} has its own config; --like is for a .ckpt or .pt alone")
-        return _nemo(like)
-    if nemo.is_nemo(path) or hf_parakeet.is_parakeet(_directory(path)):
-        return _nemo()
-    if original.is_lact(path):
-        return Original(original.weights_file, original.load_meta, _load_lact)
-    return None
-
-
-def read_parakeet(path, like=None):
-    """The NemoModel of a .nemo, a .ckpt with its config (or that of `like`), or a Hugging Face
-    Parakeet directory."""
-    if os.path.isdir(path):
-        return hf_parakeet.read(path)
-    return nemo.read(path, like=like)
+    buffers = {key: _kept(array) for key, array in model.buffers.items()}
+    meta = {"config": run_config(model), "step": 0, "task": "fastconformer"}
+    meta["nemo"] = {"config": model.nemo_config, "buffers": buffers}
+    if tokens:
+        if model.tokenizer is None:
+            raise nemo.NemoError(
+                f"{path} has no tokenizer, which its texts need; name a .nemo that has it: "
+                f"{nemo.LIKE}"
+            )
+        meta["tokenizer"] = model.tokenizer
+    return meta
 
 
 def run_config(model):
@@ -114,14 +156,10 @@ def _note(text):
     warnings.warn(f"NeMo's {text}", stacklevel=4)
 
 
-def nemo_model(task, variables, meta):
-    """The NemoModel of a ParakeetTask, with what `meta` keeps of the file it was read from.
-
-    Raises:
-      nemo.NemoError: the task is of another kind of model.
-    """
-    if not hasattr(task.config, "joint"):
-        raise nemo.NemoError(f"{type(task).__name__} is no model of NeMo's")
+def model_of(meta, leaves):
+    """The NemoModel of a run's meta and its leaves {path: array-like}, with what `meta` keeps of
+    the file that it was read from."""
+    task = build(meta["config"], text.from_dict(meta["tokenizer"]), 1)
     c = task.config
     loss = {k: v for k, v in settings.to_dict(task.loss_config).items() if k != "ramp_steps"}
     unread = ["durations", "sigma", "omega"] if loss["kind"] != "tdt" else []
@@ -143,6 +181,8 @@ def nemo_model(task, variables, meta):
             names = ("beam", "expansion_gamma", "length_normalised")
             config["decoding"] |= {name: getattr(task.decoding, name) for name in names}
     kept = meta.get("nemo", {})
+    variables = tree.unflatten({p: lazy.cast(x, np.float32) for p, x in leaves.items()})
+    variables = {"params": {}, "batch_stats": {}, **variables}
     return nemo.NemoModel(
         kind=c.kind,
         config=config,
@@ -195,47 +235,3 @@ def _kept(array):
     """A small array as JSON keeps it."""
     data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
     return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
-
-
-def _load_lact(path):
-    return original.load_meta(path), original.read_weights(path)[1]
-
-
-def _meta(model, path, tokens=True):
-    buffers = {key: _kept(array) for key, array in model.buffers.items()}
-    meta = {"config": run_config(model), "step": 0, "task": "fastconformer"}
-    meta["nemo"] = {"config": model.nemo_config, "buffers": buffers}
-    if tokens:
-        if model.tokenizer is None:
-            raise nemo.NemoError(
-                f"{path} has no tokenizer, which its texts need; name a .nemo that has it: "
-                f"{nemo.LIKE}"
-            )
-        meta["tokenizer"] = model.tokenizer
-    return meta
-
-
-def _load_nemo(path, like=None):
-    model = read_parakeet(path, like)
-    return _meta(model, path), model.variables
-
-
-def _nemo_weights(path):
-    path = pathlib.Path(path)
-    return path / "model.safetensors" if path.is_dir() else path
-
-
-def _nemo(like=None):
-    return Original(
-        weights_file=_nemo_weights,
-        load_meta=lambda path, tokens=True: _meta(
-            read_parakeet(_directory(path), like), path, tokens
-        ),
-        load=lambda path: _load_nemo(_directory(path), like),
-    )
-
-
-def _directory(path):
-    """A Parakeet's directory, where `path` is the weights file in it."""
-    path = pathlib.Path(path)
-    return path.parent if path.name == "model.safetensors" else path
