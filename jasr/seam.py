@@ -105,9 +105,9 @@ class Stepper:
 
     inputs: Mapping[str, tuple]  # {"audio": (1920,), "temperature": ()}: shape of a row's input
     start: Callable  # (variables, batch) -> (state, outputs): empty caches or a prompt's; jitted
-    step: Callable  # (variables, state, inputs, key) -> (state, outputs), jitted, state donated;
-    # inputs also has "fresh" bool[B] (begin anew) and "last" bool[B] (flush)
-    emit: Callable  # (outputs of a row, on the host) -> text pieces, words or samples
+    step: Callable  # (variables, state, inputs, keys [B]: one a row) -> (state, outputs), jitted,
+    # state donated; inputs also has "fresh" bool[B] (begin anew) and "last" bool[B] (flush)
+    emit: Callable  # outputs of a row, [steps, ...] on the host -> text, words or samples
 
 
 class Task(Protocol):

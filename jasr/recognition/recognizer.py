@@ -26,6 +26,7 @@ from jasr.decoding.ctc import words
 from jasr.recognition import longform
 from jasr.recognition.coverage import LEVEL_SECONDS, coverage, doubts, not_decoded
 from jasr.recognition.formats import segments
+from jasr.systems import loading
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".w64")
 SHORTEST_BUCKET = 2.0  # s: programs are compiled for windows of so much, twice as much ...
@@ -57,7 +58,6 @@ def from_pretrained(
         `python -m experiments.transcribe --help` lists.
     """
     from jasr import compilation_cache
-    from jasr.systems import loading
 
     compilation_cache.enable()
     task, variables, meta = loading.load(path, step, item, model, options, like)
@@ -76,19 +76,6 @@ def trained_seconds(meta):
     bins = data.get("bucket_duration_bins", ())
     edges = [b[0] if isinstance(b, (list, tuple)) else b for b in bins]
     return meta.get("longest_seconds") or max(edges, default=data.get("max_duration", 0.0))
-
-
-def decoder_of(task):
-    """The WindowDecoder of a task.
-
-    Raises:
-      ValueError: its model does not transcribe; the error names what it does.
-    """
-    if "transcribe" not in task.verbs:
-        raise ValueError(
-            f"this model does not transcribe; what it does: {', '.join(task.verbs) or 'nothing'}"
-        )
-    return task.verbs["transcribe"]
 
 
 class Recognizer:
@@ -120,7 +107,7 @@ class Recognizer:
         batch_seconds=64.0,
         timestamps="",
     ):
-        self.decoder = decoder = decoder_of(task)
+        self.decoder = decoder = loading.verb(task, "transcribe")
         if timestamps and timestamps not in decoder.extras:
             known = ", ".join(map(repr, decoder.extras)) or "none"
             raise ValueError(f"timestamps {timestamps!r}: this model has {known}")

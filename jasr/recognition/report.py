@@ -7,7 +7,8 @@ import time
 import numpy as np
 
 from jasr import metrics, text
-from jasr.recognition.recognizer import Recognizer, decoder_of
+from jasr.recognition.recognizer import Recognizer
+from jasr.systems import loading
 
 DURATION_EDGES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)  # s
 
@@ -33,7 +34,7 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
     """
     from jasr import data
 
-    decoder = decoder_of(task)
+    decoder = loading.verb(task, "transcribe")
     kind = normalisation or decoder.tokenizer.normalisation
     text.normalise("", kind)  # an unknown kind is refused before any work
     rate = decoder.sample_rate  # an empty text counts too: what is heard there is wrong

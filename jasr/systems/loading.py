@@ -17,6 +17,18 @@ def build(config, tokenizer, ways=1):
     return catalogue.resolve(system.task)(config, tokenizer, ways)
 
 
+def verb(task, name):
+    """The WindowDecoder or Stepper by which a task does what `name` says: "transcribe" ...
+
+    Raises:
+      ValueError: it does not; the error names what it does.
+    """
+    if name not in task.verbs:
+        known = ", ".join(task.verbs) or "nothing"
+        raise ValueError(f"this model does not {name}; what it does: {known}")
+    return task.verbs[name]
+
+
 def load(path, step=None, item="", model=None, options=None, like=""):
     """A task, its variables and the checkpoint's meta.
 
