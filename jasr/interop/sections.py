@@ -14,7 +14,6 @@ key and value, and all of them are found in one reading.
 
 import dataclasses
 import functools
-import operator
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -188,8 +187,8 @@ def _read_row(table, row, found, values, problems):
     if fitted is UNSAID:
         words = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
         problems.append(f"{shown}{made}, not {words}")
-    elif wanted := _broken(fitted, rules):
-        problems.append(f"{shown}{made}; {wanted}")
+    elif wanted := fitted is not None and settings.broken(fitted, rules):
+        problems.append(f"{shown}{made}, must be {wanted}")
     elif row.wins:
         values[row.field] = fitted
     elif values.setdefault(row.field, fitted) != fitted:
@@ -232,26 +231,6 @@ def _fitted(value, kinds):
             return int(value)
         return float(value) if float in kinds and abs(value) <= LARGEST[float] else UNSAID
     return value if type(value) in kinds else UNSAID
-
-
-def _broken(value, rules):
-    """What a value must be by its rules, in words, if it is not."""
-    choices = rules.get("choices")
-    if choices is not None and value not in choices:
-        return f"known are {', '.join(map(str, choices))}"
-    limits = {name: rules[name] for name in _LIMITS if name in rules}
-    numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-    if all(_LIMITS[name][1](number, limits[name]) for number in numbers for name in limits):
-        return ""
-    return "must be " + " and ".join(f"{_LIMITS[name][0]} {limits[name]}" for name in limits)
-
-
-_LIMITS = {
-    "least": ("at least", operator.ge),
-    "most": ("at most", operator.le),
-    "above": ("above", operator.gt),
-    "below": ("below", operator.lt),
-}
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import re
 
 import numpy as np
 
-from jasr.audio import features
 from jasr.audio.features import FrontEndConfig
 from jasr.interop import sections
 from jasr.interop.sections import UNSAID, Row, Table
@@ -97,18 +96,8 @@ def read_front_end(section, legacy, problems):
     """
     values = sections.read(FRONT_END, section, problems)
     kind = "nemo_legacy" if legacy else "nemo"
-    return complete_front_end(values and {**values, "kind": kind}, "preprocessor", problems)
-
-
-def complete_front_end(values, name, problems):
-    """All fields of FrontEndConfig; None, and the reason in `problems`, where they make none."""
-    made = sections.complete(FrontEndConfig, values, name, problems)
-    try:
-        features.check(FrontEndConfig(**made or {}))
-    except ValueError as e:
-        problems.append(f"{name}: {e}")
-        return None
-    return made
+    ours = None if values is None else {**values, "kind": kind}
+    return sections.complete(FrontEndConfig, ours, "preprocessor", problems)
 
 
 def write_front_end(front_end):

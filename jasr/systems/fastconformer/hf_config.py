@@ -11,7 +11,6 @@ import functools
 from jasr.audio.features import FrontEndConfig
 from jasr.interop import sections
 from jasr.interop.sections import MUST, UNSAID, Row, Table
-from jasr.models.fastconformer.nemo_sections import complete_front_end
 from jasr.models.fastconformer.settings import FastConformerConfig
 from jasr.settings import to_dict
 from jasr.systems.fastconformer.nemo_config import ANY, BEAM, durations, numbers
@@ -254,16 +253,13 @@ def read(config, extractor):
     given["front_end"] = {**front_end, **given["front_end"]}
     given["encoder"] |= FIXED
     size = config["vocab_size"] - 1
-    names = ["encoder"]
+    names = ["front_end", "encoder"]
     if kind != "ctc":
         given["decoder"]["vocab_size"] = size
         given["joint"]["encoder_hidden"] = given["encoder"]["d_model"]
         given["joint"]["num_extra_outputs"] = len(given["loss"].get("durations", ()))
         names += ["decoder", "joint"]
-    made = {
-        "front_end": complete_front_end(given["front_end"], "feature_extractor", problems),
-        **{n: sections.complete(SECTIONS[n], given[n], n, problems) for n in names},
-    }
+    made = {n: sections.complete(SECTIONS[n], given[n], n, problems) for n in names}
     sections.complete(LossConfig, given["loss"], "loss", problems)
     if problems:
         raise HfError("; ".join(problems))
