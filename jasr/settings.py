@@ -68,18 +68,22 @@ def check(values, where):
 
 
 def _check_value(item, value, where):
-    rules = item.metadata
-    if "choices" in rules and value not in rules["choices"]:
-        shown = ", ".join(map(repr, rules["choices"]))
-        raise SettingsError(f"{where} must be one of {shown}, got {value!r}")
+    kept = value is None and item.default is None and "choices" not in item.metadata
+    if not kept and (wanted := broken(value, item.metadata)):
+        raise SettingsError(f"{where} must be {wanted}, got {value!r}")
+
+
+def broken(value, rules):
+    """What a value must be by the rules of `field`, in words; "" if it is."""
+    choices = rules.get("choices")
+    if choices is not None and value not in choices:
+        return f"one of {', '.join(map(repr, choices))}"
     limits = [(*_LIMITS[name], rules[name]) for name in _LIMITS if name in rules]
-    if not limits or (value is None and item.default is None):
-        return
     for number in value if isinstance(value, tuple) else (value,):
         known = isinstance(number, int | float)
-        if not known or not all(holds(number, limit) for _, holds, limit in limits):
-            said = " and ".join(f"{words} {limit}" for words, _, limit in limits)
-            raise SettingsError(f"{where} must be {said}, got {value!r}")
+        if limits and not (known and all(holds(number, limit) for _, holds, limit in limits)):
+            return " and ".join(f"{words} {limit}" for words, _, limit in limits)
+    return ""
 
 
 def meaningful(values, where, default):

@@ -15,6 +15,7 @@ from jasr.layers import relative_attention
 from jasr.layers.relative_attention import Reach
 from jasr.models.fastconformer import encoder
 from jasr.models.fastconformer.encoder import FastConformer, FastConformerConfig, output_lengths
+from jasr.models.fastconformer.nemo_sections import read_encoder
 from tests.layers.fast_weight_goldens import close, error, jit
 
 VARIANTS = (
@@ -38,7 +39,8 @@ def variant(goldens, request):
             with np.load(folder / f"enc_{name}.npz") as f, np.load(folder / "enc_input.npz") as x:
                 z = {**f, **x}
             section = json.loads((folder / "enc_variants.json").read_text("utf-8"))[name]
-        return FastConformerConfig.from_nemo(section), z, z["x"].swapaxes(1, 2), z["x_len"]
+        config = FastConformerConfig(**read_encoder(section, False, []))
+        return config, z, z["x"].swapaxes(1, 2), z["x_len"]
 
     return load
 
@@ -621,35 +623,6 @@ def test_lengths_are_nemos(shared_dir):
             )
             np.testing.assert_array_equal(output_lengths(config, z["mel_len"]), z[name])
             assert output_lengths(config, 0) == 0 and output_lengths(config, 17) == z[name][16]
-
-
-def test_settings_of_nemo_come_back_as_they_were(shared_dir):
-    variants = json.loads(
-        (shared_dir / "goldens" / "nemo" / "enc_variants.json").read_text("utf-8")
-    )
-    for section in variants.values():
-        config = FastConformerConfig.from_nemo(section, "2.5.0rc1")
-        back = config.to_nemo()
-        kept = {k: v for k, v in section.items() if k != "pos_emb_max_len"}
-        assert {k: back[k] for k in kept} == kept
-        assert FastConformerConfig.from_nemo(back) == config
-
-
-def test_settings_of_nemo_are_read_with_their_version_and_gaps():
-    section = dict(feat_in=80, n_layers=2, d_model=32, subsampling=None, att_context_size=None)
-    config = FastConformerConfig.from_nemo(section, "2.4.0")
-    assert not config.masked_subsampling and config.subsampling_factor == 1
-    assert config.contexts == ((-1, -1),) and config.xscaling and config.conv_kernel_size == 31
-    for version in ("2.5.0", "2.5.0rc1", "2.10.1", "3.0", ""):
-        assert FastConformerConfig.from_nemo(section, version).masked_subsampling
-    for version in ("1.23.0", "2.0.0rc0"):
-        assert not FastConformerConfig.from_nemo(section, version).masked_subsampling
-    with pytest.raises(ValueError, match="does not know: conv_dilation: 2"):
-        FastConformerConfig.from_nemo({**section, "conv_dilation": 2})
-    with pytest.raises(ValueError, match="not a ConformerEncoder"):
-        FastConformerConfig.from_nemo({**section, "_target_": "nemo.SqueezeformerEncoder"})
-    with pytest.raises(ValueError, match="subsampling must be one of"):
-        FastConformerConfig.from_nemo({**section, "subsampling": "vggnet"})
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,10 @@
-"""Settings of NeMo's ConformerEncoder, read from its own configs, and the lengths that follow."""
-
-import dataclasses
-import math
+"""Settings of NeMo's ConformerEncoder, and the lengths that follow."""
 
 from jasr import settings
 
 SUBSAMPLING = ("dw_striding", "striding", "stacking", "stacking_norm")
 ATTENTION = ("rel_pos", "rel_pos_local_attn", "abs_pos")
 POWERS = tuple(2**n for n in range(11))
-# Keys of NeMo's that choose a kernel, serve several machines or save memory, and change no number.
-WITHOUT_MEANING = (
-    "_target_",
-    "pos_emb_max_len",
-    "subsampling_conv_chunking_factor",
-    "sync_max_audio_length",
-    "use_pytorch_sdpa",
-    "use_pytorch_sdpa_backends",
-)
-# Keys of younger NeMo versions that are accepted with the value that changes nothing.
-ONLY_AS = {
-    "att_chunk_context_size": (None,),
-    "conv_context_style": (None, "regular"),
-    "rope_base": (None, 10000.0),
-    "rotary_fraction": (None, 1.0),
-}
 
 
 @settings.section
@@ -35,7 +16,7 @@ class FastConformerConfig:
     """
 
     feat_in: int = settings.field(80, least=1)
-    n_layers: int = settings.field(17, least=1)
+    n_layers: int = settings.field(17, least=1, most=500)
     d_model: int = settings.field(512, least=1)
     feat_out: int = -1  # a projection after the last layer, if above 0 and not d_model
     # subsampling
@@ -85,44 +66,6 @@ class FastConformerConfig:
     tied_local_biases: bool = settings.field(False, meaning=False)
     dtype: str = settings.field("float32", choices=("float32", "bfloat16"), meaning=False)
     remat: bool = settings.field(False, meaning=False)  # recompute each layer in the backward pass
-
-    @classmethod
-    def from_nemo(cls, encoder, nemo_version=""):
-        """The config of the `encoder` section of a NeMo model config.
-
-        Args:
-          encoder: dict with NeMo's keys; those it lacks take NeMo's defaults.
-          nemo_version: of the file, "2.4.0"; "" = the newest. Below 2.5 the subsampling does not
-          mask its padding.
-
-        Raises:
-          settings.SettingsError: a key or value that this encoder does not know.
-        """
-        target = str(encoder.get("_target_") or "ConformerEncoder")
-        if target.rpartition(".")[2] != "ConformerEncoder":
-            raise settings.SettingsError(f"the encoder is a {target}, not a ConformerEncoder")
-        names = set(_FIELDS) - set(OURS)
-        fields = {key: encoder[key] for key in names & set(encoder)}
-        unknown = [
-            f"{key}: {encoder[key]!r}"
-            for key in sorted(set(encoder) - names - set(WITHOUT_MEANING))
-            if encoder[key] not in ONLY_AS.get(key, ())
-        ]
-        if unknown:
-            raise settings.SettingsError(
-                f"the encoder has settings that jasr does not know: {', '.join(unknown)}"
-            )
-        if "subsampling" in fields and not fields["subsampling"]:  # NeMo: a linear map then
-            fields |= {"subsampling": cls.subsampling, "subsampling_factor": 1}
-        for key in ("att_context_size", "att_context_probs"):
-            fields[key] = fields.get(key) or getattr(cls, key)
-        return cls(**fields, masked_subsampling=_version(nemo_version) >= (2, 5))
-
-    def to_nemo(self):
-        """The `encoder` section that NeMo builds this encoder from."""
-        section = {key: _lists(getattr(self, key)) for key in _FIELDS if key not in OURS}
-        section["att_context_probs"] = section["att_context_probs"] or None
-        return {"_target_": "nemo.collections.asr.modules.ConformerEncoder", **section}
 
     def __post_init__(self):
         for name in ("att_context_size", "att_context_probs", "conv_context_size"):
@@ -235,27 +178,8 @@ class FastConformerConfig:
         return p * (layer - start + 1) / (self.n_layers - start)
 
 
-_FIELDS = tuple(f.name for f in dataclasses.fields(FastConformerConfig))
-OURS = _FIELDS[_FIELDS.index("masked_subsampling") :]  # not in NeMo's config
-
-
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _lists(value):
-    return list(map(_lists, value)) if isinstance(value, tuple) else value
-
-
-def _version(text):
-    """(major, minor) of "2.4.0", "2.5.0rc1" ...; "" is newer than all."""
-    parts = []
-    for part in str(text or "").split(".")[:2]:
-        digits = "".join(c for c in part if c.isdigit())
-        if not digits:
-            break
-        parts.append(int(digits))
-    return tuple(parts) if parts else (math.inf,)
 
 
 def halved(length, times, causal=False):

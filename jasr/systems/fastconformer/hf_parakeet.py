@@ -8,7 +8,6 @@ directories without either, as the hub has them, are read too. Settings are hf_c
 weights go through NeMo's names.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -63,8 +62,8 @@ def read(directory):
 
 
 def mapped(directory):
-    """The NemoModel of a Parakeet directory, f32, with a config that NeMo understands; its weights
-    stay in the files until they are read.
+    """The NemoModel of a Parakeet directory, f32; its weights stay in the files until they are
+    read.
 
     Raises:
       HfError: the path and everything that does not fit.
@@ -76,9 +75,7 @@ def mapped(directory):
         tokenizer = _tokenizer(directory, size)
         settings = nemo_config.Settings(kind, sections)
         state = {rename(key, NAMES): array for key, array in _weights(directory).items()}
-        written = nemo_config.write(settings, tokenizer.texts)
-        model = nemo.from_state(state, written, tokenizer.to_bytes(), "the weights in NeMo's names")
-        return dataclasses.replace(model, config=sections)
+        return nemo.from_state(state, settings, tokenizer.to_bytes(), "the weights in NeMo's names")
     except OSError as e:
         raise HfError(f"{directory}: {e.filename or ''} cannot be read: {e.strerror}") from e
     except (LookupError, TypeError, AttributeError, ArithmeticError) as e:  # no check names it

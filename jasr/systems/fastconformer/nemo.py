@@ -123,7 +123,8 @@ def mapped(path, *, like=None):
 
 
 def from_state(state, config, tokenizer=None, what="the weights"):
-    """The NemoModel of a state dict {key: array}, a NeMo config and a SentencePiece model's bytes.
+    """The NemoModel of a state dict {key: array} and a SentencePiece model's bytes; `config` is
+    NeMo's, or the nemo_config.Settings themselves.
 
     Raises:
       NemoError: as `read`.
@@ -221,7 +222,10 @@ def _tokenizer(archive, config):
 
 
 def _model(path, state, config, tokenizer):
-    model, nemo = nemo_config.parse(config, _head(state))
+    if isinstance(config, nemo_config.Settings):
+        model, nemo, config = config, {}, {}
+    else:
+        model, nemo = nemo_config.parse(config, _head(state))
     buffers = {key: np.array(v) for key, v in state.items() if re.fullmatch(BUFFERS, key)}
     vocab_size = _vocab_size(model, _head(state))
     problems = [

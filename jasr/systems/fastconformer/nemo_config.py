@@ -6,15 +6,22 @@ facts under its own names, some of them several times.
 """
 
 import copy
-import dataclasses
 import typing
+import warnings
 
-from jasr import settings
 from jasr.interop import plain_yaml
-from jasr.models.fastconformer import nemo_front_end
-from jasr.models.fastconformer.nemo_front_end import is_legacy
+from jasr.interop.sections import MUST, UNSAID, Row, Table, complete, merge, read
+from jasr.interop.sections import write as section_of
+from jasr.models.fastconformer.nemo_sections import (
+    MODULES,
+    is_legacy,
+    read_encoder,
+    read_front_end,
+    write_encoder,
+    write_front_end,
+)
 from jasr.models.fastconformer.settings import FastConformerConfig
-from jasr.systems.fastconformer import nemo_loss
+from jasr.systems.fastconformer.settings import DecodingConfig, LossConfig
 from jasr.systems.fastconformer.transducer import JointConfig, PredictionConfig
 
 MODELS = "nemo.collections.asr.models"
@@ -31,7 +38,9 @@ READ = (
     "rnnt_reduction target nemo_version"
 ).split()
 VERSION = "2.5.0"  # of the NeMo whose behaviour kind "nemo" and masked_subsampling are
-MODULES = "nemo.collections.asr.modules"
+GREEDY = ("greedy_batch", "greedy")
+# NeMo's beam searches of transducers; the one here is nearest to the last.
+BEAMS = ("beam", "tsd", "alsd", "malsd_batch", "maes_batch", "maes")
 
 
 class ConfigError(ValueError):
@@ -45,6 +54,133 @@ class Settings(typing.NamedTuple):
     sections: dict
 
 
+# ---- the tables ----------------------------------------------------------------------------------
+
+CTC_DECODER = Table("decoder", None, (), f"{MODULES}.ConvASRDecoder", is_open=True)
+_PREDNET = "forget_gate_bias hidden_hidden_bias_scale weights_init_scale t_max".split()
+PREDICTION = Table(
+    "decoder",
+    PredictionConfig,
+    (
+        Row("vocab_size", usual=MUST),
+        Row("blank_as_pad"),
+        Row("random_state_sampling"),
+        Row("prednet.pred_hidden", usual=640),
+        Row("prednet.pred_rnn_layers"),
+        Row("prednet.dropout", read={None: 0.0}),
+        *(Row(f"prednet.{name}") for name in _PREDNET),
+        # a projection if it is another number
+        Row("prednet.rnn_hidden_size", "pred_hidden", read=dict.fromkeys((None, -1, 0), UNSAID),
+            write=None),
+    ),
+    target=f"{MODULES}.RNNTDecoder",
+    only_as={"normalization_mode": (None,)},
+    also={"normalization_mode": None},
+    silent=("vocabulary",),
+)  # fmt: skip
+JOINT = Table(
+    "joint",
+    JointConfig,
+    (
+        Row("num_classes", usual=MUST),
+        Row("num_extra_outputs", usual=0, read={None: 0}),
+        *(Row(f"jointnet.{name}_hidden", usual=MUST) for name in ("encoder", "pred", "joint")),
+        Row("jointnet.activation", read=lambda name, _: name.lower()),
+        Row("jointnet.dropout", read={None: 0.0}),
+    ),
+    target=f"{MODULES}.RNNTJoint",
+    only_as={"masking_prob": (None, -1, 0)},
+    # They choose how much is computed at once, or normalise what every reader normalises.
+    also={
+        "log_softmax": None,
+        "preserve_memory": False,
+        "fuse_loss_wer": False,
+        "fused_batch_size": -1,
+    },
+    silent=("vocabulary", "experimental_fuse_loss_wer"),
+)
+
+USUAL_LOSS = "warprnnt_numba"  # what NeMo takes for "default", and whose numbers it reads
+# (our kind, the numbers that are read from <name>_kwargs) of NeMo's implementations.
+LOSSES = {
+    "warprnnt_numba": ("rnnt", ("fastemit_lambda", "clamp")),
+    "rnnt": ("rnnt", ("fastemit_lambda", "clamp")),
+    "warprnnt": ("rnnt", ()),
+    "pytorch": ("rnnt", ()),
+    "tdt": ("tdt", ("fastemit_lambda", "clamp", "sigma", "omega")),
+    "tdt_pytorch": ("tdt", ("sigma",)),
+}
+NUMBERS = {"fastemit_lambda": 0.0, "clamp": -1.0, "sigma": 0.0, "omega": 0.0}  # NeMo's defaults
+LONGEST = 1000  # frames of a duration
+_OPEN = Table("", LossConfig, (), is_open=True, none_is_usual=True)
+LOSS_NAME = _OPEN._replace(
+    rows=(Row("loss.loss_name", "name", "default", rules={"choices": ("default", *LOSSES)}),)
+)
+CTC_LOSS = _OPEN._replace(rows=(Row("ctc_reduction", "reduction", "mean_batch"),))
+AUXILIARY = (
+    Row("aux_ctc.ctc_loss_weight", "ctc_weight", 0.5),
+    Row("aux_ctc.ctc_reduction", usual="mean_batch"),
+)
+
+
+def durations(listed, _=None):
+    """Frames that a TDT's outputs stand for. ValueError: not a list of them."""
+    frames = listed if isinstance(listed, list | tuple) else ()
+    numbers = all(type(n) is int and 0 <= n <= LONGEST for n in frames)
+    if not numbers or len(set(frames)) < len(frames) or not any(frames):
+        raise ValueError(f"not a list of frames up to {LONGEST}, each once, one above 0")
+    return listed
+
+
+def numbers(kind):
+    """NeMo's defaults of the numbers that a loss of this kind has."""
+    return {n: NUMBERS[n] for n in NUMBERS if kind == "tdt" or n in ("fastemit_lambda", "clamp")}
+
+
+def loss_table(name, aux=False):
+    """Rows of a transducer's loss, NeMo's implementation `name` of it; of a hybrid's with aux."""
+    kind, place = LOSSES[name][0], f"loss.{name}_kwargs"
+    rows = [Row("rnnt_reduction", "reduction", "mean_batch")]
+    rows += [Row(f"{place}.{name}", usual=usual) for name, usual in numbers(kind).items()]
+    if kind == "tdt":
+        keys = (f"{place}.durations", "decoding.durations")
+        first = lambda both, _: durations(both[0] or both[1])  # noqa: E731
+        twice = lambda frames, _: (frames, frames)  # noqa: E731
+        rows.append(Row(keys, "durations", (None, None), first, twice))
+    return _OPEN._replace(rows=(*rows, *(AUXILIARY if aux else ())))
+
+
+def _most_symbols(both, _):
+    """NeMo looks at max_symbols_per_step where max_symbols is null, and without both it is 10."""
+    said = [most for most in both if most is not UNSAID]
+    return next((most for most in said if most), 0) if said else 10
+
+
+_SYMBOLS = tuple(f"decoding.greedy.{name}" for name in ("max_symbols", "max_symbols_per_step"))
+_UNLIMITED = lambda most, _: (most or None,) * 2  # noqa: E731
+ANY = {"choices": None}  # NeMo has other strategies than ours
+DECODING = Table(
+    "",
+    DecodingConfig,
+    (
+        Row("decoding.strategy", "strategy", "greedy_batch", {"": "greedy_batch"}, rules=ANY),
+        Row(_SYMBOLS, "max_symbols", (UNSAID, UNSAID), _most_symbols, _UNLIMITED),
+    ),
+    is_open=True,
+    none_is_usual=True,
+)
+BEAM = DECODING._replace(
+    rows=(
+        Row("decoding.beam.beam_size", "beam", 4),
+        Row("decoding.beam.maes_expansion_gamma", "expansion_gamma", 2.3),
+        Row("decoding.beam.score_norm", "length_normalised", True),
+    )
+)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
 def parse(config, head=None):
     """(Settings, the resolved sections of the NeMo config that were read).
 
@@ -55,7 +191,7 @@ def parse(config, head=None):
 
     Raises:
       ConfigError: lists what is unknown, missing or contradictory in any section.
-      nemo_yaml.YamlError: references that lead nowhere.
+      plain_yaml.YamlError: references that lead nowhere.
     """
     if not isinstance(config, dict):
         raise ConfigError(f"the config is a {type(config).__name__}, not a mapping")
@@ -67,167 +203,78 @@ def parse(config, head=None):
     if not kinds:
         known = sorted({target.rpartition(".")[2] for target in TARGETS.values()})
         raise ConfigError(f"the config's target is {name}; known are {', '.join(known)}")
-    problems = _Problems()
-    legacy = is_legacy(nemo.get("nemo_version"))
+    kind, legacy, problems = kinds[0], is_legacy(nemo.get("nemo_version")), []
+    encoder = read_encoder(nemo.get("encoder"), legacy, problems)
     sections = {
-        "front_end": problems.of(_front_end, nemo, "preprocessor", legacy),
-        "encoder": problems.of(_encoder, nemo, "encoder", legacy),
+        "front_end": read_front_end(nemo.get("preprocessor"), legacy, problems),
+        "encoder": encoder,
     }
-    kind = kinds[0]
     if kind == "ctc":
-        sections["loss"] = problems.of(_ctc_loss, nemo, "decoder")
+        read(CTC_DECODER, nemo.get("decoder"), problems)
+        sections["loss"] = {"kind": "ctc", **(read(CTC_LOSS, nemo, problems) or {})}
     elif kind != "encoder":
-        encoder = sections["encoder"]
         width = FastConformerConfig(**encoder).out_dim if encoder else 1
-        sections |= problems.of(_transducer, nemo, "joint", head, width) or {}
-        loss = sections.get("loss", {})
-        if kind == "hybrid":
-            sections["loss"] = {**loss, **(problems.of(_auxiliary, nemo, "aux_ctc") or {})}
-        elif loss:
-            kind = loss["kind"]
-    problems += _too_large(sections)
+        loss = read_loss(nemo, kind == "hybrid", problems)
+        sections |= _networks(nemo, head, width, loss, problems)
+        sections |= {"loss": loss, "decoding": _decoding(nemo, problems)}
+        kind = loss["kind"] if loss and kind != "hybrid" else kind
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError("; ".join(dict.fromkeys(problems)))
     return Settings(kind, sections), nemo
 
 
-# A config must not be able to keep the reader busy with sizes that no model has.
-_MOST = {"n_layers": 500, "pred_rnn_layers": 50, "conv_kernel_size": 1001, "subsampling_factor": 64}
-
-
-def _too_large(sections):
-    return [
-        f"{section}.{name} is {value}"
-        for section, values in sections.items()
-        for name, value in (values or {}).items()
-        if isinstance(value, int) and abs(value) > _MOST.get(name, 1 << 20)
-    ]
-
-
-class _Problems(list):
-    """What several readers of sections found wrong."""
-
-    def of(self, read, nemo, name, *args):
-        """What `read` makes of a section; None, and the reason kept, if it raises."""
-        try:
-            return read(nemo, name, *args)
-        except KeyError as e:
-            self.append(f"{name}.{e.args[0]} is missing")
-        except (TypeError, AttributeError, OverflowError) as e:  # values of another type
-            self.append(f"{name}: {e}")
-        except ValueError as e:
-            self.append(str(e))
+def read_loss(nemo, hybrid, problems):
+    """The loss of RNN-T or TDT, and of a hybrid's CTC branch; None with `problems`."""
+    if hybrid:
+        aux = nemo.get("aux_ctc")
+        theirs = aux.get("decoder") if isinstance(aux, dict) else aux
+        read(CTC_DECODER._replace(name="aux_ctc.decoder"), theirs, problems)
+    name = (read(LOSS_NAME, nemo, problems) or {}).get("name")
+    if name is None:
         return None
+    name = USUAL_LOSS if name == "default" else name
+    kind, used = LOSSES[name]
+    values = read(loss_table(name, hybrid), nemo, problems)
+    for number in (n for n in NUMBERS if n not in used and n in (values or {})):
+        if values[number] != NUMBERS[number]:
+            note = f"loss.{name}_kwargs.{number} of the file is not used: NeMo's {name} does not"
+            warnings.warn(f"{note} read it", stacklevel=2)
+            values[number] = NUMBERS[number]
+    loss = values and {"kind": kind, **values}
+    return loss if complete(LossConfig, loss, "loss", problems) else None
 
 
-def _section(nemo, name):
-    section = nemo.get(name)
-    if not isinstance(section, dict):
-        raise ConfigError(f"the config has no section {name!r}")
-    return section
-
-
-def _check_target(nemo, section, name):
-    target = _section(nemo, section).get("_target_") or name
-    if str(target).rpartition(".")[2] != name:
-        raise ConfigError(f"{section}._target_ is {target}; known is {name}")
-
-
-def _front_end(nemo, name, legacy):
-    return nemo_front_end.read(_section(nemo, name), legacy)
-
-
-def _encoder(nemo, name, legacy):
-    version = "2.4" if legacy else VERSION
-    return _checked(name, FastConformerConfig.from_nemo(_section(nemo, name), version))
-
-
-def _checked(name, config):
-    """The fields of a settings dataclass as a dict, of the types that they are said to have."""
-    values = settings.to_dict(config)
-    wrong = [
-        f"{name}.{field.name} is {values[field.name]!r}"
-        for field in dataclasses.fields(config)
-        if not _is_a(values[field.name], field.type)
-    ]
-    if wrong:
-        raise ConfigError(", ".join(wrong))
-    return values
-
-
-def _is_a(value, kind):
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.5, kind))
-
-
-def _ctc_loss(nemo, name):
-    _check_target(nemo, name, "ConvASRDecoder")
-    return {"kind": "ctc", "reduction": nemo_loss.reduction(nemo, "ctc_reduction")}
-
-
-# ---- transducers ---------------------------------------------------------------------------------
-
-
-def _transducer(nemo, _, head, encoder_hidden):
-    """Sections decoder, joint, loss and decoding of RNN-T and TDT."""
-    decoder, joint = _section(nemo, "decoder"), _section(nemo, "joint")
-    loss = nemo_loss.read(nemo)
-    extra = joint.get("num_extra_outputs") or 0
-    if extra != len(loss.get("durations", ())):
-        raise ConfigError(
-            f"joint.num_extra_outputs is {extra}, but the loss {loss['kind']} has "
-            f"{len(loss.get('durations', ()))} durations"
-        )
-    if head is not None:  # NeMo takes the numbers that recipes leave out from elsewhere, too
+def _networks(nemo, head, width, loss, problems):
+    """{"decoder", "joint"}: sizes that recipes leave out follow from the encoder and the head."""
+    extra = len((loss or {}).get("durations", ()))
+    decoder, joint = nemo.get("decoder"), nemo.get("joint")
+    if head is not None and isinstance(decoder, dict) and isinstance(joint, dict):
         size = max(1, head - 1 - extra)
         decoder, joint = {**decoder, "vocab_size": size}, {**joint, "num_classes": size}
-    prediction = PredictionConfig.from_nemo(decoder)
-    hidden = {"encoder_hidden": encoder_hidden, "pred_hidden": prediction.pred_hidden}
-    joint = {**joint, "jointnet": {**hidden, **(joint.get("jointnet") or {})}}
-    return {
-        "decoder": _checked("decoder", prediction),
-        "joint": _checked("joint", JointConfig.from_nemo(joint)),
-        "loss": loss,
-        "decoding": _decoding(nemo.get("decoding") or {}),
-    }
+    prediction = complete(
+        PredictionConfig, read(PREDICTION, decoder, problems), "decoder", problems
+    )
+    if isinstance(joint, dict):
+        hidden = prediction["pred_hidden"] if prediction else 1
+        joint = merge({"jointnet": {"encoder_hidden": width, "pred_hidden": hidden}}, joint)
+    joint = complete(JointConfig, read(JOINT, joint, problems), "joint", problems)
+    if joint and loss and joint["num_extra_outputs"] != extra:
+        problems.append(
+            f"joint.num_extra_outputs is {joint['num_extra_outputs']}, but the loss "
+            f"{loss['kind']} has {extra} durations"
+        )
+    return {"decoder": prediction, "joint": joint}
 
 
-GREEDY = ("greedy_batch", "greedy")
-# NeMo's beam searches of transducers; the one here is nearest to the last.
-BEAMS = ("beam", "tsd", "alsd", "malsd_batch", "maes_batch", "maes")
-
-
-def _decoding(nemo):
+def _decoding(nemo, problems):
     """The decoding section: NeMo's strategy, and of a beam search its numbers."""
-    greedy, beam = nemo.get("greedy") or {}, nemo.get("beam") or {}
-    strategy = nemo.get("strategy") or "greedy_batch"
-    most = 10
-    if "max_symbols" in greedy or "max_symbols_per_step" in greedy:  # None, or 0: no limit
-        most = greedy.get("max_symbols") or greedy.get("max_symbols_per_step") or None
-    if most is not None and (type(most) is not int or most < 1):
-        raise ConfigError(f"decoding.greedy.max_symbols is {most!r}")
-    found = {"strategy": strategy, "max_symbols": most}
-    if strategy not in GREEDY:
-        found |= {
-            "beam": beam.get("beam_size", 4),
-            "expansion_gamma": beam.get("maes_expansion_gamma", 2.3),
-            "length_normalised": beam.get("score_norm", True),
-        }
-    return found
+    found = read(DECODING, nemo, problems)
+    if found is None or found["strategy"] in GREEDY:
+        return found
+    return {**found, **(read(BEAM, nemo, problems) or {})}
 
 
-def _auxiliary(nemo, name):
-    """What a hybrid's loss has of its CTC branch."""
-    aux = _section(nemo, name)
-    _check_target(aux, "decoder", "ConvASRDecoder")
-    return {
-        "ctc_weight": aux.get("ctc_loss_weight", 0.5),
-        "ctc_reduction": nemo_loss.reduction(aux, "ctc_reduction"),
-    }
-
-
-# ---- back ----------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def write(model, pieces, base=None):
@@ -244,13 +291,13 @@ def write(model, pieces, base=None):
     kind, sections = model
     if kind not in ("ctc", "rnnt", "tdt", "hybrid"):
         raise ConfigError(f"a model of kind {kind!r} is not written")
-    front_end, encoder = sections["front_end"], FastConformerConfig(**sections["encoder"])
-    if (front_end["kind"] == "nemo_legacy") == encoder.masked_subsampling:
+    front_end, encoder = sections["front_end"], sections["encoder"]
+    if (front_end["kind"] == "nemo_legacy") == encoder["masked_subsampling"]:
         raise ConfigError(
             "NeMo's versions have both front_end.kind 'nemo' and masked_subsampling (2.5 and "
             "later), or neither"
         )
-    legacy = not encoder.masked_subsampling
+    legacy = not encoder["masked_subsampling"]
     name = TARGETS[kind].rpartition(".")[2]
     is_same = base is not None and str(base.get("target")).endswith(f".{name}")
     base = copy.deepcopy(base) if is_same else {}
@@ -259,103 +306,56 @@ def write(model, pieces, base=None):
         version = "2.4.0" if legacy else VERSION
     new = {
         "sample_rate": front_end["sample_rate"],
-        "preprocessor": nemo_front_end.write(front_end),
-        "encoder": encoder.to_nemo(),
+        "preprocessor": write_front_end(front_end),
+        "encoder": write_encoder(encoder),
+    }
+    head = section_of(CTC_DECODER, {}) | {
+        "feat_in": FastConformerConfig(**encoder).out_dim,
+        "num_classes": len(pieces),
+        "vocabulary": list(pieces),
     }
     if kind == "ctc":
-        new |= _ctc(sections, pieces)
+        strategy = sections.get("decoding", {}).get("strategy", "greedy_batch")
+        new = section_of(CTC_LOSS, sections["loss"], new)
+        new |= {"decoder": head, "decoding": {"strategy": strategy}}
     else:
         new |= _transducer_sections(sections, pieces, base)
     if kind == "hybrid":
-        loss = sections["loss"]
-        new["aux_ctc"] = {
-            "ctc_loss_weight": loss["ctc_weight"],
-            "ctc_reduction": loss["ctc_reduction"],
-            "decoder": _ctc_decoder(encoder.out_dim, pieces),
-            **({} if "aux_ctc" in base else {"use_cer": False, "decoding": {"strategy": "greedy"}}),
-        }
+        rest = {} if "aux_ctc" in base else {"use_cer": False, "decoding": {"strategy": "greedy"}}
+        new["aux_ctc"] |= {"decoder": head, **rest}
     if "labels" in base:
         new["labels"] = list(pieces)
     target = base.pop("target", TARGETS[kind])
     base.pop("nemo_version", None)
-    return {**_merge(base, new), "target": target, "nemo_version": version}
-
-
-def _merge(base, new):
-    """`new` over `base`, section by section."""
-    result = dict(base)
-    for key, value in new.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        result[key] = _merge(base[key], value) if both else value
-    return result
-
-
-def _ctc(sections, pieces):
-    encoder = FastConformerConfig(**sections["encoder"])
-    return {
-        "ctc_reduction": sections["loss"]["reduction"],
-        "decoder": _ctc_decoder(encoder.out_dim, pieces),
-        "decoding": {"strategy": sections.get("decoding", {}).get("strategy", "greedy_batch")},
-    }
-
-
-def _ctc_decoder(features, pieces):
-    return {
-        "_target_": f"{MODULES}.ConvASRDecoder",
-        "feat_in": features,
-        "num_classes": len(pieces),
-        "vocabulary": list(pieces),
-    }
+    return {**merge(base, new), "target": target, "nemo_version": version}
 
 
 def _transducer_sections(sections, pieces, base):
-    decoder = PredictionConfig(**sections["decoder"])
-    joint, loss = JointConfig(**sections["joint"]), sections["loss"]
-    if {decoder.vocab_size, joint.num_classes} != {len(pieces)}:
+    decoder, joint, loss = sections["decoder"], sections["joint"], sections["loss"]
+    if {decoder["vocab_size"], joint["num_classes"]} != {len(pieces)}:
         raise ConfigError(
-            f"{len(pieces)} pieces for decoder.vocab_size {decoder.vocab_size} and "
-            f"joint.num_classes {joint.num_classes}"
+            f"{len(pieces)} pieces for decoder.vocab_size {decoder['vocab_size']} and "
+            f"joint.num_classes {joint['num_classes']}"
         )
-    network = joint.to_nemo()
-    for key in ("log_softmax", "preserve_memory", "fuse_loss_wer", "fused_batch_size"):
-        if key in (base.get("joint") or {}):  # how NeMo computes, not what
-            del network[key]
-    durations = {}
-    if loss["kind"] == "tdt":
-        durations = {"model_type": "tdt", "durations": list(loss["durations"])}
-    how, was = sections["decoding"], (base.get("decoding") or {}).get("strategy")
-    beam = {}
-    if how["strategy"] not in GREEDY:
-        beam = {
-            "strategy": was if was in BEAMS else "maes",
-            "beam": {
-                "beam_size": how["beam"],
-                "maes_expansion_gamma": how["expansion_gamma"],
-                "score_norm": how["length_normalised"],
-            },
-        }
-    return {
+    how, was = dict(sections["decoding"]), base.get("decoding") or {}
+    new = {
         "model_defaults": {  # from which NeMo's constructors fill in the joint network's sizes
-            "enc_hidden": joint.encoder_hidden,
-            "pred_hidden": joint.pred_hidden,
-            "joint_hidden": joint.joint_hidden,
+            "enc_hidden": joint["encoder_hidden"],
+            "pred_hidden": joint["pred_hidden"],
+            "joint_hidden": joint["joint_hidden"],
         },
-        "rnnt_reduction": loss["reduction"],
-        "decoder": decoder.to_nemo(),
-        "joint": {**network, "vocabulary": list(pieces)},
-        "decoding": {
-            "strategy": how["strategy"],
-            "greedy": _greedy(how, base),
-            **beam,
-            **durations,
-        },
-        "loss": nemo_loss.write(loss),
+        "decoder": section_of(PREDICTION, decoder),
+        "joint": section_of(JOINT, joint, base.get("joint")) | {"vocabulary": list(pieces)},
     }
-
-
-def _greedy(how, base):
-    """decoding.greedy; NeMo looks at max_symbols_per_step where max_symbols is None."""
-    names = ["max_symbols"]
-    if "max_symbols_per_step" in ((base.get("decoding") or {}).get("greedy") or {}):
-        names.append("max_symbols_per_step")
-    return dict.fromkeys(names, how["max_symbols"])
+    if how["strategy"] not in GREEDY:
+        how["strategy"] = was["strategy"] if was.get("strategy") in BEAMS else "maes"
+        new = section_of(BEAM, how, new)
+    new = section_of(DECODING, how, new)
+    if _SYMBOLS[1].rpartition(".")[2] not in (was.get("greedy") or {}):
+        del new["decoding"]["greedy"]["max_symbols_per_step"]
+    name = "tdt" if loss["kind"] == "tdt" else USUAL_LOSS
+    new = section_of(loss_table(name, "ctc_weight" in loss), loss, new)
+    new["loss"]["loss_name"] = name
+    if name == "tdt":
+        new["decoding"]["model_type"] = "tdt"
+    return new

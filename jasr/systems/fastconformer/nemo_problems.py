@@ -6,6 +6,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
+from jasr import tree
 from jasr.audio import features
 from jasr.models.fastconformer.settings import FastConformerConfig
 from jasr.text import sentencepiece_model
@@ -22,11 +23,9 @@ def vocabulary(kind, nemo, tokenizer, vocab_size):
     model = sentencepiece_model.Model.from_bytes(tokenizer) if tokenizer is not None else None
     if model is not None:
         said["the tokenizer has"] = len(model.pieces)
-    sections = {"decoder": nemo["decoder"]} if kind == "ctc" else {"joint": nemo["joint"]}
-    if kind == "hybrid":
-        sections["aux_ctc.decoder"] = nemo["aux_ctc"]["decoder"]
-    for name, section in sections.items():
-        pieces = section.get("vocabulary")
+    places = {"ctc": ("decoder",), "hybrid": ("joint", "aux_ctc.decoder")}.get(kind, ("joint",))
+    for name in places:
+        pieces = tree.flatten(nemo).get(f"{name}.vocabulary".replace(".", "/"))
         if isinstance(pieces, list) and pieces:
             said[f"{name}.vocabulary of the config has"] = len(pieces)
             listed[name] = pieces

@@ -5,7 +5,6 @@ under the decoder, `enc`, `pred` and `joint_net` with kernel and bias under the 
 LSTM's arrays are torch's own: [4P, P], gates in the order input, forget, cell, output.
 """
 
-import dataclasses
 import math
 
 import flax.linen as nn
@@ -27,7 +26,7 @@ class PredictionConfig:
 
     vocab_size: int = settings.field(least=1)
     pred_hidden: int = settings.field(640, least=1)
-    pred_rnn_layers: int = settings.field(1, least=1)
+    pred_rnn_layers: int = settings.field(1, least=1, most=50)
     dropout: float = settings.field(0.0, least=0, below=1)  # after each layer
     blank_as_pad: bool = True  # whether the table has a row for the blank, all zeros
     random_state_sampling: bool = False  # training starts from states drawn from N(0, 1)
@@ -38,31 +37,6 @@ class PredictionConfig:
     # instead: biases for memories of 1 to t_max - 1 tokens
     t_max: int | None = settings.field(None, above=2)
     dtype: str = settings.field("float32", choices=DTYPES)
-
-    @classmethod
-    def from_nemo(cls, decoder):
-        """The config of the `decoder` section of a NeMo model config.
-
-        Raises:
-          settings.SettingsError: a key or value that this network does not know.
-        """
-        section, prednet = dict(decoder), dict(decoder.get("prednet") or {})
-        section.pop("prednet", None)
-        hidden = prednet.get("pred_hidden", cls.pred_hidden)
-        silent = ("_target_", "vocabulary")
-        fixed = {"normalization_mode": (None,), "rnn_hidden_size": (None, -1, 0, hidden)}
-        return _read(cls, "RNNTDecoder", section, prednet, silent, fixed)
-
-    def to_nemo(self):
-        """The `decoder` section that NeMo builds this network from."""
-        fields = dataclasses.asdict(self)
-        outer = ("vocab_size", "blank_as_pad", "random_state_sampling")
-        return {
-            "_target_": "nemo.collections.asr.modules.RNNTDecoder",
-            "normalization_mode": None,
-            **{key: fields.pop(key) for key in outer},
-            "prednet": {key: value for key, value in fields.items() if key != "dtype"},
-        }
 
     @property
     def blank(self):
@@ -83,35 +57,6 @@ class JointConfig:
     dropout: float = settings.field(0.0, least=0, below=1)
     dtype: str = settings.field("float32", choices=DTYPES)
 
-    @classmethod
-    def from_nemo(cls, joint):
-        """The config of the `joint` section of a NeMo model config.
-
-        Raises:
-          settings.SettingsError: a key or value that this network does not know.
-        """
-        section, jointnet = dict(joint), dict(joint.get("jointnet") or {})
-        section.pop("jointnet", None)
-        # They choose how much is computed at once, or normalise what every reader normalises.
-        silent = ("_target_", "vocabulary", "log_softmax", "preserve_memory", "fuse_loss_wer")
-        silent += ("fused_batch_size", "experimental_fuse_loss_wer")
-        fixed = {"masking_prob": (None, -1, -1.0, 0.0)}
-        return _read(cls, "RNNTJoint", section, jointnet, silent, fixed)
-
-    def to_nemo(self):
-        """The `joint` section that NeMo builds this network from."""
-        fields = dataclasses.asdict(self)
-        outer = ("num_classes", "num_extra_outputs")
-        return {
-            "_target_": "nemo.collections.asr.modules.RNNTJoint",
-            "log_softmax": None,
-            "preserve_memory": False,
-            "fuse_loss_wer": False,
-            "fused_batch_size": -1,
-            **{key: fields.pop(key) for key in outer},
-            "jointnet": {key: value for key, value in fields.items() if key != "dtype"},
-        }
-
     @property
     def blank(self):
         return self.num_classes
@@ -120,37 +65,6 @@ class JointConfig:
     def outputs(self):
         """Logits of a node: the tokens, the blank, the durations."""
         return self.num_classes + 1 + self.num_extra_outputs
-
-
-def _read(cls, kind, section, inner, silent, fixed):
-    """A config from a section of NeMo's and the section inside of it, checked."""
-    target = str(section.get("_target_") or kind).rpartition(".")[2]
-    if target != kind:
-        raise settings.SettingsError(f"the section is of {target}, not of {kind}")
-    given = {**section, **inner}
-    names = {f.name for f in dataclasses.fields(cls)} - {"dtype"}
-    unknown = [
-        f"{key}: {value!r}"
-        for key, value in given.items()
-        if key not in names and key not in silent and value not in fixed.get(key, ())
-    ]
-    if unknown:
-        raise settings.SettingsError(
-            f"the {kind} has settings that jasr does not know: {', '.join(unknown)}"
-        )
-    fields = {key: given[key] for key in names & set(given)}
-    if fields.get("dropout", 0.0) is None:
-        fields["dropout"] = 0.0
-    if "activation" in fields:
-        fields["activation"] = fields["activation"].lower()
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.name not in fields
-    ]
-    if missing:
-        raise settings.SettingsError(f"the {kind} lacks {', '.join(missing)}")
-    return cls(**fields)
 
 
 def uniform(bound):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jasr import tree
+from jasr import settings, tree
+from jasr.interop import sections
 from jasr.losses.transducer import rnnt_loss, tdt_loss
-from jasr.settings import SettingsError
+from jasr.systems.fastconformer import nemo_config
 from jasr.systems.fastconformer.transducer import (
     Joint,
     JointConfig,
@@ -279,32 +280,50 @@ NEMO = {
 }
 
 
+TABLES = {
+    "decoder": (nemo_config.PREDICTION, PredictionConfig),
+    "joint": (nemo_config.JOINT, JointConfig),
+}
+
+
+def read(name, section):
+    """The settings of a section; ValueError lists its problems."""
+    (table, cls), problems = TABLES[name], []
+    values = sections.complete(cls, sections.read(table, section, problems), name, problems)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return cls(**values)
+
+
 def test_configs_come_from_nemo_and_go_back():
-    decoder = PredictionConfig.from_nemo(NEMO["decoder"])
+    decoder = read("decoder", NEMO["decoder"])
     assert decoder == PredictionConfig(64, 48, 1, dropout=0.2) and decoder.blank == 64
-    joint = JointConfig.from_nemo(NEMO["joint"])
+    joint = read("joint", NEMO["joint"])
     assert joint == JointConfig(64, 64, 48, 40, 5, "relu", 0.0) and joint.outputs == 70
-    assert PredictionConfig.from_nemo(decoder.to_nemo()) == decoder
-    assert JointConfig.from_nemo(joint.to_nemo()) == joint
+    for name, config in (("decoder", decoder), ("joint", joint)):
+        written = sections.write(TABLES[name][0], settings.to_dict(config))
+        assert read(name, written) == config
+    how = sections.write(nemo_config.JOINT, settings.to_dict(joint), NEMO["joint"])
+    assert how["fused_batch_size"] == 16 and how["fuse_loss_wer"]  # NeMo's own matter
 
 
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("decoder", {"normalization_mode": "layer"}, "normalization_mode: 'layer'"),
+        ("decoder", {"normalization_mode": "layer"}, "decoder.normalization_mode is 'layer'"),
         (
             "decoder",
             {"_target_": "nemo.x.StatelessTransducerDecoder"},
             "StatelessTransducerDecoder",
         ),
-        ("decoder", {"prednet": {"rnn_hidden_size": 96}}, "rnn_hidden_size: 96"),
+        ("decoder", {"prednet": {"rnn_hidden_size": 96}}, "prednet.rnn_hidden_size is 96"),
         ("decoder", {"prednet": {"pred_rnn_layers": 0}}, "pred_rnn_layers must be at least 1"),
-        ("joint", {"masking_prob": 0.5}, "masking_prob: 0.5"),
-        ("joint", {"jointnet": {"joint_hidden": 4}}, "lacks encoder_hidden, pred_hidden"),
+        ("joint", {"masking_prob": 0.5}, "joint.masking_prob is 0.5"),
+        ("joint", {"jointnet": {"joint_hidden": 4}}, "jointnet.encoder_hidden is missing; joint.j"),
+        ("joint", {"jointnet": {"activation": 3}}, "jointnet.activation is 3, which it cannot be"),
         ("joint", {"num_classes": 0}, "num_classes must be at least 1"),
     ],
 )
 def test_sections_that_are_not_known_are_refused_by_name(section, change, message):
-    read = PredictionConfig.from_nemo if section == "decoder" else JointConfig.from_nemo
-    with pytest.raises(SettingsError, match=message):
-        read(NEMO[section] | change)
+    with pytest.raises(ValueError, match=message):
+        read(section, NEMO[section] | change)
