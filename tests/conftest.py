@@ -1,14 +1,23 @@
-"""Test settings: eight virtual CPU devices, a compile cache, and the shared data when it exists."""
+"""Test settings: eight virtual CPU devices, programs that compile fast, a compile cache, and the
+shared data when it exists."""
 
+import importlib.metadata
 import os
 import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+FLAGS = os.environ.get("XLA_FLAGS", "").split()
+if not any("xla_force_host_platform_device_count" in flag for flag in FLAGS):
+    FLAGS.append("--xla_force_host_platform_device_count=8")
+# What takes time here is compilation, of programs that run once and for milliseconds. Whoever sets
+# this level (XLA's own is 3) has them compiled as a user's are, which takes two to three times as
+# long.
+if not any("xla_backend_optimization_level" in flag for flag in FLAGS):
+    FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    if importlib.metadata.version("jaxlib").split(".")[:2] in (["0", "10"], ["0", "11"]):
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # unknown to later ones
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ.setdefault("JASR_CACHE", os.path.join(tempfile.gettempdir(), "jasr-test-cache"))
 
 import pytest
