@@ -6,21 +6,28 @@ import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = os.environ.get("XLA_FLAGS", "").split()
-if not any("xla_force_host_platform_device_count" in flag for flag in FLAGS):
-    FLAGS.append("--xla_force_host_platform_device_count=8")
-# What takes time here is compilation, of programs that run once and for milliseconds. Whoever sets
-# this level (XLA's own is 3) has them compiled as a user's are, which takes two to three times as
-# long.
-if not any("xla_backend_optimization_level" in flag for flag in FLAGS):
-    FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    if importlib.metadata.version("jaxlib").split(".")[:2] in (["0", "10"], ["0", "11"]):
-        FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # unknown to later ones
-os.environ["XLA_FLAGS"] = " ".join(FLAGS)
-os.environ.setdefault("JASR_CACHE", os.path.join(tempfile.gettempdir(), "jasr-test-cache"))
-
 import pytest
+
+
+def compiler_flags(flags):
+    """XLA_FLAGS with eight devices, and without the expensive passes of the compiler.
+
+    What takes time in the tests is compilation, of programs that run once and for milliseconds.
+    Who sets the level (XLA's own is 3) has them compiled as a user's are: two to three times as long.
+    """
+    flags = flags.split()
+    if not any("xla_force_host_platform_device_count" in flag for flag in flags):
+        flags.append("--xla_force_host_platform_device_count=8")
+    if not any("xla_backend_optimization_level" in flag for flag in flags):
+        flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+        if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")):
+            flags.append("--xla_cpu_use_fusion_emitters=false")  # unknown to later ones
+    return " ".join(flags)
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = compiler_flags(os.environ.get("XLA_FLAGS", ""))
+os.environ.setdefault("JASR_CACHE", os.path.join(tempfile.gettempdir(), "jasr-test-cache"))
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NO_GOLDENS = "the large goldens and recordings are not here (JASR_SHARED names their folder)"
