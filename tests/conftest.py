@@ -13,7 +13,8 @@ def compiler_flags(flags):
     """XLA_FLAGS with eight devices, and without the expensive passes of the compiler.
 
     What takes time in the tests is compilation, of programs that run once and for milliseconds.
-    Who sets the level (XLA's own is 3) has them compiled as a user's are: two to three times as long.
+    Who sets the level (XLA's own is 3) has them compiled as a user's are, in two to three times
+    the time.
     """
     flags = flags.split()
     if not any("xla_force_host_platform_device_count" in flag for flag in flags):
