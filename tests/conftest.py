@@ -1,17 +1,34 @@
-"""Test settings: eight virtual CPU devices, a compile cache, and the shared data when it exists."""
+"""Test settings: eight virtual CPU devices, programs that compile fast, a compile cache, and the
+shared data when it exists."""
 
+import importlib.metadata
 import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
-os.environ.setdefault("JASR_CACHE", os.path.join(tempfile.gettempdir(), "jasr-test-cache"))
-
 import pytest
+
+
+def compiler_flags(flags):
+    """XLA_FLAGS with eight devices, and without the expensive passes of the compiler.
+
+    What takes time in the tests is compilation, of programs that run once and for milliseconds.
+    Who sets the level (XLA's own is 3) has them compiled as a user's are, in two to three times
+    the time.
+    """
+    flags = flags.split()
+    if not any("xla_force_host_platform_device_count" in flag for flag in flags):
+        flags.append("--xla_force_host_platform_device_count=8")
+    if not any("xla_backend_optimization_level" in flag for flag in flags):
+        flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+        if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")):
+            flags.append("--xla_cpu_use_fusion_emitters=false")  # unknown to later ones
+    return " ".join(flags)
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = compiler_flags(os.environ.get("XLA_FLAGS", ""))
+os.environ.setdefault("JASR_CACHE", os.path.join(tempfile.gettempdir(), "jasr-test-cache"))
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NO_GOLDENS = "the large goldens and recordings are not here (JASR_SHARED names their folder)"
