@@ -190,3 +190,5 @@ class System:
     sections: Mapping[str, str]  # config section -> "module:SettingsDataclass"
     task: str  # "module:function": (config, tokenizer, ways: parts rows are split into) -> Task
     options: Mapping[str, Options]  # by verb, "transcribe" ...: what a command may change
+    recipe: Callable  # mapping of a foreign YAML -> ({"optim.lr": value} changes of the default
+    # config, notes to print); None: not one of its toolkit's; ValueError names keys

@@ -5,6 +5,13 @@ from jasr.systems.fastconformer import options
 
 _AUDIO = "jasr.audio:"
 
+
+def _recipe(mapping):
+    from jasr.systems.fastconformer import nemo_recipe
+
+    return nemo_recipe.recipe(mapping)
+
+
 SYSTEM = System(
     name="fastconformer",
     old_names=("parakeet",),
@@ -17,6 +24,7 @@ SYSTEM = System(
         "decoding": "jasr.systems.fastconformer.settings:DecodingConfig",
     },
     task="jasr.systems.fastconformer.task:build",
+    recipe=_recipe,
     options={
         "transcribe": Options(
             {

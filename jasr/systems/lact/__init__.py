@@ -20,6 +20,7 @@ SYSTEM = System(
         "loss": "jasr.systems.lact.settings:CtcLossConfig",
     },
     task="jasr.systems.lact.task:build",
+    recipe=lambda mapping: None,
     options={
         "transcribe": Options(
             {
