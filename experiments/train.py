@@ -80,13 +80,19 @@ def log_to_stderr():
     logger.setLevel(logging.INFO)
 
 
-def with_init_path(argv):
-    """The arguments with --config.init=PATH written out as --config.init.path=PATH."""
-    return [re.sub(r"^--?config\.init=", "--config.init.path=", a) for a in argv]
+def written_out(argv):
+    """The arguments with --config.init=PATH as --config.init.path=PATH, and another toolkit's
+    --config=RECIPE.yaml as the argument of configs/foreign.py."""
+    foreign = pathlib.Path(__file__).parent.parent / "configs" / "foreign.py"
+    found = [re.sub(r"^--?config\.init=", "--config.init.path=", a) for a in argv]
+    for n, before in enumerate(["", *found[:-1]]):
+        flag = r"^" if before in ("--config", "-config") else r"^--?config="
+        found[n] = re.sub(rf"({flag})(.+\.ya?ml)$", rf"\g<1>{foreign}:\2", found[n])
+    return found
 
 
 if __name__ == "__main__":
     huge_pages.use()
     flags.mark_flags_as_required(["config", "workdir"])
-    sys.argv[:] = with_init_path(sys.argv)  # ml_collections looks there, too
+    sys.argv[:] = written_out(sys.argv)  # ml_collections looks there, too
     sys.exit(in_one_line(app.run)(main))

@@ -198,3 +198,5 @@ class System:
     parts: Mapping[str, Part]  # what origins may give by name, beside the whole model
     options: Mapping[str, Options]  # by verb, "transcribe" ...: what a command may change; those of
     # "convert" reach Original.write
+    recipe: Callable  # mapping of a foreign YAML -> ({"optim.lr": value} changes of the default
+    # config, notes to print); None: not one of its toolkit's; ValueError names keys

@@ -130,7 +130,7 @@ def test_nothing_in_jasr_imports_experiments_configs_or_tests(root):
 
 
 def test_configs_import_only_settings(root):
-    allowed = {"jasr", "configs", "ml_collections", "dataclasses"}
+    allowed = {"jasr", "configs", "ml_collections", "dataclasses", "warnings"}
     for module, tree in modules(root, "configs").items():
         for name in imports(tree):
             assert name.split(".")[0] in allowed, f"{module} imports {name}"

@@ -5,6 +5,13 @@ from jasr.systems.fastconformer import options
 
 _AUDIO = "jasr.audio:"
 
+
+def _recipe(mapping):
+    from jasr.systems.fastconformer import nemo_recipe
+
+    return nemo_recipe.recipe(mapping)
+
+
 SYSTEM = System(
     name="fastconformer",
     old_names=("parakeet",),
@@ -24,6 +31,7 @@ SYSTEM = System(
     parts={
         "encoder": Part("encoder", "model.encoder", {"fastconformer": ("encoder", "model.encoder")})
     },
+    recipe=_recipe,
     options={
         "convert": Options(
             {

@@ -22,6 +22,7 @@ SYSTEM = System(
     task="jasr.systems.lact.task:build",
     originals={"lact": "jasr.systems.lact.original:LACT"},
     parts={},
+    recipe=lambda mapping: None,
     options={
         "transcribe": Options(
             {

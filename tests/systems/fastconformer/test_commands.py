@@ -109,7 +109,7 @@ def test_a_tokenizer_that_lower_cases_reads_capitals(tmp_path, capsys):
 def test_init_is_short_for_the_path_of_the_weights_to_start_from():
     argv = ["train", "--config=x.py:tdt", "--config.init=runs/a", "--config.init.item=ema"]
     want = ["train", "--config=x.py:tdt", "--config.init.path=runs/a", "--config.init.item=ema"]
-    assert training.with_init_path(argv) == want
+    assert training.written_out(argv) == want
 
 
 def test_a_hybrid_trains_resumes_and_becomes_a_nemo_archive(root, tmp_path, capsys):

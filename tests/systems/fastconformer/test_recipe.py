@@ -64,7 +64,7 @@ def test_an_expanded_model_is_fine_tuned_as_the_recipe_says(goldens, root, tmp_p
         "--config.data.bucket_batch_size=(8,)",
         *(f"--config.{name}={value}" for name, value in TINY.items()),
     ]  # fmt: skip
-    line = training.with_init_path(line)
+    line = training.written_out(line)
     monkeypatch.chdir(root)
     monkeypatch.setattr(sys, "argv", line)  # ml_collections looks there, too
     given = flags.FlagValues()
