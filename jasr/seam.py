@@ -46,7 +46,7 @@ class Layout(Protocol):
     draws: bool  # whether `fill` depends on its words: then each epoch has draws of its own
 
     def sizes(self, item: Item, scored: bool) -> tuple[float, ...]:
-        """A number for each axis, from which `drawn` tells the sizes: seconds, tokens.  [data.index]
+        """A number for each axis, from which `drawn` tells its size: seconds, tokens.  [data.index]
 
         The pieces' seconds are as the list says, -1 where it does not; where the file says
         otherwise it is asked again. DataError: not usable; its LengthError: not with these seconds.
@@ -70,7 +70,7 @@ class Layout(Protocol):
         """f64[...] of sizes i64[...,n]: what a row costs; rows = budget // cost.  [data.buckets]"""
 
     def label(self, bucket: Bucket) -> str:
-        """"8 x 7.00 s, 96 tokens"  [logs]"""
+        """ "8 x 7.00 s, 96 tokens"  [logs]"""
 
     def empty(self, bucket: Bucket) -> Batch:
         """A batch of padding rows, numpy.  [data.batches, training.loop, recognition]"""

@@ -19,7 +19,6 @@ _HOMES = {
     "open_eval": "batches",
     "open_evals": "batches",
     "open_train": "batches",
-    "plan_changes": "plan",
     "texts": "entries",
 }
 __all__ = list(_HOMES)

@@ -291,6 +291,8 @@ def open_eval(cfg, source, layout, quarantine_path="", process_index=0):
 
 def open_evals(cfg, sources, layout, quarantine_paths=None, process_index=0):
     """{name: Eval} of named sources, all with one list of shapes: fitted to all items together."""
+    if not sources:
+        return {}
     indexes = {name: index_lib.build(s, layout, cfg, scored=True) for name, s in sources.items()}
     exact = all(index.exact for index in indexes.values())
     seconds = float(sum(index.duration.sum() for index in indexes.values()))

@@ -295,7 +295,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_changes(saved, now):
+def changes(saved, now):
     """{name: (saved, now)} of two plans' `facts` where they differ; a setting that one of them
     lacks has its default."""
     default = json.loads(json.dumps(dataclasses.asdict(DataConfig())))
@@ -304,6 +304,17 @@ def plan_changes(saved, now):
         for k in sorted(saved.keys() | now.keys())
     }
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def listed(changes):
+    """One line of `changes`: settings with both values, else that shapes or recordings differ."""
+    settings = {k: v for k, v in changes.items() if k not in ("index", "shapes", "version")}
+    if settings:
+        return ", ".join(
+            f"config.{k if k == 'seed' else f'data.{k}'} (it was {old!r}, now it is {new!r})"
+            for k, (old, new) in settings.items()
+        )
+    return "the recordings, their lengths or the lists that name them"
 
 
 def random_words(count, *key):

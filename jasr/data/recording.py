@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from jasr import audio
+from jasr.audio import resample
 
 
 def audio_file(piece):
@@ -77,7 +78,7 @@ def read_part(file, start, duration, channel, sample_rate):
     samples = samples.mean(axis=1) if channel < 0 else samples[:, channel]
     if not len(samples) or not np.isfinite(samples).all():
         raise audio.AudioError(name, "no samples, or NaN or infinite ones, in the segment")
-    return audio.resample(samples, rate, sample_rate)
+    return resample.resample(samples, rate, sample_rate)
 
 
 def header_seconds(piece, cfg):
