@@ -215,7 +215,8 @@ def check_manifest(manifest):
     """Raises DataError now, before the work, if nothing can be evaluated on it."""
     from jasr import data
 
-    data.open_eval(data.DataConfig(cache_audio=False), manifest, lambda text: [1])
+    config = data.DataConfig(cache_audio=False)
+    data.open_eval(config, manifest, data.AudioText(config, 16000, lambda text: [1]))
 
 
 def compare(output, members, manifest, item):

@@ -43,25 +43,41 @@ class Layout(Protocol):
     def items(self, line: Mapping) -> Iterable[Item]:
         """The items of one line of a source; DataError says why there are none.  [data.index]"""
 
-    def sizes(self, item: Item, scored: bool) -> tuple[int, ...]:
-        """Upper bounds on every axis, the pieces' seconds being known; DataError: not usable.
+    draws: bool  # whether `fill` depends on its words: then each epoch has draws of its own
 
+    def sizes(self, item: Item, scored: bool) -> tuple[float, ...]:
+        """A number for each axis, from which `drawn` tells its size: seconds, tokens.  [data.index]
+
+        The pieces' seconds are as the list says, -1 where it does not; where the file says
+        otherwise it is asked again. DataError: not usable; its LengthError: not with these seconds.
         scored: the item is validated or evaluated: limits do not apply, and a text that cannot be
-        encoded keeps its row.  [data.index, commands]
+        encoded keeps its row.
         """
 
+    def for_set(self, seconds: float, exact: bool) -> "Layout":
+        """The layout for a set of recordings of so many seconds together, which may keep them in
+        memory. exact: its pieces' seconds were read from the files.  [data]"""
+
     def drawn(self, sizes, words):
-        """(i64[M,n], i64[M,n]): sizes under the draws u64[M] (0: nothing is drawn), and what an
-        item adds where another stands before it in its row. No audio is read.  [data.plan]"""
+        """(i64[M,n], i64[M,n]): upper bounds of `sizes` f64[M,n] on every axis under the draws
+        `words`, and what an item adds where another stands before it in its row.  [data.plan]
+
+        words: u64[M,2] random numbers of an item in an epoch: the first draws what changes its
+        size (0: nothing is drawn), the second what it adds. None: the largest that can be drawn.
+        """
 
     def cost(self, sizes):
         """f64[...] of sizes i64[...,n]: what a row costs; rows = budget // cost.  [data.buckets]"""
+
+    def label(self, bucket: Bucket) -> str:
+        """ "8 x 7.00 s, 96 tokens"  [logs]"""
 
     def empty(self, bucket: Bucket) -> Batch:
         """A batch of padding rows, numpy.  [data.batches, training.loop, recognition]"""
 
     def fill(self, batch: Batch, row: int, items: Sequence[Item], words) -> None:
-        """Writes items into a row, reading their pieces; DataError: the row's item is left out.
+        """Writes items into an empty row (but not its "index"), reading their pieces; u64[m,2]
+        words as in `drawn`. data.config.ItemError names the item that cannot be read.
         [data.batches, recognition, commands]"""
 
 

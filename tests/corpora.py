@@ -5,6 +5,7 @@ import json
 import numpy as np
 import soundfile
 
+from jasr.data import AudioText
 from jasr.text import TextError
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz'"
@@ -15,6 +16,11 @@ def encode(text):
     if unknown := set(text) - set(ALPHABET):
         raise TextError(f"unknown characters {sorted(unknown)}")
     return [ALPHABET.index(c) + 1 for c in text]
+
+
+def layout(cfg, encode=encode, frames_needed=None, seconds_per_frame=0.0):
+    """The AudioText of a DataConfig."""
+    return AudioText(cfg, cfg.sample_rate, encode, frames_needed, seconds_per_frame)
 
 
 def noise(seconds, seed, rate=16000, channels=1):
@@ -49,3 +55,8 @@ def make_corpus(folder, count=24, seed=0, shortest=0.3, longest=1.5):
         entry = {"audio_filepath": name, "duration": seconds, "text": words(1 + i % 3, i)}
         entries.append(entry | {"speaker": f"s{i % 4}"})
     return write_lines(folder / f"set{seed}.jsonl", entries), entries
+
+
+def texts(data):
+    """The texts of an opened evaluation set, by index number."""
+    return [data.item(n).fields["text"] for n in range(len(data.ids))]

@@ -118,6 +118,7 @@ def host_rows(x, rounds):
     import soundfile
 
     from jasr import audio
+    from jasr.audio.resample import resample
 
     coded = {}
     for name, kind in {"wav": "WAV", "flac": "FLAC", "ogg": "OGG", "mp3": "MP3"}.items():
@@ -131,11 +132,11 @@ def host_rows(x, rounds):
     extra = [f"{name}: {speed:.0f}x real time" for name, speed in speeds.items()]
     timing.report("read, one utterance", times, ours="flac", extra=extra)
 
-    x = audio.resample(x, 16000, 44100)
+    x = resample(x, 16000, 44100)
     times = timing.interleave(
         {
             "scipy resample_poly": lambda: scipy.signal.resample_poly(x, 160, 441),
-            "jasr": lambda: audio.resample(x, 44100, 16000),
+            "jasr": lambda: resample(x, 44100, 16000),
         },
         rounds,
     )

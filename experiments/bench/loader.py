@@ -67,7 +67,8 @@ def opened(manifest, **change):
     from jasr import data
 
     cfg = data.DataConfig(train=(str(manifest),), batch_duration=200.0, check="none")
-    return data.open_train(dataclasses.replace(cfg, **change), encode, seed=0)
+    cfg = dataclasses.replace(cfg, **change)
+    return data.open_train(cfg, data.AudioText(cfg, 16000, encode), seed=0)
 
 
 def one_epoch(train, start=0):
@@ -113,8 +114,8 @@ def throughput(manifest, args):
 def fill(train):
     """Decodes and stretches everything into the cache."""
     for row in range(len(train.loader.index)):
-        for speed in train.loader.plan.speeds:
-            train.loader.pcm(row, speed)
+        for speed in train.loader.cfg.speeds:
+            train.layout.pcm(train.loader.index.pieces_of(row), speed)
 
 
 def same_batches(trains):
@@ -159,7 +160,7 @@ def lhotse_epoch(manifest, train):
         cut = MonoCut(recording.id, 0.0, recording.duration, 0, [spoken], recording=recording)
         cuts.append(cut.resample(16000) if recording.sampling_rate != 16000 else cut)
     for row, cut in enumerate(cuts[:5]):
-        ours = train.loader.pcm(row) * np.float32(2**-15)
+        ours = train.layout.pcm(train.loader.index.pieces_of(row)) * np.float32(2**-15)
         if cut.recording.sampling_rate == 16000 and not cut.recording.transforms:
             assert np.array_equal(cut.load_audio()[0], ours), f"lhotse reads {cut.id} differently"
     cuts = CutSet.from_cuts(cuts)

@@ -196,13 +196,13 @@ def child(config, workdir, instant, pipe):
     def iterate(self, start, *rest):
         stream = plain(self, start, *rest)
         try:
-            for position, (epoch, batch) in enumerate(stream, start):
+            for position, (epoch, bucket, batch) in enumerate(stream, start):
                 audio = hashlib.sha256(batch["audio"].tobytes()).hexdigest()
                 rows = batch["index"].tolist()
                 seen.write(json.dumps([position, epoch, rows, audio]) + "\n")
                 if position == start:
                     os.write(pipe, b"1")
-                yield epoch, batch
+                yield epoch, bucket, batch
         finally:
             stream.close()
 

@@ -35,7 +35,7 @@ def parser():
 def main(argv=None):
     """Prints the report; 0 if every entry can be used, else 1 (2: it cannot even be read)."""
     a = parser().parse_args(argv)
-    from jasr.data import entries, index, plan
+    from jasr.data import AudioText, entries, index, plan
     from jasr.data.config import DataConfig, DataError
 
     cfg = DataConfig(
@@ -48,8 +48,9 @@ def main(argv=None):
         max_bad_share=1.0,
     )
     frames = ctc_frames if a.seconds_per_frame else None
+    layout = AudioText(cfg, 16000, encoder(a.alphabet), frames, a.seconds_per_frame)
     try:
-        found = index.collect(a.sources, encoder(a.alphabet), cfg, frames, a.seconds_per_frame)
+        found = index.collect(a.sources, layout, cfg)
     except DataError as e:
         print(f"doctor data: {e}", file=sys.stderr)
         return 2
@@ -57,7 +58,8 @@ def main(argv=None):
     print(found.describe())
     if len(found):
         print("\n".join(describe(found, facts)))
-        buckets = plan.Plan(found, cfg, seed=0)
+        layout = layout.for_set(0.0, found.exact)
+        buckets = plan.Plan(found, layout, cfg, seed=0)
         print(f"suggested: bucket_duration_bins={bins(buckets)}")
         print(buckets.describe())
     if a.quarantine:
@@ -104,13 +106,14 @@ def decode(index, sample, cfg):
 
     def look(row):
         try:
-            _, rate, channels = audio.info(recording.audio_file(index, row))
-            samples = recording.read(index, row, cfg.sample_rate)
+            [piece] = index.pieces_of(row)
+            _, rate, channels = audio.info(recording.audio_file(piece))
+            samples = recording.read(piece, cfg.sample_rate)
         except audio.AudioError as e:
             return recording.reason_of(e)
         except OSError as e:
             return f"unreadable audio: {e.strerror or e}"
-        declared, seconds = float(index.duration[row]), len(samples) / cfg.sample_rate
+        declared, seconds = piece.seconds, len(samples) / cfg.sample_rate
         if abs(declared - seconds) > cfg.duration_tolerance:
             return f"duration mismatch: {declared:.2f} s declared, {seconds:.2f} s decoded"
         return rate, channels, float(np.abs(samples).max(initial=0.0))
@@ -144,7 +147,7 @@ def describe(index, facts):
             yield f"  {facts[name, '']} of them {name}"
     characters, words = Counter(), Counter()
     for row in range(len(index)):
-        characters.update(text := index.texts[row])
+        characters.update(text := index.item(row).fields["text"])
         words.update(text.split())
     often = [c for c, _ in characters.most_common(120)]
     listed = " ".join(c if c.isprintable() and not c.isspace() else repr(c) for c in often)

@@ -170,12 +170,13 @@ def to_shar(source, out_dir, shard_size=1000, max_bad_share=0.05):
     Whole recordings are copied as they are encoded; segments and single channels are cut out and
     become 16 kHz FLAC. What cannot be used is listed in out_dir.quarantine.jsonl.
     """
+    from jasr.data import AudioText
     from jasr.data import index as index_lib
 
     cfg = DataConfig(
         check="header", min_duration=0.0, max_duration=0.0, max_bad_share=max_bad_share
     )
-    index = index_lib.build(os.fspath(source), list, cfg)
+    index = index_lib.build(os.fspath(source), AudioText(cfg, 16000, list), cfg)
     count = shar.write(out_dir, (shar_item(index, row) for row in range(len(index))), shard_size)
     say(f"{out_dir}: {count} utterances")
     if index.bad:
@@ -192,18 +193,16 @@ def shar_item(index, row):
 
     from jasr.data import recording
 
-    entry = {k: v for k, v in index.entry(row).items() if k not in ("offset", "duration")}
-    if "supervisions" in entry:  # a lhotse cut
-        first = entry["supervisions"][0]
-        entry = {"speaker": first.get("speaker"), "lang": first.get("language")}
-    entry |= {"text": index.texts[row], "duration": float(index.duration[row])}
-    path = index.files[index.file[row]]
-    if index.start[row] < 0 and index.channel[row] < 0:
-        data = recording.audio_file(index, row)
+    item = index.item(row)
+    piece = item.pieces[0]
+    entry = {**item.fields, "duration": piece.seconds}
+    path = index.files[index.pieces["file"][index.first_piece[row]]]
+    if piece.start < 0 and piece.channel < 0:
+        data = recording.audio_file(piece)
         data = data if isinstance(data, bytes) else Path(data).read_bytes()
         ident = index.ids[row] or shar.identifier(path)
         return entry | {"id": ident, "audio_filepath": path}, data
     encoded = io.BytesIO()
-    soundfile.write(encoded, recording.read(index, row, 16000), 16000, "PCM_16", format="FLAC")
-    part = f"{shar.identifier(path)}-{max(index.start[row], 0) * 1000:08.0f}"
+    soundfile.write(encoded, recording.read(piece, 16000), 16000, "PCM_16", format="FLAC")
+    part = f"{shar.identifier(path)}-{max(piece.start, 0) * 1000:08.0f}"
     return entry | {"id": index.ids[row] or part, "audio_filepath": "x.flac"}, encoded.getvalue()

@@ -10,15 +10,14 @@ import dataclasses
 import math
 import os
 import threading
+import types
 
 import numpy as np
 
-from jasr import audio
-from jasr.data import entries, recording
+from jasr.data import entries
 from jasr.data import index as index_lib
-from jasr.data.config import DataError
+from jasr.data.config import DataError, ItemError
 from jasr.data.plan import Plan
-from jasr.seam import Item
 
 NEVER = 1 << 62  # a stream without end, for libraries that ask for a length
 JUDGED_AFTER = 1000  # utterances tried before their failures are a share (fewer in small sets)
@@ -27,23 +26,20 @@ JUDGED_AFTER = 1000  # utterances tried before their failures are a share (fewer
 class Loader:
     """Makes batches of an Index by global batch number. Safe to call from several threads."""
 
-    def __init__(self, index, plan, encode, cfg, quarantine_path=""):
-        self.index, self.plan, self.encode, self.cfg = index, plan, encode, cfg
+    def __init__(self, index, plan, cfg, quarantine_path=""):
+        self.index, self.plan, self.layout, self.cfg = index, plan, plan.layout, cfg
         self.quarantine_path, self.fault = quarantine_path, ""
         self._listed = set(entries.loading_lines(quarantine_path))
         self.failed, self._last = {}, ""  # row -> reason
         self.alone = True  # the only process: its failures are all there are
         self._tried = np.zeros(len(index), bool)
         self._lock = threading.Lock()
-        seconds = float(index.duration.sum()) * sum(1 / s for s in set(plan.speeds))
-        fits = 2 * seconds * cfg.sample_rate <= cfg.cache_mb * 2**20
-        self._cache = {} if cfg.cache_audio and fits else None
 
     def load(self, position, process_index=0, process_count=1):
         """(epoch, bucket number, batch) of a global batch: this process's rows of it."""
         self.alone = process_count == 1
         epoch, bucket, rows = self.plan.batch(position)
-        size, samples, tokens = self.plan.shapes[bucket]
+        size, *limits = self.plan.shapes[bucket]
         if size % process_count:
             raise DataError(
                 f"a batch of {size} rows cannot be shared by {process_count} processes: "
@@ -51,77 +47,28 @@ class Loader:
             )
         share = size // process_count
         mine = rows[process_index * share : (process_index + 1) * share]
-        batch = empty((share, samples, tokens))
+        batch = self.layout.empty((share, *limits))
         for i, row in enumerate(mine):
-            self._put(batch, i, row)
+            self._put(batch, i, row, limits)
         return epoch, bucket, batch
 
-    def _put(self, batch, i, row):
-        """Fills row i of the batch; utterances that fail are left out of it."""
-        at, texts = 0, []
-        for u, speed, gap in zip(row.utterances, row.speeds, row.gaps, strict=True):
-            pcm = self.pcm(u, speed)
-            if pcm is None:
-                continue
-            if texts:
-                at += gap
-            else:
-                batch["index"][i] = u
-            np.multiply(pcm, np.float32(2**-15), out=batch["audio"][i, at : at + len(pcm)])
-            at += len(pcm)
-            texts.append(self.index.texts[u])
-        tokens = self._tokens(texts, batch["tokens"].shape[1])
-        batch["audio_len"][i], batch["token_len"][i] = at, len(tokens)
-        batch["tokens"][i, : len(tokens)] = tokens
-
-    def _tokens(self, texts, space):
-        """Token ids of joined texts, at most `space`."""
-        pieces = [index_lib.encode_text(t, self.encode, 0, self.plan.evaluation)[0] for t in texts]
-        if len(pieces) > 1:
-            joined = self.encode(" ".join(texts))
-            # an encoder may cut joined texts differently and need more than the plan counted
-            return joined if len(joined) <= space else sum(pieces, [])
-        return pieces[0] if pieces else []
-
-    def pcm(self, row, speed=1.0):
-        """Samples i16[S] of an utterance at a speed, or None where it cannot be decoded.
-
-        All audio passes through 16 bits (exact for 16-bit sources at the loader's rate), so that
-        cached and fresh audio are the same.
-        """
-        if self._cache is not None and (pcm := self._cache.get((row, speed))) is not None:
-            return pcm
-        if row in self.failed:
-            return None
-        plain = self._cache.get((row, 1.0)) if self._cache is not None else None
-        if plain is None:
+    def _put(self, batch, i, row, limits):
+        """Fills row i of the batch; items that fail are left out of it."""
+        left = [n for n, item in enumerate(row.items) if item not in self.failed]
+        while left:
+            items = [self.index.item(row.items[n]) for n in left]
+            words = np.asarray([row.words[n] for n in left], np.uint64)
             try:
-                plain = quantise(self._decode(row))
-            except audio.AudioError as e:
-                self._fail(row, recording.reason_of(e))
-                return None
-            self._keep(row, 1.0, plain)
-        if speed == 1.0:
-            return plain
-        pcm = quantise(audio.speed(plain * np.float32(2**-15), speed))
-        self._keep(row, speed, pcm)
-        return pcm
-
-    def _decode(self, row):
-        samples = recording.read(self.index, row, self.cfg.sample_rate)
-        rate, declared = self.cfg.sample_rate, float(self.index.duration[row])
-        if abs(len(samples) / rate - declared) > self.index.tolerance(self.cfg):
-            raise audio.AudioError(
-                self.index.path(row),
-                f"duration mismatch: {declared:.2f} s declared, {len(samples) / rate:.2f} decoded",
-            )
-        with self._lock:
-            self._tried[row] = True
-        return samples
-
-    def _keep(self, row, speed, pcm):
-        if self._cache is not None:
-            self._cache[row, speed] = pcm
+                self.layout.fill(batch, i, items, words)
+            except ItemError as e:
+                self._fail(row.items[left.pop(e.number)], str(e))
+                for name, blank in self.layout.empty((1, *limits)).items():
+                    batch[name][i] = blank[0]
+                continue
+            batch["index"][i] = row.items[left[0]]
+            with self._lock:
+                self._tried[[row.items[n] for n in left]] = True
+            return
 
     def _fail(self, row, reason):
         """Quarantines a row met while loading; a single process stops when too many have failed."""
@@ -163,23 +110,6 @@ class Loader:
                 f"data.max_bad_share={self.cfg.max_bad_share:g} allows"
                 + (f"; the last one: {self._last}" if self._last else "")
             )
-
-
-def empty(bucket):
-    """A batch of padding rows of a bucket (B, S, L)."""
-    rows, samples, tokens = bucket
-    return {
-        "audio": np.zeros((rows, samples), np.float32),
-        "audio_len": np.zeros(rows, np.int32),
-        "tokens": np.zeros((rows, tokens), np.int32),
-        "token_len": np.zeros(rows, np.int32),
-        "index": np.full(rows, -1, np.int64),
-    }
-
-
-def quantise(x):
-    """i16[S] of samples in [-1, 1], rounded; louder ones clip."""
-    return np.clip(np.rint(x * np.float32(32768)), -32768, 32767).astype(np.int16)
 
 
 class _Stream:
@@ -232,9 +162,8 @@ def _stream_in_pool(function, start, stop, num_threads, prefetch):
 
 
 @dataclasses.dataclass
-class Train:
-    """Endless training batches. `shapes` lists (B, S, L), B global; `fingerprint` names the plan:
-    a checkpoint's position means the same batch only under the same fingerprint."""
+class _Set:
+    """Data that batches are made of. `shapes` lists its buckets (B, *sizes), B global."""
 
     loader: Loader
 
@@ -243,7 +172,37 @@ class Train:
         return self.loader.plan.shapes
 
     @property
+    def layout(self):
+        """The seam.Layout of its batches."""
+        return self.loader.layout
+
+    @property
+    def failed(self):
+        """{index number: reason} of items that could not be read so far."""
+        return dict(self.loader.failed)
+
+    def facts(self):
+        """What the plan depends on; see `plan.Plan.facts`."""
+        return self.loader.plan.facts()
+
+    def describe(self):
+        """What there is, what was left out, and the buckets: a few lines."""
+        return f"{self.loader.index.describe()}\n{self.loader.plan.describe()}"
+
+    def _stream(self, start, stop, process_index, process_count):
+        def load(position):
+            return self.loader.load(position, process_index, process_count)
+
+        cfg = self.loader.cfg
+        return stream(load, start, stop, cfg.num_threads, cfg.prefetch)
+
+
+class Train(_Set):
+    """Endless training batches: a position means the same batch only under the same `facts`."""
+
+    @property
     def fingerprint(self):
+        """The digest that names the plan in steps that were saved without its facts."""
         return self.loader.plan.fingerprint
 
     def iterate(self, start=0, process_index=0, process_count=1):
@@ -251,12 +210,7 @@ class Train:
 
         The batch holds rows process_index * B / process_count on, B / process_count of them.
         """
-
-        def load(position):
-            return self.loader.load(position, process_index, process_count)
-
-        cfg = self.loader.cfg
-        return stream(load, start, NEVER, cfg.num_threads, cfg.prefetch)
+        return self._stream(start, NEVER, process_index, process_count)
 
     def epoch_of(self, position):
         """The epoch that a global batch number lies in."""
@@ -269,65 +223,35 @@ class Train:
         counts = [len(plan.epoch(n).bucket) for n in range(int(whole) + (part > 0))]
         return sum(counts[: int(whole)]) + (math.ceil(part * counts[-1]) if part else 0)
 
-    def describe(self):
-        """What is trained on, what was left out, and the buckets: a few lines."""
-        return f"{self.loader.index.describe()}\n{self.loader.plan.describe()}"
-
     @property
     def longest_seconds(self):
-        """Seconds of the longest bucket's rows."""
+        """Seconds of the longest bucket's rows, whose first axis counts samples."""
         return max(bucket[1] for bucket in self.shapes) / self.loader.cfg.sample_rate
 
-    @property
-    def failed(self):
-        """{index number: reason} of utterances that could not be decoded so far."""
-        return dict(self.loader.failed)
 
-
-class Eval:
-    """Every usable utterance of a set once. texts, ids and durations by index number."""
+class Eval(_Set):
+    """Every usable item of a set once; ids and durations (s) by index number."""
 
     def __init__(self, loader):
-        self.loader, i = loader, loader.index
-        self.texts = [i.texts[n] for n in range(len(i))]
-        self.ids = [i.id(n) for n in range(len(i))]
-        self.durations = i.duration
-
-    @property
-    def shapes(self):
-        return self.loader.plan.shapes
+        super().__init__(loader)
+        index = loader.index
+        self.ids = [index.id(n) for n in range(len(index))]
+        self.durations = index.duration
 
     @property
     def bad(self):
         """The entries left out, as Bad records."""
         return self.loader.index.bad
 
-    @property
-    def failed(self):
-        """{index number: reason} of utterances that could not be decoded so far."""
-        return dict(self.loader.failed)
-
     def item(self, number):
-        """The seam.Item of an utterance, with its text as the only field."""
-        return Item(self.ids[number], (), {"text": self.texts[number]})
-
-    def entry(self, number):
-        """The whole entry of an utterance (dict), with the fields that jasr does not use."""
-        return self.loader.index.entry(number)
+        """The seam.Item of a number, with the fields that its line has."""
+        return self.loader.index.item(number)
 
     def iterate(self, process_index=0, process_count=1):
-        """Yields (bucket number, batch), longest utterances first; this process's rows of each."""
-
-        def load(position):
-            return self.loader.load(position, process_index, process_count)[1:]
-
-        cfg = self.loader.cfg
+        """Yields (bucket number, batch), longest items first; this process's rows of each."""
         count = len(self.loader.plan.epoch(0).bucket)
-        return stream(load, 0, count, cfg.num_threads, cfg.prefetch)
-
-    def describe(self):
-        """What is evaluated on, what was left out, and the buckets: a few lines."""
-        return f"{self.loader.index.describe()}\n{self.loader.plan.describe()}"
+        for _, bucket, batch in self._stream(0, count, process_index, process_count):
+            yield bucket, batch
 
 
 def _quarantine(path, process_index, bad):
@@ -340,33 +264,45 @@ def _quarantine(path, process_index, bad):
     return path
 
 
-def open_train(
-    cfg,
-    encode,
-    seed,
-    quarantine_path="",
-    frames_needed=None,
-    seconds_per_frame=0.0,
-    process_index=0,
-):
-    """The Train of `cfg.train`: an endless stream of batches that depends on cfg and seed alone.
+def open_train(cfg, layout, seed, quarantine_path="", process_index=0, version=index_lib.VERSION):
+    """The Train of `cfg.train`: an endless stream of batches that depends on cfg, layout and seed.
 
-    encode: text -> list of token ids; may raise text.TextError (the entry is quarantined).
-    frames_needed: tokens -> frames that the loss needs at least (CTC: tokens + repeats), with
-    `seconds_per_frame` of the model's output; leaves out texts too long for their audio.
+    layout: the seam.Layout of the task, or `AudioText(cfg, ...)`.
+    version: that of the rules that the run began with, if it goes on; see `plan.Plan.facts`.
+
     Raises DataError: no usable data, too many bad entries, or settings that cannot be met.
     """
-    index = index_lib.build(cfg.train, encode, cfg, frames_needed, seconds_per_frame)
+    index = index_lib.build(cfg.train, layout, cfg, version=version)
+    layout = layout.for_set(float(index.duration.sum()), index.exact)
     path = _quarantine(quarantine_path, process_index, index.bad)
-    return Train(Loader(index, Plan(index, cfg, seed), encode, cfg, path))
+    plan = Plan(index, layout, cfg, seed, version=version)
+    return Train(Loader(index, plan, cfg, path))
 
 
-def open_eval(cfg, source, encode, quarantine_path="", process_index=0):
-    """The Eval of one source (or several): no shuffling, no speeds, no joining, no length limits.
+def open_eval(cfg, source, layout, quarantine_path="", process_index=0):
+    """The Eval of one source (or several): no shuffling, no draws, no joining, no length limits.
 
     A text that cannot be encoded stays: its row carries the tokens of the words that can be, and
-    `texts` the whole of it, so that a word error rate counts it.
+    `item` the whole of it, so that a word error rate counts it.
     """
-    index = index_lib.build(source, encode, cfg, evaluation=True)
-    path = _quarantine(quarantine_path, process_index, index.bad)
-    return Eval(Loader(index, Plan(index, cfg, 0, evaluation=True), encode, cfg, path))
+    paths = {"": quarantine_path}
+    return open_evals(cfg, {"": source}, layout, paths, process_index)[""]
+
+
+def open_evals(cfg, sources, layout, quarantine_paths=None, process_index=0):
+    """{name: Eval} of named sources, all with one list of shapes: fitted to all items together."""
+    if not sources:
+        return {}
+    indexes = {name: index_lib.build(s, layout, cfg, scored=True) for name, s in sources.items()}
+    exact = all(index.exact for index in indexes.values())
+    seconds = float(sum(index.duration.sum() for index in indexes.values()))
+    layout = layout.for_set(seconds, exact)
+    sizes = np.concatenate([index.sizes for index in indexes.values()])
+    together = types.SimpleNamespace(sizes=sizes, weights=(), source=np.zeros(len(sizes), np.int32))
+    shapes = Plan(together, layout, cfg, 0, evaluation=True).shapes
+    found = {}
+    for name, index in indexes.items():
+        path = _quarantine((quarantine_paths or {}).get(name, ""), process_index, index.bad)
+        plan = Plan(index, layout, cfg, 0, evaluation=True, shapes=shapes)
+        found[name] = Eval(Loader(index, plan, cfg, path))
+    return found

@@ -12,15 +12,20 @@ def round_up(x, multiple):
     return -(-x // multiple) * multiple
 
 
-def best_edges(samples, count, multiple, limit):
-    """Ascending upper edges (samples) of at most `count` buckets with the least padding in them.
+def rounded(size, multiple):
+    """The least size of a first axis that is not below: with one more, a multiple."""
+    return round_up(size + 1, multiple) - 1
+
+
+def best_edges(sizes, count, multiple, limit):
+    """Ascending upper edges of sizes i64[M]: at most `count` buckets, the least padding in them.
 
     Dynamic programming over a histogram with steps of `multiple` (wider ones where the range has
     more than 512 of them). The last edge is `limit`.
     """
     step = multiple * -(-limit // (multiple * 512))
     bins = limit // step + 1
-    number = np.minimum(samples // step, bins - 1)
+    number = np.minimum(sizes // step, bins - 1)
     rows = np.append(0, np.cumsum(np.bincount(number, minlength=bins)))
     tops = np.arange(1, bins + 1) * step - 1
     cost = (rows[None, 1:] - rows[:, None]) * tops.astype(float)  # a bucket of bins i..j
@@ -40,56 +45,60 @@ def best_edges(samples, count, multiple, limit):
     return edges[::-1]
 
 
-def token_limits(samples, tokens, edges, most):
-    """Ascending tokens that each bucket holds: enough for 99.5 % of its rows, in the last for all.
+def other_limits(first, sizes, edges, most):
+    """Ascending sizes of another axis that each bucket holds: enough for 99.5 % of its rows, in the
+    last for all.
 
+    first, sizes: i64[M] of the rows on the first axis, which has the `edges`, and on the other one.
     Rows with more text than their length suggests go to a longer bucket, so that a few of them
     do not widen the text of every batch.
     """
-    bucket = np.searchsorted(edges, samples)
+    bucket = np.searchsorted(edges, first)
     limits = []
     for b in range(len(edges) - 1):
-        inside = tokens[bucket == b]
+        inside = sizes[bucket == b]
         limits.append(int(np.ceil(np.quantile(inside, 0.995))) if len(inside) else 1)
     return np.minimum(np.maximum.accumulate([*limits, most]), most).tolist()
 
 
-def explicit(cfg, tolerance):
-    """(edges in samples, token limits) of data.bucket_duration_bins; each [] where not given.
+def explicit(cfg, layout):
+    """i64[K,n]: sizes of data.bucket_duration_bins; 0 stands for "not given"; K = 0 without it.
 
-    An utterance of just an edge's duration fits, be it longer than declared by `tolerance` seconds.
+    An utterance of just an edge's duration fits, be it longer than declared by the tolerance.
     """
-    if not cfg.bucket_duration_bins:
-        return [], []
-    pairs = [b if isinstance(b, (tuple, list)) else (b, 0) for b in cfg.bucket_duration_bins]
-    edges = [int(np.ceil((float(d) + tolerance) * cfg.sample_rate)) + 1 for d, _ in pairs]
-    most = [int(tokens) for _, tokens in pairs]
-    if edges != sorted(set(edges)) or most != sorted(most):
+    pairs = [b if isinstance(b, (tuple, list)) else (b,) for b in cfg.bucket_duration_bins]
+    given = np.zeros((len(pairs), len(layout.axes)))
+    for row, pair in zip(given, pairs, strict=True):
+        row[: len(pair)] = pair
+    sizes, _ = layout.drawn(given, np.zeros((len(pairs), 2), np.uint64))
+    sizes[given == 0] = 0
+    if (np.diff(sizes, axis=0) < 0).any() or (np.diff(sizes[:, 0]) == 0).any():
         raise DataError(f"data.bucket_duration_bins must ascend: {cfg.bucket_duration_bins}")
-    return edges, most if all(most) else []
+    return sizes * sizes.astype(bool).all(axis=0)
 
 
-def batch_sizes(cfg, lengths, evaluation=False):
-    """Rows of the global batches of buckets with these samples a row.
+def batch_sizes(cfg, layout, shapes, evaluation=False):
+    """Rows of the global batches of buckets with rows of these sizes i64[K,n].
 
     Evaluation has buckets of its own; where sizes were given for those of training, its batches
-    hold as much audio as the largest of them.
+    cost as much as the largest of them.
     """
     sizes, multiple = list(cfg.bucket_batch_size), cfg.batch_multiple
-    most = int(cfg.batch_duration * cfg.sample_rate)
+    most = cfg.batch_cost or int(cfg.batch_duration * cfg.sample_rate)
     if len(sizes) == 1:
-        sizes = sizes * len(lengths)
+        sizes = sizes * len(shapes)
         if evaluation:
             sizes = [round_up(rows, multiple) for rows in sizes]
     elif evaluation:
-        edges, _ = explicit(cfg, 0.0)
-        most = max((b * s for b, s in zip(sizes, edges, strict=False)), default=most)
+        costs = layout.cost(explicit(cfg, layout)).tolist()
+        most = max((b * c for b, c in zip(sizes, costs, strict=False)), default=most)
         sizes = []
     if not sizes:
-        return [max(multiple, most // s // multiple * multiple) for s in lengths]
-    if len(sizes) != len(lengths):
+        costs = layout.cost(shapes).tolist()
+        return [max(multiple, int(most // c) // multiple * multiple) for c in costs]
+    if len(sizes) != len(shapes):
         raise DataError(
-            f"data.bucket_batch_size has {len(sizes)} numbers, but there are {len(lengths)} buckets"
+            f"data.bucket_batch_size has {len(sizes)} numbers, but there are {len(shapes)} buckets"
         )
     if wrong := [rows for rows in sizes if rows < 1 or rows % multiple]:
         raise DataError(
@@ -128,5 +137,5 @@ def check(cfg):
     gap = cfg.concat_gap
     if len(gap) != 2 or not 0 <= gap[0] <= gap[1]:
         raise DataError(f"data.concat_gap must be (least, most) seconds, got {gap}")
-    if not cfg.bucket_batch_size and cfg.batch_duration <= 0:
+    if not cfg.bucket_batch_size and cfg.batch_duration <= 0 and cfg.batch_cost <= 0:
         raise DataError("data.batch_duration must be above 0, or give data.bucket_batch_size")

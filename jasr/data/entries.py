@@ -1,7 +1,8 @@
-"""What a data source says, line by line: an Entry for each utterance, a Bad for what is none.
+"""What a data source says, line by line: a Line each, a Bad for what is none.
 
-NeMo manifests are read here, lhotse's formats in `shar`. Nothing of an entry is interpreted beyond
-its types; whether its audio and text can be used is the index's matter.
+NeMo manifests are read here, lhotse's formats in `shar`, whose cuts become lines with the keys of a
+manifest. What items a line holds is its layout's matter; recordings with a text, which are most,
+are read by `spoken`.
 """
 
 import functools
@@ -12,22 +13,21 @@ import sys
 from typing import NamedTuple
 
 from jasr.data.config import DataError
+from jasr.seam import Item, Piece
+
+NAMES = ("id", "utt_id", "audio_filepath", "offset", "duration")  # of a line: no fields of items
 
 
-class Entry(NamedTuple):
-    """One utterance as its source describes it."""
+class Line(NamedTuple):
+    """A line of a list: the file that holds it, its number there, and what it says.
 
-    list_path: str  # the file that holds its line
-    line: int
-    at: int  # byte offset of the line in the (uncompressed) file
-    id: str  # "" where the source gives none: the path stands for it
-    file: str  # path of the audio, or of the tar that holds it; relative to the list's folder
-    byte_start: int  # of the audio inside a tar; -1: the audio is a file of its own
-    byte_size: int
-    start: float  # seconds; -1: the audio is the whole recording
-    duration: float  # seconds; -1: not given
-    channel: int  # -1: the mean of all
-    text: str
+    values: the keys of a NeMo manifest; `audio_filepath` is a path relative to the list's folder,
+    or a whole seam.Piece where lhotse's cut says more.
+    """
+
+    list_path: str
+    number: int
+    values: dict
 
 
 class Bad(NamedTuple):
@@ -68,25 +68,81 @@ def source_pairs(sources):
     return pairs
 
 
-def entries_of(source):
-    """Yields an Entry or Bad for each utterance of a source, whose kind is seen from itself."""
+def lines_of(source):
+    """Yields a Line or Bad for each line of a source, whose kind is seen from itself."""
     from jasr.data import shar
 
     if os.path.isdir(source):
-        return shar.shar_entries(source)
+        return shar.shar_lines(source)
     if not os.path.isfile(source):
         raise DataError(f"data source {source} does not exist")
     if shar.is_cutset(source):
-        return shar.cutset_entries(source)
-    return manifest_entries(source)
+        return shar.cutset_lines(source)
+    return manifest_lines(source)
+
+
+def items_of(source, items):
+    """Yields (Line, Item) or a Bad for each item of a source.
+
+    items: seam.Layout.items, or another function of a line's values.
+    """
+    for line in lines_of(source):
+        if isinstance(line, Bad):
+            yield line
+            continue
+        try:
+            for item in items(line.values):
+                yield line, item
+        except DataError as e:
+            yield bad_line(line, str(e))
+
+
+def bad_line(line, reason):
+    """The Bad of a Line."""
+    audio = line.values.get("audio_filepath")
+    audio = audio.source if isinstance(audio, Piece) else audio
+    return Bad(*line[:2], id_of(line.values), audio if isinstance(audio, str) else "", reason)
+
+
+def id_of(values):
+    """The identifier that a line gives, or ""."""
+    return str(values.get("id") or values.get("utt_id") or "")
+
+
+def spoken(values):
+    """The Item of a line that is a recording and its text. Raises DataError with the reason."""
+    missing = [k for k in ("audio_filepath", "text") if values.get(k) is None]
+    if missing:
+        raise DataError(f"missing key: {', '.join(missing)}")
+    if not isinstance(values["text"], str):
+        raise DataError(f"text is not a string: {values['text']!r:.80}")
+    piece = piece_of(values)
+    return Item(id_of(values), (piece,), {k: v for k, v in values.items() if k not in NAMES})
+
+
+def piece_of(values):
+    """The Piece that audio_filepath, offset and duration of a line name; DataError: none."""
+    name = values.get("audio_filepath")
+    if isinstance(name, Piece):
+        return name
+    start, seconds = (-1.0 if (x := values.get(k)) is None else x for k in ("offset", "duration"))
+    if not isinstance(name, str) or not name:
+        raise DataError(f"audio_filepath is not a path: {name!r:.80}")
+    if not is_number(start) or not is_number(seconds):
+        raise DataError(f"offset or duration is not a number: {start!r:.40}, {seconds!r:.40}")
+    if start >= 0 and seconds < 0:
+        raise DataError("missing key: duration, needed beside offset")
+    if seconds == 0 or (seconds < 0 and values.get("duration") is not None):
+        raise DataError(f"duration is not above 0: {seconds!r}")
+    return Piece(os.path.expanduser(name), start=start, seconds=seconds)
 
 
 def texts(sources):
     """Yields the texts of sources without a look at the audio: what a tokenizer is made from."""
     for path, _ in source_pairs(sources):
-        for e in entries_of(path):
-            if isinstance(e, Entry):
-                yield e.text
+        for found in items_of(path, lambda values: [spoken(values)]):
+            if not isinstance(found, Bad):
+                yield found[1].fields["text"]
 
 
 def sentences(sources):
@@ -101,11 +157,11 @@ def sentences(sources):
             yield from _lines(path)
             continue
         bad = []
-        for entry in entries_of(path):
-            if isinstance(entry, Entry):
-                yield entry.text
+        for found in items_of(path, lambda values: [spoken(values)]):
+            if isinstance(found, Bad):
+                bad.append(found)
             else:
-                bad.append(entry)
+                yield found[1].fields["text"]
         if bad:
             say(f"{path}: {len(bad)} entries left out; {named(bad[0])}")
 
@@ -118,56 +174,31 @@ def _lines(path):
         raise DataError(f"cannot read {path}: {e}") from e
 
 
-def manifest_entries(path):
-    """Yields an Entry or Bad for each line of a NeMo manifest."""
-    for number, at, d, reason in json_lines(path):
-        if d is None:
-            yield Bad(path, number, "", "", reason)
-            continue
-        name, text = d.get("audio_filepath"), d.get("text")
-        ident = str(d.get("id") or d.get("utt_id") or "")
-        missing = [k for k in ("audio_filepath", "text") if d.get(k) is None]
-        start, duration = (-1.0 if (x := d.get(k)) is None else x for k in ("offset", "duration"))
-        if missing:
-            reason = f"missing key: {', '.join(missing)}"
-        elif not isinstance(text, str):
-            reason = f"text is not a string: {text!r:.80}"
-        elif not isinstance(name, str) or not name:
-            reason = f"audio_filepath is not a path: {name!r:.80}"
-        elif not is_number(start) or not is_number(duration):
-            reason = f"offset or duration is not a number: {start!r:.40}, {duration!r:.40}"
-        elif start >= 0 and duration < 0:
-            reason = "missing key: duration, needed beside offset"
-        elif 0 in (duration,) or (duration < 0 and d.get("duration") is not None):
-            reason = f"duration is not above 0: {duration!r}"
-        else:
-            name = os.path.expanduser(name)
-            yield Entry(path, number, at, ident, name, -1, -1, start, duration, -1, text)
-            continue
-        yield Bad(path, number, ident, name if isinstance(name, str) else "", reason)
+def manifest_lines(path):
+    """Yields a Line or Bad for each line of a NeMo manifest."""
+    for number, values, reason in json_lines(path):
+        yield Bad(path, number, "", "", reason) if values is None else Line(path, number, values)
 
 
 def json_lines(path):
-    """Yields (line number, byte offset, dict or None, reason) for each line of a JSON-lines file.
+    """Yields (line number, dict or None, reason) for each line of a JSON-lines file.
 
     Byte-order marks, CRLF and blank lines are accepted. Raises DataError for an unreadable file.
     """
-    at = 0
     try:
         with open_list(path) as f:
             for number, raw in enumerate(f, 1):
-                here, at = at, at + len(raw)
                 if not raw.strip():
                     continue
                 try:
                     value = json.loads(raw.decode("utf-8-sig"))
                 except (ValueError, RecursionError) as e:
-                    yield number, here, None, f"bad JSON: {e}"
+                    yield number, None, f"bad JSON: {e}"
                     continue
                 if isinstance(value, dict):
-                    yield number, here, value, ""
+                    yield number, value, ""
                 else:
-                    yield number, here, None, f"bad JSON: a {type(value).__name__}, not an object"
+                    yield number, None, f"bad JSON: a {type(value).__name__}, not an object"
     except (OSError, EOFError) as e:
         raise DataError(f"cannot read {path}: {e}") from e
 

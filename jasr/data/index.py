@@ -1,8 +1,8 @@
-"""One index of utterances over NeMo manifests, lhotse CutSets and lhotse Shar directories.
+"""One index of items over NeMo manifests, lhotse CutSets and lhotse Shar directories.
 
-The index holds columns (numpy arrays and byte blobs), not a Python object a row, so that ten
-million utterances fit beside a training run. What cannot be used is kept as a `Bad` with its
-source, line, identifier and reason; what can be is not touched by what cannot.
+The index holds columns (numpy arrays and byte blobs), not a Python object an item, so that ten
+million items fit beside a training run. What cannot be used is kept as a `Bad` with its source,
+line, identifier and reason; what can be is not touched by what cannot.
 """
 
 import array
@@ -16,33 +16,21 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from jasr.data import buckets, recording
-from jasr.data.config import DataError
-from jasr.data.entries import (
-    Bad,
-    entries_of,
-    in_folder,
-    named,
-    open_list,
-    reason_class,
-    source_pairs,
-)
-from jasr.text import TextError
+from jasr.data.config import DataError, LengthError
+from jasr.data.entries import Bad, bad_line, in_folder, items_of, named, reason_class, source_pairs
+from jasr.seam import Item, Piece
 
-EXACT = 0.02  # seconds by which decoded audio may differ from its header
 HEADER_CHECK_ROWS = 20_000  # data.check="auto" reads the headers of sets up to this size
+VERSION = 3  # of the rules; 2 took two items of the same audio for repeats, whatever their fields
 
-COLUMNS = {
-    "source": "i",
-    "list": "i",
-    "line": "i",
-    "at": "q",
+ROW = {"source": "i", "list": "i", "line": "i"}
+PIECE = {
     "file": "i",
     "byte_start": "q",
     "byte_size": "q",
     "start": "d",
-    "duration": "d",
+    "seconds": "d",
     "channel": "i",
-    "token_count": "i",
 }
 TYPES = {"d": np.float64, "i": np.int32, "q": np.int64}
 
@@ -50,8 +38,10 @@ TYPES = {"d": np.float64, "i": np.int32, "q": np.int64}
 class Strings:
     """Many strings in one blob; `strings[i] -> str`. Grows by `append`."""
 
-    def __init__(self):
+    def __init__(self, items=()):
         self.blob, self.ends = bytearray(), array.array("q", [0])
+        for text in items:
+            self.append(text)
 
     def append(self, text):
         self.blob += text.encode("utf-8", "surrogatepass")
@@ -67,67 +57,90 @@ class Strings:
 
 @dataclasses.dataclass
 class Index:
-    """The usable utterances as columns, and the account of those that are not.
+    """The usable items as columns, and the account of those that are not.
 
-    columns, one value a row: source (number in `sources`), list (number in `lists`), line and at
-    (its line there, and that line's byte offset), file (number in `files`), byte_start and
-    byte_size (inside a tar; -1: a file of its own), start (s; -1: the whole recording), duration
-    (s), channel (-1: the mean), token_count.
+    rows, one value an item: source (number in `sources`), list (number in `lists`) and line there.
+    pieces, one value a piece: file (number in `files`; `homes` says in which list), byte_start and
+    byte_size (inside a tar; -1: a file of its own), start (s; -1: the whole recording), seconds,
+    channel (-1: the mean). Item i has the pieces first_piece[i] : first_piece[i + 1].
+    sizes f64[N,n] are what the layout made of each; fields hold JSON, so that no list is read again
+    (a packed one would be unpacked from its start each time).
     """
 
     sources: list
     weights: tuple
-    columns: dict
+    rows: dict
+    pieces: dict
+    first_piece: np.ndarray
+    sizes: np.ndarray
     files: Strings
+    homes: np.ndarray
     lists: Strings
     ids: Strings
-    texts: Strings
+    fields: Strings
     bad: list = dataclasses.field(default_factory=list)
-    exact: bool = False  # durations were read from the audio
-
-    def __getattr__(self, name):
-        if name in COLUMNS:
-            return self.columns[name]
-        raise AttributeError(name)
+    exact: bool = False  # seconds were read from the audio
 
     def __len__(self):
-        return len(self.columns["duration"])
+        return len(self.first_piece) - 1
+
+    @property
+    def source(self):
+        """i32[N]: each item's source."""
+        return self.rows["source"]
+
+    @property
+    def duration(self):
+        """f64[N]: seconds of each item's pieces together."""
+        owner = np.repeat(np.arange(len(self)), np.diff(self.first_piece))
+        return np.bincount(owner, self.pieces["seconds"], len(self))
 
     @property
     def bad_count(self):
         """Entries left out for a defect (not by a setting)."""
         return sum(not b.filtered for b in self.bad)
 
-    def path(self, row):
-        """The audio file (or tar) of a row."""
-        return in_folder(self.lists[self.list[row]], self.files[self.file[row]])
+    def piece(self, number):
+        """The seam.Piece of a number, its source as a path that can be opened."""
+        file, *rest = (column[number].item() for column in self.pieces.values())
+        return Piece(in_folder(self.lists[self.homes[file]], self.files[file]), *rest)
+
+    def pieces_of(self, row):
+        """The Pieces of an item."""
+        return tuple(map(self.piece, range(self.first_piece[row], self.first_piece[row + 1])))
+
+    def item(self, row):
+        """The seam.Item of a row."""
+        return Item(self.id(row), self.pieces_of(row), json.loads(self.fields[row]))
 
     def id(self, row):
-        """The row's identifier: its source's, else the audio's path (and part) as written."""
-        if ident := self.ids[row]:
-            return ident
-        part = f"@{self.start[row]:g}+{self.duration[row]:g}" if self.start[row] >= 0 else ""
-        return self.files[self.file[row]] + part
+        """The row's identifier: its source's, else its pieces' paths (and parts) as written."""
+        return self.ids[row] or self.made_id(row)
 
-    def entry(self, row):
-        """The row's whole entry (dict), extra fields included, read again from its source."""
-        with open_list(self.lists[self.list[row]]) as f:
-            f.seek(int(self.at[row]))
-            return json.loads(f.readline().decode("utf-8-sig"))
+    def made_id(self, row):
+        """The identifier of an item whose source gives none."""
+        made = []
+        for p in range(self.first_piece[row], self.first_piece[row + 1]):
+            start, seconds = self.pieces["start"][p], self.pieces["seconds"][p]
+            part = f"@{start:g}+{seconds:g}" if start >= 0 else ""
+            made.append(self.files[self.pieces["file"][p]] + part)
+        return " ".join(made) or f"{self.lists[self.rows['list'][row]]}:{self.rows['line'][row]}"
+
+    def place(self, row):
+        """(list, line) that an item stands in."""
+        return self.lists[self.rows["list"][row]], int(self.rows["line"][row])
 
     def bad_row(self, row, reason, filtered=False):
         """The Bad of a row."""
-        where = self.lists[self.list[row]], int(self.line[row]), self.id(row), self.path(row)
-        return Bad(*where, reason, filtered)
-
-    def tolerance(self, cfg):
-        """Seconds by which a row's decoded audio may differ from its duration."""
-        return min(EXACT, cfg.duration_tolerance) if self.exact else cfg.duration_tolerance
+        pieces = self.pieces_of(row)
+        audio = pieces[0].source if pieces else ""
+        return Bad(*self.place(row), self.id(row), audio, reason, filtered)
 
     def fingerprint(self):
-        """Hex digest of what the plan depends on: order, durations, texts' sizes, file names."""
+        """Hex digest of what the plan depends on: order, sizes, identifiers, file names."""
         h = hashlib.sha256(repr(self.weights).encode())
-        for column in (self.source, self.token_count, np.round(self.duration * 1e4)):
+        later = [np.round(self.sizes[:, k]) for k in range(1, self.sizes.shape[1])]
+        for column in (self.source, *later, np.round(self.sizes[:, 0] * 1e4)):
             h.update(column.astype("<i8").tobytes())
         h.update(self.ids.blob)
         for file in self.files:
@@ -136,9 +149,9 @@ class Index:
 
     def describe(self):
         """A few lines: utterances and hours of each source, and what was left out and why."""
-        lines = []
+        lines, duration = [], self.duration
         for s, path in enumerate(self.sources):
-            seconds = self.duration[self.source == s]
+            seconds = duration[self.source == s]
             weight = f", weight {self.weights[s]:g}" if any(self.weights) else ""
             hours = seconds.sum() / 3600
             lines.append(f"{path}: {len(seconds)} utterances, {hours:.2f} h{weight}")
@@ -148,118 +161,131 @@ class Index:
         return "\n".join(lines)
 
 
-def build(sources, encode, cfg, frames_needed=None, seconds_per_frame=0.0, evaluation=False):
+def build(sources, layout, cfg, scored=False, version=VERSION):
     """The Index of `sources`, as `collect` gives it, if enough of it is usable.
 
     Raises DataError when a source cannot be read, nothing usable is left, or more than
     `cfg.max_bad_share` of the entries is bad.
     """
-    index = collect(sources, encode, cfg, frames_needed, seconds_per_frame, evaluation)
+    index = collect(sources, layout, cfg, scored, version)
     stop_if_too_bad(index, cfg.max_bad_share)
     return index
 
 
-def collect(sources, encode, cfg, frames_needed=None, seconds_per_frame=0.0, evaluation=False):
+def collect(sources, layout, cfg, scored=False, version=VERSION):
     """The Index of `sources`, its `bad` holding every entry left out.
 
-    encode: text -> list of token ids; may raise TextError. frames_needed: tokens -> frames that
-    the loss needs at least, of `seconds_per_frame` each; utterances too short for their text (at
-    the fastest speed) are bad. With `evaluation`, the duration and token limits do not apply, and
-    a text that cannot be encoded keeps its row. Raises DataError for an unreadable source.
+    layout: the seam.Layout that says what items a line has and what they measure.
+    scored: see seam.Layout.sizes.
+    version: 2 for the rules of runs that began with them.
+
+    Raises DataError for an unreadable source.
     """
     buckets.check(cfg)
-    if frames_needed and not seconds_per_frame > 0:
-        raise DataError("frames_needed needs seconds_per_frame above 0")
     pairs = source_pairs(sources)
-    b = _Builder()
+    b = _Builder(len(layout.axes))
     for number, (path, _) in enumerate(pairs):
-        for e in entries_of(path):
-            if isinstance(e, Bad):
-                b.bad.append(e)
+        for found in items_of(path, layout.items):
+            if isinstance(found, Bad):
+                b.bad.append(found)
                 continue
-            tokens, reason = encode_text(e.text, encode, cfg.min_tokens, evaluation)
-            if reason:
-                full = in_folder(e.list_path, e.file)
-                b.bad.append(Bad(e.list_path, e.line, e.id or e.file, full, reason))
-                continue
-            needed = frames_needed(tokens) * seconds_per_frame if frames_needed else 0.0
-            b.add(e, number, len(tokens), needed)
+            line, item = found
+            try:
+                b.add(line, number, item, layout.sizes(item, scored))
+            except LengthError:  # looked at again when the file has said how long it is
+                b.add(line, number, item, None)
+            except DataError as e:
+                b.bad.append(_bad_item(line, item, str(e)))
     index = b.index(pairs)
     ok = np.ones(len(index), bool)
-    _drop_repeats(index, ok, np.frombuffer(b.audio_keys, np.uint64), "duplicate audio")
-    _drop_repeats(index, ok, np.frombuffer(b.id_keys, np.uint64), "duplicate id")
-    _check_audio(index, ok, cfg)
-    _filter(index, ok, np.frombuffer(b.needed), cfg, evaluation)
-    if cfg.check == "decode":
-        _look_at(recording.decoded_seconds, index, ok, np.flatnonzero(ok), cfg)
+    if version == 2:
+        _drop_repeats(index, ok, b.audio_keys, "duplicate audio: as in {}")
+    else:
+        _drop_repeats(index, ok, b.content_keys, "duplicate: {} says the same")
+    same = b.audio_keys if version == 2 else b.content_keys
+    keys = np.where(b.id_keys == 0, same, b.id_keys)
+    _drop_repeats(index, ok, keys, "duplicate id: {} has it for something else")
+    changed = _check_audio(index, ok, cfg)
+    _measure(index, ok, changed | np.isnan(index.sizes[:, 0]), layout, scored)
+    _tell_apart(index, ok, b)
     index = take(index, ok)
     order = {path: n for n, (path, _) in enumerate(pairs)}
     index.bad.sort(key=lambda x: (order.get(x.source, len(order)), x.source, x.line))
     return index
 
 
-def encode_text(text, encode, min_tokens, evaluation):
-    """(tokens, reason): the tokens of a text, or why it cannot be used.
-
-    In evaluation, words that cannot be encoded are left out of the tokens instead.
-    """
-    if not text.strip():
-        return [], "" if min_tokens == 0 else "empty text"
-    try:
-        return encode(text), ""
-    except TextError as e:
-        if not evaluation:
-            return [], f"text cannot be encoded: {e}"
-    known = [word for word in text.split() if _encodes(word, encode)]
-    return (encode(" ".join(known)) if known else []), ""
-
-
-def _encodes(text, encode):
-    try:
-        encode(text)
-    except TextError:
-        return False
-    return True
+def _bad_item(line, item, reason):
+    """The Bad of an item that never got a row."""
+    full = in_folder(line.list_path, item.pieces[0].source) if item.pieces else ""
+    return bad_line(line, reason)._replace(id=item.id or bad_line(line, "").audio, audio=full)
 
 
 class _Builder:
-    """Grows the columns of an Index from entries."""
+    """Grows the columns of an Index from items."""
 
-    def __init__(self):
-        self.columns = {name: array.array(code) for name, code in COLUMNS.items()}
-        self.needed = array.array("d")
-        self.audio_keys, self.id_keys = array.array("Q"), array.array("Q")
-        self.files, self.lists, self.ids, self.texts = Strings(), Strings(), Strings(), Strings()
-        self.bad = []
+    def __init__(self, axes):
+        self.rows = {name: array.array(code) for name, code in ROW.items()}
+        self.pieces = {name: array.array(code) for name, code in PIECE.items()}
+        self.first_piece, self.sizes = array.array("q", [0]), array.array("d")
+        self.audio, self.content, self.given = array.array("Q"), array.array("Q"), array.array("Q")
+        self.files, self.lists, self.ids, self.fields = Strings(), Strings(), Strings(), Strings()
+        self.homes, self.bad, self.unmeasured = array.array("i"), [], (np.nan,) * axes
         self.last_file = self.last_list = None
+        self.dumps = json.JSONEncoder(ensure_ascii=False).encode
 
-    def add(self, e, source, token_count, seconds_needed):
-        if e.list_path != self.last_list:
-            self.lists.append(e.list_path)
-            self.last_list, self.last_file = e.list_path, None
-        if e.file != self.last_file:
-            self.files.append(e.file)
-            self.last_file, self.full = e.file, in_folder(e.list_path, e.file)
-        row = (source, len(self.lists) - 1, e.line, e.at, len(self.files) - 1, e.byte_start)
-        row += (e.byte_size, e.start, e.duration, e.channel, token_count)
-        for column, value in zip(self.columns.values(), row, strict=True):
+    def add(self, line, source, item, sizes):
+        if line.list_path != self.last_list:
+            self.lists.append(line.list_path)
+            self.last_list, self.last_file = line.list_path, None
+        row = (source, len(self.lists) - 1, line.number)
+        for column, value in zip(self.rows.values(), row, strict=True):
             column.append(value)
-        self.ids.append(e.id)
-        self.texts.append(e.text)
-        self.needed.append(seconds_needed)
-        part = f"{e.start:.4f}+{e.duration:.4f}" if e.start >= 0 else ""
-        audio = f"{source}\0{self.full}\0{e.byte_start}\0{e.channel}\0{part}"
-        self.audio_keys.append(key := _hash(audio))
-        self.id_keys.append(_hash(f"{source}\0{e.id}") if e.id else key)
+        said = [str(source)]
+        for piece in item.pieces:
+            self.add_piece(piece)
+            part = f"{piece.start:.4f}+{piece.seconds:.4f}" if piece.start >= 0 else ""
+            said += [self.full, str(piece.byte_start), str(piece.channel), part]
+        fields, audio = self.dumps(item.fields), "\0".join(said)
+        self.first_piece.append(len(self.pieces["file"]))
+        self.sizes.extend(self.unmeasured if sizes is None else sizes)
+        self.ids.append(item.id)
+        self.fields.append(fields)
+        self.audio.append(_hash(audio))
+        self.content.append(_hash(f"{audio}\0{fields}"))
+        self.given.append(_hash(f"{source}\0{item.id}") if item.id else 0)
+
+    def add_piece(self, piece):
+        if piece.source != self.last_file:
+            self.files.append(piece.source)
+            self.homes.append(len(self.lists) - 1)
+            self.last_file, self.full = piece.source, in_folder(self.last_list, piece.source)
+        for column, value in zip(
+            self.pieces.values(), (len(self.files) - 1, *piece[1:]), strict=True
+        ):
+            column.append(value)
 
     def index(self, pairs):
-        columns = {
-            name: np.frombuffer(self.columns[name], TYPES[code]).copy()
-            for name, code in COLUMNS.items()
-        }
-        sources, weights = [p for p, _ in pairs], tuple(w for _, w in pairs)
-        strings = (self.files, self.lists, self.ids, self.texts)
-        return Index(sources, weights, columns, *strings, self.bad)
+        self.audio_keys, self.content_keys, self.id_keys = (
+            np.frombuffer(keys, np.uint64) for keys in (self.audio, self.content, self.given)
+        )
+        return Index(
+            [p for p, _ in pairs],
+            tuple(w for _, w in pairs),
+            {name: np.frombuffer(self.rows[name], TYPES[code]) for name, code in ROW.items()},
+            {name: _column(self.pieces[name], TYPES[code]) for name, code in PIECE.items()},
+            _column(self.first_piece, np.int64),
+            _column(self.sizes, np.float64).reshape(-1, len(self.unmeasured)),
+            self.files,
+            _column(self.homes, np.int32),
+            self.lists,
+            self.ids,
+            self.fields,
+            self.bad,
+        )
+
+
+def _column(values, dtype):
+    return np.frombuffer(values, dtype).copy()
 
 
 def _hash(name):
@@ -267,95 +293,112 @@ def _hash(name):
     return int.from_bytes(raw, "little")
 
 
-def _drop_repeats(index, ok, keys, what):
+def _drop_repeats(index, ok, keys, reason):
     """Leaves out the later ones of rows with the same key."""
     rows = np.flatnonzero(ok)
-    _, first, inverse = np.unique(keys[rows], return_index=True, return_inverse=True)
-    firsts = first[inverse.reshape(-1)]
-    for i in np.flatnonzero(firsts != np.arange(len(rows))):
-        row, other = int(rows[i]), int(rows[firsts[i]])
+    for i, first in _repeats(keys[rows]):
+        row, other = int(rows[i]), int(rows[first])
         ok[row] = False
-        index.bad.append(index.bad_row(row, f"{what}: as in line {index.line[other]}"))
+        (path, line), (here, _) = index.place(other), index.place(row)
+        where = f"line {line}" if path == here else f"line {line} of {path}"
+        index.bad.append(index.bad_row(row, reason.format(where)))
+
+
+def _repeats(keys):
+    """Pairs (number of a key that came before, number where it came first)."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    firsts = first[inverse.reshape(-1)]
+    later = np.flatnonzero(firsts != np.arange(len(keys)))
+    return zip(later.tolist(), firsts[later].tolist(), strict=True)
+
+
+def _tell_apart(index, ok, built):
+    """Gives items without an identifier over the same pieces one that also says their fields."""
+    rows = np.flatnonzero(ok & (built.id_keys == 0))
+    later = {int(rows[i]) for i, _ in _repeats(built.audio_keys[rows])}
+    if later:
+        index.ids = Strings(
+            f"{index.made_id(i)}#{built.content_keys[i]:016x}" if i in later else index.ids[i]
+            for i in range(len(index))
+        )
 
 
 def _check_audio(index, ok, cfg):
-    """Compares the rows with their files, as far as headers tell; fills in durations."""
+    """Compares the rows with their files, as far as headers tell, and takes seconds from them.
+
+    Returns bool[N]: where seconds changed.
+    """
     kind = cfg.check
     if kind == "auto":
         kind = "header" if len(index) <= HEADER_CHECK_ROWS else "files"
-    rows = np.flatnonzero(ok)
     if kind == "files":
-        for row in rows:
-            if not os.path.isfile(index.path(row)):
+        for row in np.flatnonzero(ok):
+            if not all(os.path.isfile(p.source) for p in index.pieces_of(row)):
                 ok[row] = False
                 index.bad.append(index.bad_row(row, "missing file"))
     index.exact = kind in ("header", "decode")
+    changed = np.zeros(len(index), bool)
+    looked = ok
     if not index.exact:
-        rows = np.flatnonzero(ok & (index.duration < 0))
-    _look_at(recording.header_seconds, index, ok, rows, cfg)
+        unknown = np.repeat(np.arange(len(index)), np.diff(index.first_piece))
+        looked = ok & np.isin(np.arange(len(index)), unknown[index.pieces["seconds"] < 0])
+    _look_at(recording.header_seconds, index, ok, np.flatnonzero(looked), changed, cfg)
+    if kind == "decode":
+        _look_at(recording.decoded_seconds, index, ok, np.flatnonzero(ok), changed, cfg)
+    return changed
 
 
-def _look_at(look, index, ok, rows, cfg):
-    """Takes durations from `look(index, row, cfg)`, which says a reason where a row is bad."""
+def _look_at(look, index, ok, rows, changed, cfg):
+    """Takes seconds from `look(piece, cfg)`, which says a reason where a piece is bad."""
+
+    def found_of(row):
+        found = [look(piece, cfg) for piece in index.pieces_of(row)]
+        return next((x for x in found if isinstance(x, str)), found)
+
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        found = pool.map(lambda row: look(index, row, cfg), rows.tolist())
-        for row, seconds in zip(rows.tolist(), found, strict=True):
-            if isinstance(seconds, str):
+        for row, found in zip(rows.tolist(), pool.map(found_of, rows.tolist()), strict=True):
+            if isinstance(found, str):
                 ok[row] = False
-                index.bad.append(index.bad_row(row, seconds))
-            else:
-                index.duration[row] = seconds
+                index.bad.append(index.bad_row(row, found))
+                continue
+            mine = index.pieces["seconds"][index.first_piece[row] : index.first_piece[row + 1]]
+            changed[row] |= (mine != found).any()
+            mine[:] = found
 
 
-def _filter(index, ok, needed, cfg, evaluation):
-    """Leaves out what the limits of `cfg` exclude, and texts too long for their audio."""
-    seconds, tokens = index.duration, index.token_count
-    fastest = 1.0 if evaluation else max(1.0, *cfg.speeds)
-    tests = [(seconds < needed * fastest, False, "text too long for its audio: {t} in {d:.2f} s")]
-    if not evaluation:
-        tests += [
-            (seconds < cfg.min_duration, True, "too short: {d:.2f} s"),
-            (_above(seconds, longest(cfg)), True, "too long: {d:.2f} s"),
-            (tokens < cfg.min_tokens, True, "too few tokens: {t}"),
-            (_above(tokens, cfg.max_tokens), True, "too many tokens: {t}"),
-        ]
-    for fails, filtered, reason in tests:
-        for row in np.flatnonzero(ok & fails):
-            said = reason.format(d=seconds[row], t=tokens[row])
-            index.bad.append(index.bad_row(row, said, filtered))
-        ok &= ~fails
-
-
-def _above(values, limit):
-    """bool[N]: above a limit, of which 0 is none."""
-    return values > limit if limit > 0 else np.zeros(len(values), bool)
-
-
-def longest(cfg):
-    """Seconds of the longest utterance allowed, by max_duration and the last explicit bucket."""
-    limits = [cfg.max_duration] if cfg.max_duration > 0 else []
-    if cfg.bucket_duration_bins:
-        last = cfg.bucket_duration_bins[-1]
-        limits.append(float(last[0] if isinstance(last, (tuple, list)) else last))
-    return min(limits, default=0.0)
+def _measure(index, ok, todo, layout, scored):
+    """Takes the sizes of rows whose seconds changed, and leaves out what the layout refuses."""
+    for row in np.flatnonzero(ok & todo):
+        try:
+            index.sizes[row] = layout.sizes(index.item(row), scored)
+        except DataError as e:
+            ok[row] = False
+            filtered = isinstance(e, LengthError) and e.filtered
+            index.bad.append(index.bad_row(row, str(e), filtered))
 
 
 def take(index, ok):
     """The index with the rows where `ok` alone."""
     if ok.all():
         return index
-    rows = np.flatnonzero(ok).tolist()
-    ids, texts = Strings(), Strings()
-    for row in rows:
-        ids.append(index.ids[row])
-        texts.append(index.texts[row])
-    columns, files = {name: column[rows] for name, column in index.columns.items()}, Strings()
+    rows, counts = np.flatnonzero(ok), np.diff(index.first_piece)
+    pieces = np.flatnonzero(np.repeat(ok, counts))
+    columns = {name: column[pieces] for name, column in index.pieces.items()}
     old = columns["file"]
     begins = np.append(True, old[1:] != old[:-1])[: len(old)]
-    for file in old[begins]:  # a file that no row is left of is no part of the index
-        files.append(index.files[file])
+    kept = old[begins]  # a file that no row is left of is no part of the index
     columns["file"] = (np.cumsum(begins) - 1).astype(np.int32)
-    return dataclasses.replace(index, columns=columns, files=files, ids=ids, texts=texts)
+    return dataclasses.replace(
+        index,
+        rows={name: column[rows] for name, column in index.rows.items()},
+        pieces=columns,
+        first_piece=np.append(0, np.cumsum(counts[rows])),
+        sizes=index.sizes[rows],
+        files=Strings(map(index.files.__getitem__, kept.tolist())),
+        homes=index.homes[kept],
+        ids=Strings(map(index.ids.__getitem__, rows.tolist())),
+        fields=Strings(map(index.fields.__getitem__, rows.tolist())),
+    )
 
 
 def stop_if_too_bad(index, max_bad_share):

@@ -1,59 +1,57 @@
 """The global batch plan: a pure function of (settings, seed, epoch), addressed by one integer.
 
-An epoch orders the utterances, draws a speed for each, joins some of them into rows, puts the rows
-into buckets of one fixed shape each, cuts the buckets into global batches and shuffles those. It
-reads no audio and keeps no state, so that batch 12345 is the same in every process, with any number
-of threads, before and after a restart. Which utterances share a row, and their speeds, come again
-after PERIOD epochs (in other batches), so that the epoch of any position is found at once. Random
-numbers are raw Philox words, whose stream NumPy guarantees; permutations are stable sorts of them.
+An epoch orders the items, draws two random words for each, joins some of them into rows, puts the
+rows into buckets of one fixed shape each, cuts the buckets into global batches and shuffles those.
+It reads no audio and keeps no state, so that batch 12345 is the same in every process, with any
+number of threads, before and after a restart. What the words mean, and what an item measures under
+them, is the layout's matter. Which items share a row, and their words, come again after PERIOD
+epochs (in other batches), so that the epoch of any position is found at once. Random numbers are
+raw Philox words, whose stream NumPy guarantees; permutations are stable sorts of them.
 """
 
 import bisect
 import dataclasses
 import hashlib
+import json
 import threading
 from typing import NamedTuple
 
 import numpy as np
 
 from jasr.data import buckets
-from jasr.data.config import DataError
+from jasr.data.config import DataConfig, DataError
+from jasr.data.index import VERSION
 
-ORDER, SPEED, ALONE, GAP, ROWS, BATCHES = range(6)  # the random streams of an epoch
-VERSION = 2  # of the rules by which rows are joined; part of the fingerprint
+ORDER, SIZE, ALONE, ADDED, ROWS, BATCHES = range(6)  # the random streams of an epoch
 PERIOD = 64  # epochs after which the same rows come again, in other batches
-SPEED_SLACK = 32  # samples by which a stretched utterance may be longer than computed
-JOIN_AMONG = 256  # partners are looked for among so many utterances of the shuffled order
+JOIN_AMONG = 256  # partners are looked for among so many items of the shuffled order
+ENOUGH = 1 << 60  # a size without limit
 
 NOT_IN_PLAN = (
     "train valid check max_bad_share cache_audio cache_mb num_threads prefetch".split()
 )  # settings that change no batch
+LATER = ("batch_cost",)  # settings that came after plans were known by their `fingerprint` alone
 
 
 class Row(NamedTuple):
-    """One row of a batch: its utterances (index numbers), their speeds, and the samples of silence
-    before each."""
+    """One row of a batch: its items (index numbers) and the two words of each."""
 
-    utterances: tuple
-    speeds: tuple
-    gaps: tuple
+    items: tuple
+    words: tuple
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """The rows of an epoch: row g joins positions first[g] : first[g + 1] of the arrays.
 
-    utterance i32[M] index numbers, choice u8[M] number of the speed, gap i32[M] samples of silence
-    before (0 at the begin of a row), first i32[G + 1]; samples i64[G] and tokens i64[G] are upper
-    bounds of the rows' sizes.
+    item i32[M] index numbers, words u64[M,2], first i32[G + 1]; sizes i64[G,n] are upper bounds of
+    the rows' sizes.
     """
 
-    utterance: np.ndarray
-    choice: np.ndarray
-    gap: np.ndarray
+    item: np.ndarray
+    words: np.ndarray
     first: np.ndarray
-    samples: np.ndarray
-    tokens: np.ndarray
+    sizes: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,26 +65,39 @@ class Epoch:
 
 
 class Plan:
-    """Batches by position. `shapes` lists (B, S, L) of each bucket, B global; `fingerprint` names
-    everything that a position depends on."""
+    """Batches by position. `shapes` lists the buckets, tuples (B, *sizes), B global.
 
-    def __init__(self, index, cfg, seed, evaluation=False):
-        self.cfg, self.seed, self.evaluation = cfg, int(seed), evaluation
-        self.weights, self.source = index.weights, index.source
-        self.seconds, self.tokens = index.duration, index.token_count
-        self.tolerance = index.tolerance(cfg)  # longer than that, audio is refused
-        speeds = (1.0,) if evaluation else tuple(map(float, cfg.speeds))
-        self.draws, self.speeds = len(speeds), (*speeds, 1.0)  # the last: when it fits no other way
+    shapes: those of another plan, for sets that are evaluated with the same programs.
+    """
+
+    def __init__(self, index, layout, cfg, seed, evaluation=False, shapes=None, version=VERSION):
+        self.layout, self.cfg, self.seed = layout, cfg, int(seed)
+        self.evaluation, self.version = evaluation, version
+        self.index, self.weights, self.source = index, index.weights, index.source
+        self.sizes = index.sizes
         self.concat = 1 if evaluation else cfg.concat
-        self.period = PERIOD if len(set(speeds)) > 1 or self.concat > 1 else 1
+        several = not evaluation and (layout.draws or self.concat > 1)
+        self.period = PERIOD if several else 1
         if any(self.weights):
             self.period = 0
         self._lock = threading.RLock()
         self._epochs, self._ends = {}, []
-        self.shapes = self._shapes()
-        settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_IN_PLAN}
-        facts = (VERSION, index.fingerprint(), self.seed, self.shapes, sorted(settings.items()))
-        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        self.shapes = shapes or self._shapes()
+
+    def facts(self):
+        """Everything that a position depends on, as JSON has it: settings by name, "seed",
+        "shapes", "index" (a digest) and the "version" of the rules."""
+        settings = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in NOT_IN_PLAN}
+        facts = {"version": self.version, "index": self.index.fingerprint(), "seed": self.seed}
+        return json.loads(json.dumps(facts | {"shapes": self.shapes} | settings))
+
+    @property
+    def fingerprint(self):
+        """Hex digest by which steps without `facts` know their plan."""
+        left_out = (*NOT_IN_PLAN, *LATER)
+        settings = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in left_out}
+        facts = 2, self.index.fingerprint(), self.seed, self.shapes, sorted(settings.items())
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     # ---- positions ----
 
@@ -115,9 +126,8 @@ class Plan:
         rows = []
         for g in epoch.members[epoch.begin[j] : epoch.begin[j + 1]]:
             at = slice(epoch.rows.first[g], epoch.rows.first[g + 1])
-            speeds = tuple(self.speeds[c] for c in epoch.rows.choice[at])
-            utterances, gaps = epoch.rows.utterance[at].tolist(), epoch.rows.gap[at].tolist()
-            rows.append(Row(tuple(utterances), speeds, tuple(gaps)))
+            words = tuple(map(tuple, epoch.rows.words[at].tolist()))
+            rows.append(Row(tuple(epoch.rows.item[at].tolist()), words))
         return number, int(epoch.bucket[j]), rows
 
     def epoch(self, number):
@@ -132,15 +142,14 @@ class Plan:
     # ---- one epoch ----
 
     def _build(self, number):
-        _, samples, tokens = self.shapes[-1]
-        rows = self._rows(number, samples, tokens, self._joined_limit(samples))
-        by_samples = np.searchsorted([s for _, s, _ in self.shapes], rows.samples)
-        by_tokens = np.searchsorted([t for _, _, t in self.shapes], rows.tokens)
-        sizes, count = [b for b, _, _ in self.shapes], len(rows.samples)
+        limits = np.asarray([bucket[1:] for bucket in self.shapes])
+        rows = self._rows(number, limits[-1])
+        buckets_of = [np.searchsorted(limits[:, k], x) for k, x in enumerate(rows.sizes.T)]
+        sizes, count = [bucket[0] for bucket in self.shapes], len(rows.sizes)
         shuffled = np.arange(count)
         if not self.evaluation:
             shuffled = permutation(count, self.seed, number, ROWS)
-        batches = buckets.fill(np.maximum(by_samples, by_tokens), sizes, shuffled)
+        batches = buckets.fill(np.maximum.reduce(buckets_of), sizes, shuffled)
         if not self.evaluation:
             order = permutation(len(batches), self.seed, number, BATCHES)
             batches = [batches[j] for j in order]
@@ -148,59 +157,55 @@ class Plan:
         begin = np.append(0, np.cumsum([len(rows_of) for _, rows_of in batches]))
         return Epoch(rows, members, begin, np.asarray([b for b, _ in batches]))
 
-    def _joined_limit(self, samples):
-        """Samples up to which rows are joined, given those of the largest bucket."""
-        limit = round(self.cfg.concat_duration * self.cfg.sample_rate)
-        return min(limit or samples, samples)
+    def words(self, count, number):
+        """u64[count,2]: the two random words of each item of an epoch, in its order.
 
-    def _rows(self, number, max_samples, max_tokens, joined_samples):
-        """The Rows of an epoch, none above the given sizes; they repeat with `period`."""
+        They come again after PERIOD epochs: an item is drawn in at most 64 ways (64 starts of a
+        long recording, say), unless the sources have weights. Zeros where nothing is drawn.
+        """
+        if self.evaluation:
+            return np.zeros((count, 2), np.uint64)
+        streams = (random_words(count, self.seed, number, kind) for kind in (SIZE, ADDED))
+        return np.stack(list(streams), axis=1)
+
+    def _rows(self, number, limits):
+        """The Rows of an epoch, none above the sizes `limits`; they repeat with `period`."""
         number = number % self.period if self.period else number
         order = self._order(number).astype(np.int32)
-        count = len(order)
-        choice = np.zeros(count, np.uint8)
-        if self.draws > 1:
-            words = random_words(count, self.seed, number, SPEED)
-            choice = (words % np.uint64(self.draws)).astype(np.uint8)
-        samples = self._lengths(order, choice)
-        if (long := samples > max_samples).any():  # stretched beyond the last explicit bucket
-            choice[long] = self.draws
-            samples[long] = self._lengths(order[long], choice[long])
-        tokens = self.tokens[order].astype(np.int64)
+        count, words = len(order), self.words(len(order), number)
+        sizes, adds = self.layout.drawn(self.sizes[order], words)
+        if (long := (sizes > limits).any(axis=1)).any():  # drawn beyond the last explicit bucket
+            words[long, 0] = 0
+            sizes[long], adds[long] = self.layout.drawn(self.sizes[order[long]], words[long])
         if self.concat == 1:
-            none = np.zeros(count, np.int32)
-            return Rows(order, choice, none, np.arange(count + 1, dtype=np.int32), samples, tokens)
-        low, high = (x * self.cfg.sample_rate for x in self.cfg.concat_gap)
-        gap = np.round(low + (high - low) * uniform(count, self.seed, number, GAP)).astype(np.int32)
+            return Rows(order, words, np.arange(count + 1, dtype=np.int32), sizes)
         alone = uniform(count, self.seed, number, ALONE) >= self.cfg.concat_share
-        row = join(samples, gap, tokens, ~alone, self.concat, joined_samples, max_tokens)
+        joined = np.append(self._joined_limit(limits[0]), limits[1:])
+        row = join(sizes, adds, ~alone, self.concat, joined)
         by_row = np.argsort(row, kind="stable")
         begins = np.flatnonzero(np.append(True, np.diff(row[by_row]) != 0))
-        gap, samples, tokens = gap[by_row], samples[by_row], tokens[by_row]
-        gap[begins] = 0
-        joints = np.ones(count, np.int64)
-        joints[begins] = 0
+        adds = adds[by_row]
+        adds[begins] = 0
         first = np.append(begins, count).astype(np.int32)
-        sums = np.add.reduceat(samples + gap, begins), np.add.reduceat(tokens + joints, begins)
-        return Rows(order[by_row], choice[by_row], gap, first, *sums)
+        return Rows(
+            order[by_row], words[by_row], first, np.add.reduceat(sizes[by_row] + adds, begins)
+        )
 
-    def _lengths(self, utterances, choice):
-        """i64[M]: upper bounds of the samples of utterances at their speeds."""
-        speeds = np.asarray(self.speeds)[choice]
-        seconds = (self.seconds[utterances] + self.tolerance) / speeds
-        exact = np.ceil(seconds * self.cfg.sample_rate)
-        return exact.astype(np.int64) + np.where(speeds == 1.0, 1, SPEED_SLACK)
+    def _joined_limit(self, most):
+        """Size of the first axis up to which rows are joined, given that of the largest bucket."""
+        limit = round(self.cfg.concat_duration * self.cfg.sample_rate)
+        return min(limit or most, most)
 
     def _order(self, number):
-        """i64[M] index numbers of the epoch's utterances in the order in which they are joined.
+        """i64[M] index numbers of the epoch's items in the order in which they are joined.
 
-        Without weights each utterance comes once. With weights an epoch has as many utterances as
-        the index; each source gives its share of them and walks on through its own permutations,
-        so that none of its utterances comes again before all have come.
+        Without weights each item comes once. With weights an epoch has as many items as the index;
+        each source gives its share of them and walks on through its own permutations, so that none
+        of its items comes again before all have come.
         """
-        total = len(self.seconds)
+        total = len(self.sizes)
         if self.evaluation:  # longest first
-            return np.argsort(-self.seconds, kind="stable")
+            return np.argsort(-self.sizes[:, 0], kind="stable")
         if not any(self.weights):
             return permutation(total, self.seed, number, ORDER)
         chosen = []
@@ -219,75 +224,97 @@ class Plan:
     # ---- buckets ----
 
     def _shapes(self):
-        cfg, everything = self.cfg, np.arange(len(self.seconds))
-        slowest = np.full(len(everything), int(np.argmin(self.speeds[: self.draws])))
-        limit = int(self._lengths(everything, slowest).max())
-        edges, most = [], []
-        if not self.evaluation:
-            edges, most = buckets.explicit(cfg, self.tolerance)
-        if edges:
-            limit = edges[-1]
+        cfg, largest = self.cfg, self.layout.drawn(self.sizes, None)[0].max(axis=0)
+        given = buckets.explicit(cfg, self.layout)
+        if self.evaluation or not len(given):
+            given = np.zeros((0, len(largest)), np.int64)
+        limit = int(largest[0])
+        if len(given):
+            limit = int(given[-1, 0])
         elif self.concat > 1:
             limit = max(limit, round(cfg.concat_duration * cfg.sample_rate))
-        limit = self._rounded(limit)
-        enough = int(self.tokens.sum(dtype=np.int64)) + len(self.tokens)
-        limits = limit, most[-1] if most else enough, self._joined_limit(limit)
-        rows = self._rows(0, *limits)
-        most_tokens = int(max(self.tokens.max(), np.quantile(rows.tokens, 0.999)))
+        limit = buckets.rounded(limit, cfg.length_multiple)
+        bound = [int(given[-1, k]) if given[:, k].any() else ENOUGH for k in range(len(largest))]
+        rows = self._rows(0, np.asarray([limit, *bound[1:]])).sizes
+        edges = given[:, 0].tolist()
         if not edges:
-            multiple = cfg.length_multiple
             count = len(cfg.bucket_duration_bins) or cfg.num_buckets
-            edges = buckets.best_edges(rows.samples, count, multiple, limit)
-        if not most:
-            most = buckets.token_limits(rows.samples, rows.tokens, edges, most_tokens)
-        elif most[-1] < self.tokens.max():
-            raise DataError(
-                f"the last of data.bucket_duration_bins holds {most[-1]} tokens, but a text has "
-                f"{self.tokens.max()}: raise it or set data.max_tokens={most[-1]}"
-            )
-        lengths = [self._rounded(e) for e in edges]
-        texts = [buckets.round_up(max(t, 1), cfg.token_multiple) for t in most]
-        sizes = buckets.batch_sizes(cfg, lengths, self.evaluation)
-        shapes = list(zip(sizes, lengths, texts, strict=True))
+            edges = buckets.best_edges(rows[:, 0], count, cfg.length_multiple, limit)
+        columns = [[buckets.rounded(e, cfg.length_multiple) for e in edges]]
+        for k in range(1, len(largest)):
+            others = self._others(k, given[:, k].tolist(), largest[k], rows, edges)
+            columns.append([buckets.round_up(max(x, 1), cfg.token_multiple) for x in others])
+        limits = np.asarray(columns).T
+        sizes = buckets.batch_sizes(cfg, self.layout, limits, self.evaluation)
+        shapes = list(zip(sizes, *columns, strict=True))
         return self._even(shapes, rows) if self.evaluation else shapes
 
-    def _rounded(self, samples):
-        """A bucket's length: with one sample more, a multiple."""
-        return buckets.round_up(samples + 1, self.cfg.length_multiple) - 1
+    def _others(self, k, given, largest, rows, edges):
+        """The sizes of the buckets on axis k: as given, or fitted to the rows."""
+        if not any(given):
+            most = int(max(largest, np.quantile(rows[:, k], 0.999)))
+            return buckets.other_limits(rows[:, 0], rows[:, k], edges, most)
+        if given[-1] < largest:
+            name = self.layout.axes[k]
+            raise DataError(
+                f"the last of data.bucket_duration_bins holds {given[-1]} {name}, but one item "
+                f"has {largest}: raise it or set data.max_{name}={given[-1]}"
+            )
+        return given
 
-    def _even(self, shapes, rows):
+    def _even(self, shapes, sizes):
         """Shapes of a fixed set: as many batches as before, with as little padding as possible."""
         self.shapes = shapes
         bucket = self._build(0).bucket
         even = []
-        for b, (size, samples, tokens) in enumerate(shapes):
+        for b, (size, *limits) in enumerate(shapes):
             if count := int((bucket == b).sum()):
-                fits = (rows.samples <= samples).sum()
+                fits = (sizes[:, 0] <= limits[0]).sum()
                 least = -(-int(min(fits, size * count)) // count)
                 size = min(size, buckets.round_up(least, self.cfg.batch_multiple))
-            even.append((size, samples, tokens))
+            even.append((size, *limits))
         return even
 
     def padding_share(self, number=0):
-        """Share of an epoch's padded samples that are no speech."""
+        """Share of what an epoch's batches cost that is padding."""
         epoch = self.epoch(number)
-        padded = sum(self.shapes[b][0] * self.shapes[b][1] for b in epoch.bucket)
-        speeds = np.asarray(self.speeds)[epoch.rows.choice]
-        used = float((self.seconds[epoch.rows.utterance] / speeds).sum()) * self.cfg.sample_rate
-        return 1.0 - used / float(padded)
+        costs = self.layout.cost(np.asarray([bucket[1:] for bucket in self.shapes]))
+        costs = costs * [bucket[0] for bucket in self.shapes]
+        return 1.0 - self.layout.cost(epoch.rows.sizes).sum() / costs[epoch.bucket].sum()
 
     def describe(self):
         """The buckets, one line each, and the share of padding in the first epoch."""
         epoch = self.epoch(0)
-        lines = []
-        for b, (size, samples, tokens) in enumerate(self.shapes):
-            seconds, count = samples / self.cfg.sample_rate, int((epoch.bucket == b).sum())
-            lines.append(
-                f"bucket {b}: {count} batches of {size} × {seconds:.2f} s, {tokens} tokens"
-            )
+        counts = np.bincount(epoch.bucket, minlength=len(self.shapes))
+        lines = [
+            f"bucket {b}: {count} batches of {self.layout.label(bucket)}"
+            for b, (count, bucket) in enumerate(zip(counts, self.shapes, strict=True))
+        ]
         share = 100 * self.padding_share()
         lines.append(f"{len(epoch.bucket)} batches in epoch 0, {share:.1f} % padding")
         return "\n".join(lines)
+
+
+def changes(saved, now):
+    """{name: (saved, now)} of two plans' `facts` where they differ; a setting that one of them
+    lacks has its default."""
+    default = json.loads(json.dumps(dataclasses.asdict(DataConfig())))
+    pairs = {
+        k: (saved.get(k, default.get(k)), now.get(k, default.get(k)))
+        for k in sorted(saved.keys() | now.keys())
+    }
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def listed(changes):
+    """One line of `changes`: settings with both values, else that shapes or recordings differ."""
+    settings = {k: v for k, v in changes.items() if k not in ("index", "shapes", "version")}
+    if settings:
+        return ", ".join(
+            f"config.{k if k == 'seed' else f'data.{k}'} (it was {old!r}, now it is {new!r})"
+            for k, (old, new) in settings.items()
+        )
+    return "the recordings, their lengths or the lists that name them"
 
 
 def random_words(count, *key):
@@ -314,29 +341,32 @@ def shares(weights, total):
     return counts.tolist()
 
 
-def join(samples, gap, tokens, may, most, max_samples, max_tokens):
-    """i64[M] row labels, equal for utterances that share a row; a label is the row's first member.
+def join(sizes, adds, may, most, limits):
+    """i64[M] row labels, equal for items that share a row; a label is the row's first member.
 
-    Among each JOIN_AMONG utterances that `may` be joined, the longest one left takes the longest
-    one that fits beside it, and so on up to `most`: rows come out near max_samples (best-fit
-    decreasing bin packing). Sizes count one token and the gap of each utterance; which of a row's
-    gaps falls away, because it comes first, is not known yet, so that the least one is deducted.
+    Among each JOIN_AMONG items that `may` be joined, the longest one left (on the first axis)
+    takes the longest one that fits beside it, and so on up to `most`: rows come out near the limits
+    (best-fit decreasing bin packing). Each item counts with its sizes i64[M,n] and what it adds
+    behind another, i64[M,n]; which of a row's adds falls away, because it comes first, is not known
+    yet, so that the least one is deducted. limits: i64[n].
     """
-    label = np.arange(len(samples))
-    room = max_samples + int(gap.min(initial=max_samples))
-    for begin in range(0, len(samples), JOIN_AMONG):
+    label, full = np.arange(len(sizes)), sizes + adds
+    room, *spaces = (limits + np.minimum(adds.min(axis=0, initial=ENOUGH), limits)).tolist()
+    for begin in range(0, len(sizes), JOIN_AMONG):
         free = begin + np.flatnonzero(may[begin : begin + JOIN_AMONG])
-        free = free[np.argsort(samples[free] + gap[free], kind="stable")].tolist()
-        lengths = (samples[free] + gap[free]).tolist()
+        free = free[np.argsort(full[free, 0], kind="stable")].tolist()
+        lengths, others = full[free, 0].tolist(), full[free, 1:].tolist()
         while free:
-            members, length = [free.pop()], lengths.pop()
-            text = int(tokens[members[0]])
+            members, length, used = [free.pop()], lengths.pop(), others.pop()
             while len(members) < most:
                 i = bisect.bisect_right(lengths, room - length) - 1
-                if i < 0 or text + 1 + tokens[free[i]] > max_tokens:
+                if i < 0:
                     break
-                length += lengths.pop(i)
+                more = list(map(int.__add__, used, others[i]))
+                if any(map(int.__gt__, more, spaces)):
+                    break
+                length, used = length + lengths.pop(i), more
+                others.pop(i)
                 members.append(free.pop(i))
-                text += 1 + int(tokens[members[-1]])
             label[members] = min(members)
     return label

@@ -1,36 +1,58 @@
-"""The audio of an index row: read from its file, tar member, segment or channel, and checked."""
+"""The audio of a piece: read from its file, tar member, segment or channel, and checked."""
 
 import io
+import os
 
 import numpy as np
 
 from jasr import audio
+from jasr.audio import resample
 
 
-def audio_file(index, row):
-    """The row's audio as a path, or as bytes where it lies inside a tar."""
-    path = index.path(row)
-    if index.byte_start[row] < 0:
-        return path
-    with open(path, "rb") as f:
-        f.seek(int(index.byte_start[row]))
-        data = f.read(int(index.byte_size[row]))
-    if len(data) != index.byte_size[row]:
-        raise audio.AudioError(path, f"truncated tar: the member of {index.id(row)} is cut off")
+def audio_file(piece):
+    """The piece's audio as a path or open file, or as bytes where it lies inside a tar."""
+    if piece.byte_start < 0:
+        return piece.source
+    with open(piece.source, "rb") as f:
+        f.seek(piece.byte_start)
+        data = f.read(piece.byte_size)
+    if len(data) != piece.byte_size:
+        at = f"{piece.byte_start} to {piece.byte_start + piece.byte_size}"
+        raise audio.AudioError(piece.source, f"truncated tar: bytes {at} are cut off")
     return data
 
 
-def read(index, row, sample_rate):
-    """Samples f32[S] of a row, mono at `sample_rate`. Raises audio.AudioError."""
-    start, channel = float(index.start[row]), int(index.channel[row])
+def read(piece, sample_rate):
+    """Samples f32[S] of a seam.Piece, mono at `sample_rate`. Raises audio.AudioError.
+
+    An array in memory is f32[S] at that rate already.
+    """
+    if isinstance(piece.source, np.ndarray):
+        return piece.source
     try:
-        file = audio_file(index, row)
-        if start < 0 and channel < 0:
+        file = audio_file(piece)
+        if piece.start < 0 and piece.channel < 0:
             return audio.read(file, sample_rate)
-        duration = float(index.duration[row]) if start >= 0 else -1.0
-        return read_part(file, max(start, 0.0), duration, channel, sample_rate)
+        seconds = piece.seconds if piece.start >= 0 else -1.0
+        return read_part(file, max(piece.start, 0.0), seconds, piece.channel, sample_rate)
     except OSError as e:
-        raise audio.AudioError(index.path(row), e.strerror or str(e)) from e
+        raise audio.AudioError(named(piece), e.strerror or str(e)) from e
+
+
+def read_checked(piece, sample_rate, tolerance):
+    """`read`, refusing audio whose length differs from the piece's by more than `tolerance` s."""
+    samples = read(piece, sample_rate)
+    seconds = len(samples) / sample_rate
+    if piece.seconds >= 0 and abs(seconds - piece.seconds) > tolerance:
+        reason = f"duration mismatch: {piece.seconds:.2f} s declared, {seconds:.2f} decoded"
+        raise audio.AudioError(named(piece), reason)
+    return samples
+
+
+def named(piece):
+    """What an error calls a piece's source."""
+    is_path = isinstance(piece.source, (str, os.PathLike))
+    return os.fspath(piece.source) if is_path else f"<{type(piece.source).__name__}>"
 
 
 def read_part(file, start, duration, channel, sample_rate):
@@ -56,29 +78,28 @@ def read_part(file, start, duration, channel, sample_rate):
     samples = samples.mean(axis=1) if channel < 0 else samples[:, channel]
     if not len(samples) or not np.isfinite(samples).all():
         raise audio.AudioError(name, "no samples, or NaN or infinite ones, in the segment")
-    return audio.resample(samples, rate, sample_rate)
+    return resample.resample(samples, rate, sample_rate)
 
 
-def header_seconds(index, row, cfg):
-    """Seconds of the row's audio by its header, or (str) the reason why it cannot be used."""
+def header_seconds(piece, cfg):
+    """Seconds of the piece by its file's header, or (str) the reason why it cannot be used."""
     try:
-        seconds = audio.info(audio_file(index, row))[0]
+        seconds = audio.info(audio_file(piece))[0]
     except audio.AudioError as e:
         return reason_of(e)
     except OSError as e:
         return f"unreadable audio: {e.strerror or e}"
-    return agreed_seconds(float(index.start[row]), float(index.duration[row]), seconds, cfg)
+    return agreed_seconds(piece.start, piece.seconds, seconds, cfg)
 
 
-def decoded_seconds(index, row, cfg):
-    """Seconds of the row's audio after decoding all of it, or (str) the reason against it."""
+def decoded_seconds(piece, cfg):
+    """Seconds of the piece after decoding all of it, or (str) the reason against it."""
     try:
-        seconds = len(read(index, row, cfg.sample_rate)) / cfg.sample_rate
+        seconds = len(read(piece, cfg.sample_rate)) / cfg.sample_rate
     except audio.AudioError as e:
         return reason_of(e)
-    declared = float(index.duration[row])
-    if abs(seconds - declared) > cfg.duration_tolerance:
-        return f"duration mismatch: {declared:.2f} s declared, {seconds:.2f} s decoded"
+    if abs(seconds - piece.seconds) > cfg.duration_tolerance:
+        return f"duration mismatch: {piece.seconds:.2f} s declared, {seconds:.2f} s decoded"
     return seconds
 
 

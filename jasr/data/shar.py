@@ -16,12 +16,13 @@ import shutil
 import tarfile
 
 from jasr.data.config import DataError
-from jasr.data.entries import Bad, Entry, is_number, json_lines
+from jasr.data.entries import Bad, Line, is_number, json_lines
+from jasr.seam import Piece
 
 
 def is_cutset(path):
     """Whether a JSON-lines file holds lhotse cuts (its first readable line tells)."""
-    for _, _, d, _ in json_lines(path):
+    for _, d, _ in json_lines(path):
         if d is not None:
             return "audio_filepath" not in d and ("supervisions" in d or "recording" in d)
     return False
@@ -33,8 +34,8 @@ def cut_lists(folder):
     return sorted(f for f in found if f.endswith((".jsonl", ".jsonl.gz")))
 
 
-def shar_entries(folder):
-    """Yields an Entry or Bad for each cut of a Shar directory."""
+def shar_lines(folder):
+    """Yields a Line or Bad for each cut of a Shar directory."""
     lists = cut_lists(folder)
     if not lists:
         raise DataError(f"{folder} is a directory without Shar files (cuts.000000.jsonl.gz ...)")
@@ -42,20 +43,21 @@ def shar_entries(folder):
         shard = os.path.basename(path).split(".")[1]
         tar = f"recording.{shard}.tar"
         members = tar_members(os.path.join(folder, tar))
-        for number, at, cut, reason in json_lines(path):
-            if cut is None:
-                yield Bad(path, number, "", "", reason)
-            else:
-                yield cut_entry(path, number, at, cut, tar, members)
+        yield from cut_lines(path, tar, members)
 
 
-def cutset_entries(path):
-    """Yields an Entry or Bad for each cut of a CutSet manifest."""
-    for number, at, cut, reason in json_lines(path):
+def cutset_lines(path):
+    """Yields a Line or Bad for each cut of a CutSet manifest."""
+    return cut_lines(path, "", {})
+
+
+def cut_lines(path, tar, members):
+    """Yields a Line or Bad for each line of cuts, whose audio may lie in a tar with `members`."""
+    for number, cut, reason in json_lines(path):
         if cut is None:
             yield Bad(path, number, "", "", reason)
         else:
-            yield cut_entry(path, number, at, cut, "", {})
+            yield cut_line(path, number, cut, tar, members)
 
 
 def tar_members(path):
@@ -75,8 +77,12 @@ def tar_members(path):
     return members
 
 
-def cut_entry(path, line, at, cut, tar, members):
-    """The Entry of a lhotse cut, or Bad with the reason."""
+def cut_line(path, line, cut, tar, members):
+    """The Line of a lhotse cut, or Bad with the reason.
+
+    Its fields are the text, the first supervision's `custom` and its speaker and language under the
+    names of manifests, so that `write` gives the same cut again.
+    """
     ident, recording = str(cut.get("id", "")), cut.get("recording")
     where = (path, line, ident, tar)
     if cut.get("type", "MonoCut") not in ("MonoCut", "MultiCut"):
@@ -101,12 +107,23 @@ def cut_entry(path, line, at, cut, tar, members):
         name = tar_name(ident, recording, members)
         if name is None:
             return Bad(*where, "missing file: no such member in the tar")
-        return Entry(path, line, at, ident, tar, *members[name], *times, channel, text)
+        piece = Piece(tar, *members[name], *times, channel)
+        return Line(path, line, {"id": ident, "audio_filepath": piece} | cut_fields(cut, text))
     if kinds != {"file"} or len(sources) != 1:
         kind = ", ".join(map(str, kinds)) or "none"
         return Bad(*where, f"recording source not supported: {kind}")
     audio = file_of(sources[0].get("source", ""), os.path.dirname(os.path.abspath(path)))
-    return Entry(path, line, at, ident, audio, -1, -1, *times, channel, text)
+    piece = Piece(audio, -1, -1, *times, channel)
+    return Line(path, line, {"id": ident, "audio_filepath": piece} | cut_fields(cut, text))
+
+
+def cut_fields(cut, text):
+    """{"text", "speaker", "lang", what is custom} of a cut, as a manifest has them."""
+    first = next((s for s in cut.get("supervisions") or [] if isinstance(s, dict)), {})
+    custom = first.get("custom") if isinstance(first.get("custom"), dict) else {}
+    fields = {k: v for k, v in custom.items() if k not in ("id", "audio_filepath")}
+    named = {"speaker": first.get("speaker"), "lang": first.get("language")}
+    return fields | {k: v for k, v in named.items() if v is not None} | {"text": text}
 
 
 def tar_name(ident, recording, members):

@@ -39,9 +39,11 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
     text.normalise("", kind)  # an unknown kind is refused before any work
     rate = decoder.sample_rate  # an empty text counts too: what is heard there is wrong
     config = data.DataConfig(sample_rate=rate, cache_audio=False, min_tokens=0)
-    source = data.open_eval(config, manifest, decoder.tokenizer.encode)
+    layout = data.AudioText(config, rate, decoder.tokenizer.encode)
+    source = data.open_eval(config, manifest, layout)
+    texts = [source.item(n).fields["text"] for n in range(len(source.ids))]
     recognizer = Recognizer(task, variables, meta=meta, **settings)
-    chosen = set(range(len(source.texts))[: limit or None])
+    chosen = set(range(len(texts))[: limit or None])
     order = []
     start = time.perf_counter()
     stream = recognizer.each(_rows(source, chosen, order))
@@ -50,14 +52,14 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
     wall = time.perf_counter() - start - recognizer.compile_seconds
     failed = {n: r["error"] for n, r in results.items() if "error" in r} | dict(source.failed)
     kept = [n for n in sorted(results) if n not in failed]
-    if not any(source.texts[n].strip() for n in kept):
+    if not any(texts[n].strip() for n in kept):
         first = next(iter(failed.values()), "")
         others = f"; {len(failed)} could not be transcribed, e.g. {first}" if failed else ""
         raise ValueError(
             f"{manifest}: {len(kept)} utterances without a word{others}: nothing to score"
         )
     report = score(
-        [source.texts[n] for n in kept],
+        [texts[n] for n in kept],
         [results[n]["text"] for n in kept],
         [results[n]["duration"] for n in kept],
         kind,

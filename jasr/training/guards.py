@@ -20,9 +20,9 @@ def check_same(config, tokenizer, train_data, valid_data):
             sort_keys=True,
         ),
         "tokenizer": json.dumps(tokenizer.to_dict(), sort_keys=True),
-        "training data (its index or batch plan)": train_data.fingerprint,
+        "training data (its index or batch plan)": json.dumps(train_data.facts()),
     }
-    valid = [valid_data[name].loader.plan.fingerprint for name in sorted(valid_data)]
+    valid = [json.dumps(valid_data[name].facts()) for name in sorted(valid_data)]
     facts["validation data (its index or batch plan)"] = " ".join(valid) or "none"
     sharding.check_same(facts)
 

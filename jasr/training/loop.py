@@ -94,17 +94,15 @@ def prepare(plain, workdir):
     tokenizer = start.make_tokenizer(words, texts, given, workdir / "checkpoints")
     task = loading.build(plain, tokenizer, sharding.batch_ways(mesh))
     tokenizer = task.tokenizer  # with a blank or without
-    start.check_rates(sources.sample_rate, task.front_end.sample_rate)
     train_data = data.open_train(
         sources,
-        tokenizer.encode,
+        task.layout,
         plain["seed"],
         quarantine_path=str(workdir / "quarantine.jsonl"),
-        frames_needed=task.frames_needed,
-        seconds_per_frame=task.seconds_per_frame,
         process_index=jax.process_index(),
+        version=start.plan_version(workdir / "checkpoints"),
     )
-    valid_data = open_valid(sources, train_data.shapes, opt, mesh, tokenizer, workdir)
+    valid_data = open_valid(sources, train_data.shapes, opt, mesh, task.layout, workdir)
     log.info("training: %s", train_data.describe())
     guards.check_same(plain, tokenizer, train_data, valid_data)
     sharding.check_batch_sizes([bucket[0] for bucket in train_data.shapes], mesh, opt.accumulate)
@@ -123,15 +121,17 @@ def prepare(plain, workdir):
     return made
 
 
-def open_valid(sources, shapes, opt, mesh, tokenizer, workdir):
-    """{name: data} of the validation sets; {} without one."""
+def open_valid(sources, shapes, opt, mesh, layout, workdir):
+    """{name: data} of the validation sets, all with the same buckets; {} without one."""
     ways = math.lcm(sources.batch_multiple, sharding.batch_ways(mesh), jax.process_count())
-    bounded = validation.bounded(sources, shapes, opt.accumulate, ways)
-    found = {}
-    for name, files in validation.sets_of(sources.valid).items():
-        path = str(workdir / f"quarantine-valid{f'-{name}' if name else ''}.jsonl")
-        found[name] = data.open_eval(bounded, files, tokenizer.encode, path, jax.process_index())
-        log.info("validation%s: %s", f" {name}" if name else "", found[name].describe())
+    bounded = validation.bounded(sources, layout, shapes, opt.accumulate, ways)
+    sets = validation.sets_of(sources.valid)
+    paths = {
+        name: str(workdir / f"quarantine-valid{f'-{name}' if name else ''}.jsonl") for name in sets
+    }
+    found = data.open_evals(bounded, sets, layout, paths, jax.process_index())
+    for name, valid in found.items():
+        log.info("validation%s: %s", f" {name}" if name else "", valid.describe())
     return found
 
 
@@ -151,8 +151,8 @@ def check_metric(kept, names, validates):
 
 def shape(run):
     """Adds shapes, optimizer and shardings to a Run."""
-    key, example = jax.random.key(run.config["seed"]), data.empty(run.train_data.shapes[0])
     task, opt = run.task, run.optim
+    key, example = jax.random.key(run.config["seed"]), task.layout.empty(run.train_data.shapes[0])
     run.shapes = jax.eval_shape(lambda: task.init(key, example))
     paths = set(tree.flatten(run.shapes["params"]))
     run.frozen = frozenset(start.frozen_paths(run.shapes["params"], run.given.freeze))
@@ -170,7 +170,8 @@ def shape(run):
 
 def fresh(run):
     """A TrainState drawn from the seed; to be jitted or shaped."""
-    key, example = jax.random.key(run.config["seed"]), data.empty(run.train_data.shapes[0])
+    example = run.task.layout.empty(run.train_data.shapes[0])
+    key = jax.random.key(run.config["seed"])
     return steps.init_state(
         run.task, run.tx, key, example, run.frozen.__contains__, run.optim.ema > 0
     )
@@ -193,9 +194,7 @@ def begin(run, allow_data_change=False):
             log.info("%s from %s", run.origin["item"], run.origin["path"])
         return state, 0, None
     _, saved, meta = restored
-    start.check_resume(
-        meta, run.train_data.fingerprint, run.tokenizer, run.config, allow_data_change
-    )
+    start.check_resume(meta, run.train_data, run.tokenizer, run.config, allow_data_change)
     found = run.store.metrics(meta["step"])
     if meta["step"] >= run.rhythm.steps and (found or not run.valid_data):
         log.info(
@@ -226,29 +225,27 @@ def compiled(run, state):
     )
     programs, measured, known = {}, {}, {}
     for number, bucket in enumerate(run.train_data.shapes):
-        programs[number] = compile_step(bucket, step_fn, run.mesh, "training", state)
+        programs[number] = compile_step(run, bucket, step_fn, "training", state)
     measure = jax.jit(validation.program(run.validators))
     variables, key = validation.variables(state), jax.random.key(run.config["seed"])
     for name, valid in run.valid_data.items():
         for bucket in valid.shapes:
             if bucket not in known:
-                known[bucket] = compile_step(
-                    bucket, measure, run.mesh, "validation", variables, key
-                )
+                known[bucket] = compile_step(run, bucket, measure, "validation", variables, key)
         measured[name] = {number: known[bucket] for number, bucket in enumerate(valid.shapes)}
     sharding.meet()
     return programs, measured, time.monotonic() - tick
 
 
-def compile_step(bucket, fn, mesh, what, first, *rest):
+def compile_step(run, bucket, fn, what, first, *rest):
     """The program of `fn(first, batch, *rest)` for a bucket, with its working memory in the log."""
-    mine = data.empty((bucket[0] // jax.process_count(), *bucket[1:]))
-    program = fn.lower(first, sharding.put_batch(mine, mesh), *rest).compile()
+    mine = run.task.layout.empty((bucket[0] // jax.process_count(), *bucket[1:]))
+    program = fn.lower(first, sharding.put_batch(mine, run.mesh), *rest).compile()
     memory = program.memory_analysis()
     if memory is not None:
         size = memory.temp_size_in_bytes / 2**20
-        shape = " x ".join(map(str, bucket))
-        log.info("%s batch of %s: %.0f MiB working memory a device", what, shape, size)
+        label = run.task.layout.label(bucket)
+        log.info("%s batch of %s: %.0f MiB working memory a device", what, label, size)
     return program
 
 
@@ -368,7 +365,7 @@ class Loop:
             "step": self.step,
             "position": self.position,
             "epoch": run.train_data.epoch_of(self.position),
-            "fingerprint": run.train_data.fingerprint,
+            "plan": run.train_data.facts(),
             "config": run.config,
             "tokenizer": run.tokenizer.to_dict(),
             "task": run.config["task"],

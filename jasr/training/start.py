@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jasr import checkpoint, settings, text, tree
+from jasr.data import plan
 from jasr.systems import compatibility, source
 
 ITEMS = ("params", "batch_stats", "opt_state", "ema")
@@ -212,25 +213,31 @@ def _check_frozen(origin, frozen, given):
         )
 
 
-def check_rates(data_rate, front_end_rate):
-    """Raises StartError if recordings are read at another rate than the front end expects."""
-    if data_rate != front_end_rate:
-        raise StartError(
-            f"config.data.sample_rate {data_rate} differs from config.front_end.sample_rate "
-            f"{front_end_rate}"
-        )
+def plan_version(directory):
+    """The version of the rules by which a run's data was planned first: an earlier start's, found
+    in its checkpoints, else the newest."""
+    try:
+        meta = checkpoint.load_meta(directory)
+    except checkpoint.CheckpointError:  # none yet
+        return plan.VERSION
+    return meta["plan"]["version"] if "plan" in meta else 2
 
 
-def check_resume(meta, fingerprint, tokenizer, config, allow_data_change):
+def check_resume(meta, train_data, tokenizer, config, allow_data_change):
     """Raises StartError if a checkpoint's data or model are not this config's.
 
     A position in the data means something only for the same index, batch plan and seed.
     """
-    if meta["fingerprint"] != fingerprint and not allow_data_change:
+    if "plan" in meta:
+        changes = plan.changes(meta["plan"], train_data.facts())
+    else:  # saved before plans were named by their facts
+        changes = meta["fingerprint"] != train_data.fingerprint
+    if changes and not allow_data_change:
+        named = plan.listed(changes) if "plan" in meta else "config.data, config.seed or the files"
         raise StartError(
             "the training data or its batching changed since the checkpoint was made: its "
             f"position {meta['position']} means another batch now. Undo the change of "
-            "config.data/config.seed, or pass --allow_data_change to go on from there anyway"
+            f"{named}, or pass --allow_data_change to go on from there anyway"
         )
     if meta["tokenizer"] != tokenizer.to_dict():
         raise StartError(

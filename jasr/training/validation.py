@@ -37,16 +37,16 @@ def sets_of(valid):
     return {name: tuple(sources) for name, sources in found.items()}
 
 
-def bounded(sources, shapes, accumulate, ways):
-    """DataConfig whose batches hold no more audio than a micro-batch of the training `shapes`.
+def bounded(sources, layout, shapes, accumulate, ways):
+    """DataConfig whose batches cost no more than a micro-batch of the training `shapes`.
 
-    One utterance for each of the `ways` that a batch is split is the least, however long it is.
+    One item for each of the `ways` that a batch is split is the least, however long it is.
     """
-    most = max(rows * samples for rows, samples, _ in shapes) / accumulate
+    rows, sizes = np.asarray(shapes)[:, 0], np.asarray(shapes)[:, 1:]
     return dataclasses.replace(
         sources,
         batch_multiple=ways,
-        batch_duration=(most + 1) / sources.sample_rate,
+        batch_cost=float((rows * layout.cost(sizes)).max()) / accumulate,
         bucket_batch_size=(),
         bucket_duration_bins=(),
         num_buckets=len(shapes),

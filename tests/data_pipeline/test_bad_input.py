@@ -11,7 +11,7 @@ import soundfile
 from experiments.checks.data import ctc_frames
 from jasr.data import DataConfig, DataError, index, open_eval, open_train
 from jasr.data.entries import reason_class
-from tests.corpora import encode, make_corpus, noise, write_lines
+from tests.corpora import encode, layout, make_corpus, noise, texts, write_lines
 
 CFG = DataConfig(batch_duration=6.0, num_buckets=2, max_bad_share=1.0, num_threads=0)
 
@@ -56,7 +56,7 @@ def spoil(folder):
         "all unknown": (ok | {"text": "漢字"}, "text cannot be encoded"),
         "missing file": (ok | {"audio_filepath": "bad/none.wav"}, "missing file"),
         "a directory": (ok | {"audio_filepath": "bad"}, decode),
-        "duplicate audio": ({"audio_filepath": "./whole.flac", "text": "a"}, "duplicate audio"),
+        "duplicate": ({"audio_filepath": "./whole.flac", "text": "first"}, "duplicate"),
         "duplicate id": (file("d.wav", wav) | {"id": "twice"}, "duplicate id"),
         "truncated wav": (file("t.wav", wav[: len(wav) // 2]), decode),
         "truncated flac": (file("t.flac", flac[: len(flac) // 2]), decode),
@@ -97,7 +97,7 @@ def test_each_bad_entry_is_quarantined_with_its_reason(spoiled, tmp_path):
     _, mixed, bad = spoiled
     cfg = dataclasses.replace(CFG, train=(mixed,), check="decode")
     path = tmp_path / "new" / "quarantine.jsonl"
-    train = open_train(cfg, encode, 0, str(path), ctc_frames, 0.02)
+    train = open_train(cfg, layout(cfg, encode, ctc_frames, 0.02), 0, str(path))
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(found) == len(bad)
     lines = open(mixed, "rb").read().splitlines()
@@ -119,7 +119,7 @@ def test_good_entries_are_untouched_by_bad_ones(spoiled):
     clean, mixed, _ = spoiled
     cfg = dataclasses.replace(CFG, check="decode")
     pair = [
-        open_train(dataclasses.replace(cfg, train=(m,)), encode, 3, "", ctc_frames, 0.02)
+        open_train(dataclasses.replace(cfg, train=(m,)), layout(cfg, encode, ctc_frames, 0.02), 3)
         for m in (clean, mixed)
     ]
     assert pair[0].fingerprint == pair[1].fingerprint
@@ -135,7 +135,7 @@ def test_audio_that_fails_in_the_loader_becomes_padding_and_a_line(spoiled, tmp_
     clean, mixed, bad = spoiled
     path = tmp_path / "quarantine.jsonl"
     cfg = dataclasses.replace(CFG, train=(mixed,), check="none", num_threads=threads)
-    train = open_train(cfg, encode, 0, str(path))
+    train = open_train(cfg, layout(cfg), 0, str(path))
     before = len(path.read_text().splitlines())
     seen = [row for batch in batches_of(train, 40) for row in rows(batch)]
     failing = {k for k, (_, r) in bad.items() if r in LOADING}
@@ -163,21 +163,21 @@ def rows(batch):
 
 def rows_of(manifest):
     cfg = dataclasses.replace(CFG, max_bad_share=0.0)
-    return [row for _, b in open_eval(cfg, manifest, encode).iterate() for row in rows(b)]
+    return [row for _, b in open_eval(cfg, manifest, layout(cfg)).iterate() for row in rows(b)]
 
 
 def test_the_run_stops_above_the_bad_share(spoiled):
     _, mixed, _ = spoiled
     cfg = dataclasses.replace(CFG, train=(mixed,), max_bad_share=0.3, check="decode")
     with pytest.raises(DataError, match=r"30 of 54 entries .* data.max_bad_share=0.3"):
-        open_train(cfg, encode, 0)
+        open_train(cfg, layout(cfg), 0)
 
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_the_run_stops_when_too_many_fail_in_the_loader(tmp_path, threads):
     path, entries = make_corpus(tmp_path, 10)
     cfg = dataclasses.replace(CFG, train=(path,), check="none", max_bad_share=0.2)
-    train = open_train(dataclasses.replace(cfg, num_threads=threads), encode, 0)
+    train = open_train(dataclasses.replace(cfg, num_threads=threads), layout(cfg), 0)
     for e in entries[:3]:
         (tmp_path / e["audio_filepath"]).write_bytes(b"gone")
     with pytest.raises(DataError, match="could not be decoded"):
@@ -189,7 +189,7 @@ def failing(tmp_path):
     """(open_train's settings, quarantine file): three of ten files break after the index."""
     path, found = make_corpus(tmp_path, 10)
     cfg = dataclasses.replace(CFG, train=(path,), check="none")
-    open_train(cfg, encode, 0)
+    open_train(cfg, layout(cfg), 0)
     for e in found[:3]:
         (tmp_path / e["audio_filepath"]).write_bytes(b"gone")
     return cfg, tmp_path / "quarantine.jsonl"
@@ -198,7 +198,7 @@ def failing(tmp_path):
 def test_lines_of_failed_loading_survive_restarts_without_repeats(failing):
     cfg, path = failing
     for _ in range(2):
-        batches_of(open_train(cfg, encode, 0, str(path)), 20)
+        batches_of(open_train(cfg, layout(cfg), 0, str(path)), 20)
         found = [json.loads(line) for line in path.read_text().splitlines()]
         assert len(found) == 3 and all(q["loading"] for q in found)
 
@@ -208,7 +208,7 @@ def test_processes_list_their_own_failures_and_judge_them_together(failing):
     cfg = dataclasses.replace(cfg, max_bad_share=0.25, batch_multiple=2)
     loaders = []
     for process in range(2):
-        train = open_train(cfg, encode, 0, str(path), process_index=process)
+        train = open_train(cfg, layout(cfg), 0, str(path), process_index=process)
         for _ in zip(train.iterate(0, process, 2), range(20), strict=False):
             pass
         loaders.append(train.loader)
@@ -225,7 +225,7 @@ def test_processes_list_their_own_failures_and_judge_them_together(failing):
 @pytest.mark.parametrize("threads", [0, 2])
 def test_quarantine_that_cannot_be_written_stops_the_run_with_its_reason(failing, threads):
     cfg, path = failing
-    train = open_train(dataclasses.replace(cfg, num_threads=threads), encode, 0, str(path))
+    train = open_train(dataclasses.replace(cfg, num_threads=threads), layout(cfg), 0, str(path))
     path.unlink()
     path.mkdir()
     with pytest.raises(DataError, match="quarantine.jsonl cannot be written: Is a directory"):
@@ -245,9 +245,8 @@ def test_byte_order_mark_crlf_blank_lines_and_unicode_paths_are_read(tmp_path):
     path = folder / "manifest.jsonl"
     text = "\r\n\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
     path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n \r\n")
-    data = open_eval(CFG, str(path), encode)
-    assert data.texts == ["one", "two"] and not data.bad
-    assert data.entry(0) == rows[0] and data.entry(1) == rows[1]
+    data = open_eval(CFG, str(path), layout(CFG))
+    assert texts(data) == ["one", "two"] and not data.bad
     assert len(rows_of(str(path))) == 2
 
 
@@ -255,7 +254,7 @@ def test_byte_order_mark_crlf_blank_lines_and_unicode_paths_are_read(tmp_path):
 def test_any_rate_and_channel_count_becomes_16_khz_mono(tmp_path, rate, channels):
     soundfile.write(tmp_path / "a.wav", noise(0.6, 5, rate, channels), rate)
     path = write_lines(tmp_path / "m.jsonl", [{"audio_filepath": "a.wav", "text": "a"}])
-    data = open_eval(CFG, path, encode)
+    data = open_eval(CFG, path, layout(CFG))
     assert data.durations[0] == pytest.approx(0.6, abs=1e-3)
     [(samples, _)] = [row for _, b in data.iterate() for row in rows(b)]
     assert abs(len(samples) // 4 - 9600) <= 1
@@ -274,16 +273,18 @@ def test_nothing_usable_and_no_source_say_so(tmp_path):
         ([(empty, 1.0), gone], "every data source or to none"),
     ):
         with pytest.raises(DataError, match=said):
-            open_train(dataclasses.replace(CFG, train=source), encode, 0)
+            open_train(dataclasses.replace(CFG, train=source), layout(CFG), 0)
 
 
 def test_limits_leave_out_and_do_not_count_as_bad(corpus):
     manifest, entries = corpus
     cfg = DataConfig(train=(manifest,), min_duration=0.5, max_duration=1.0, max_tokens=8)
     cfg = dataclasses.replace(cfg, min_tokens=4, max_bad_share=0.0)
-    found = index.build(cfg.train, encode, cfg)
+    found = index.build(cfg.train, layout(cfg), cfg)
     want = [e for e in entries if 0.5 <= e["duration"] <= 1 and 4 <= len(e["text"]) <= 8]
-    assert [found.texts[i] for i in range(len(found))] == [e["text"] for e in want] != []
+    assert (
+        [found.item(i).fields["text"] for i in range(len(found))] == [e["text"] for e in want] != []
+    )
     assert found.bad_count == 0 and len(found.bad) == len(entries) - len(want)
 
 
@@ -291,8 +292,9 @@ def test_evaluation_keeps_what_limits_and_the_alphabet_leave_out(tmp_path):
     soundfile.write(tmp_path / "a.wav", noise(1.0, 5), 16000)
     text = "caffè at 9 or ten"
     path = write_lines(tmp_path / "m.jsonl", [{"audio_filepath": "a.wav", "text": text}])
-    data = open_eval(dataclasses.replace(CFG, max_duration=0.5), path, encode)
-    assert data.texts == [text]
+    cfg = dataclasses.replace(CFG, max_duration=0.5)
+    data = open_eval(cfg, path, layout(cfg))
+    assert texts(data) == [text]
     [(_, tokens)] = [row for _, b in data.iterate() for row in rows(b)]
     assert list(tokens) == encode("at or ten")
 
@@ -308,5 +310,5 @@ def test_fuzzed_lines_never_raise(tmp_path):
             line[rng.integers(len(line))] = rng.integers(256)
         lines.append(bytes(line))
     (tmp_path / "m.jsonl").write_bytes(b"\n".join(lines))
-    found = index.build(str(tmp_path / "m.jsonl"), encode, CFG)
-    assert found.texts[0] == "abc" and len(found) + len(found.bad) >= 390
+    found = index.build(str(tmp_path / "m.jsonl"), layout(CFG), CFG)
+    assert found.item(0).fields["text"] == "abc" and len(found) + len(found.bad) >= 390

@@ -10,16 +10,17 @@ import pytest
 import soundfile
 
 from jasr import audio
-from jasr.data import DataConfig, DataError, batches, open_eval, open_train
+from jasr.data import DataConfig, DataError, audio_text, open_eval, open_train
 from jasr.text import TextError
-from tests.corpora import encode, make_corpus, noise, write_lines
+from tests.corpora import encode, layout, make_corpus, noise, texts, write_lines
 
 CFG = DataConfig(batch_duration=6.0, num_buckets=2, num_threads=0, batch_multiple=2)
 RICH = dataclasses.replace(CFG, speeds=(0.9, 1.0, 1.1), concat=2, concat_duration=2.5)
 
 
 def opened(manifest, cfg=RICH, seed=0, **change):
-    return open_train(dataclasses.replace(cfg, train=(manifest,), **change), encode, seed)
+    cfg = dataclasses.replace(cfg, train=(manifest,), **change)
+    return open_train(cfg, layout(cfg), seed)
 
 
 def take(train, count, start=0, rank=0, world=1):
@@ -61,9 +62,9 @@ def test_threads_and_grain_do_not_change_the_stream(corpus, monkeypatch):
 def test_the_cache_does_not_change_the_stream(corpus):
     want = take(opened(corpus[0]), 30)
     train = opened(corpus[0], cache_audio=False)
-    assert train.loader._cache is None
+    assert train.layout.cache is None
     same(take(train, 30), want)
-    assert opened(corpus[0], cache_mb=0).loader._cache is None
+    assert opened(corpus[0], cache_mb=0).layout.cache is None
 
 
 @pytest.mark.parametrize("start", [1, 7, 23, 200])
@@ -128,16 +129,18 @@ def test_joined_rows_hold_stretched_audio_silence_and_texts_with_a_space(corpus)
         _, bucket, rows = train.loader.plan.batch(position)
         _, _, batch = train.loader.load(position)
         for i, row in enumerate(rows):
-            at, texts = 0, []
-            for u, speed, gap in zip(row.utterances, row.speeds, row.gaps, strict=True):
-                samples = train.loader.pcm(u) * np.float32(2**-15)
+            at, texts, words = 0, [], np.asarray(row.words, np.uint64)
+            gaps = [0, *train.layout.gaps(words)[1:]]
+            for u, speed, gap in zip(row.items, train.layout.speeds(words), gaps, strict=True):
+                pieces = train.loader.index.pieces_of(u)
+                samples = train.layout.pcm(pieces) * np.float32(2**-15)
                 if speed != 1.0:
-                    samples = batches.quantise(audio.speed(samples, speed)) * np.float32(2**-15)
+                    samples = audio_text.quantise(audio.speed(samples, speed)) * np.float32(2**-15)
                 assert not batch["audio"][i, at : at + gap].any()
                 at += gap + len(samples)
                 np.testing.assert_array_equal(batch["audio"][i, at - len(samples) : at], samples)
                 texts.append(entries[u]["text"])
-            assert batch["audio_len"][i] == at and batch["index"][i] == row.utterances[0]
+            assert batch["audio_len"][i] == at and batch["index"][i] == row.items[0]
             t = batch["token_len"][i]
             assert batch["tokens"][i, :t].tolist() == encode(" ".join(texts))
             joined += len(texts) > 1
@@ -145,10 +148,11 @@ def test_joined_rows_hold_stretched_audio_silence_and_texts_with_a_space(corpus)
 
 
 def test_speeds_are_drawn_anew_each_epoch(corpus):
-    rows = [opened(corpus[0]).loader.plan.epoch(e).rows for e in range(2)]
-    by_utterance = [dict(zip(r.utterance, r.choice, strict=True)) for r in rows]
-    assert by_utterance[0] != by_utterance[1]
-    assert set(by_utterance[0].values()) == {0, 1, 2}
+    train = opened(corpus[0])
+    rows = [train.loader.plan.epoch(e).rows for e in range(2)]
+    by_item = [dict(zip(r.item, train.layout.speeds(r.words), strict=True)) for r in rows]
+    assert by_item[0] != by_item[1]
+    assert set(by_item[0].values()) == {0.9, 1.0, 1.1}
 
 
 def test_audio_a_little_longer_than_declared_is_kept_whole(tmp_path):
@@ -169,16 +173,16 @@ def test_an_encoder_that_cuts_joined_texts_longer_does_not_overflow(corpus):
         return encode(text) * (3 if text.count(" ") > 2 else 1)
 
     cfg = dataclasses.replace(RICH, train=(corpus[0],), token_multiple=1)
-    for _, batch in take(open_train(cfg, grows, 0), 10):
+    for _, batch in take(open_train(cfg, layout(cfg, grows), 0), 10):
         assert (batch["token_len"] <= batch["tokens"].shape[1]).all()
 
 
 def test_evaluation_has_every_utterance_once_and_extra_fields_on_demand(corpus):
     manifest, entries = corpus
-    data = open_eval(CFG, manifest, encode)
-    assert data.texts == [e["text"] for e in entries]
+    data = open_eval(CFG, manifest, layout(CFG))
+    assert texts(data) == [e["text"] for e in entries]
     assert data.ids == [e["audio_filepath"] for e in entries]
-    assert data.entry(5) == entries[5]
+    assert data.item(5).fields == {k: entries[5][k] for k in ("text", "speaker")}
     for world in (1, 2):
         seen = []
         for rank in range(world):
@@ -198,7 +202,7 @@ def test_segments_of_a_long_file_are_read_where_they_lie(tmp_path):
         for o, d in ((0.0, 1.0), (0.5, 1.25), (4.0, 2.0), (0.0, 6.0))
     ]
     entries.append({"audio_filepath": "two.wav", "offset": 0.5, "duration": 1.0, "text": "b"})
-    data = open_eval(CFG, write_lines(tmp_path / "m.jsonl", entries), encode)
+    data = open_eval(CFG, write_lines(tmp_path / "m.jsonl", entries), layout(CFG))
     assert data.ids[1] == "long.flac@0.5+1.25" and not data.bad
     found = {}
     for _, batch in data.iterate():
@@ -216,7 +220,7 @@ def test_errors_of_the_encoder_are_not_swallowed(corpus):
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        open_train(dataclasses.replace(CFG, train=(corpus[0],)), broken, 0)
+        open_train(dataclasses.replace(CFG, train=(corpus[0],)), layout(CFG, broken), 0)
     assert issubclass(TextError, ValueError)
 
 
@@ -225,7 +229,7 @@ def test_a_finished_or_abandoned_stream_leaves_no_threads(corpus):
 
     before = threading.active_count()
     take(opened(corpus[0], num_threads=2), 2)
-    for _ in open_eval(dataclasses.replace(CFG, num_threads=2), corpus[0], encode).iterate():
+    for _ in open_eval(dataclasses.replace(CFG, num_threads=2), corpus[0], layout(CFG)).iterate():
         pass
     for t in threading.enumerate():
         if t is not threading.current_thread() and not t.daemon:
@@ -236,7 +240,7 @@ def test_a_finished_or_abandoned_stream_leaves_no_threads(corpus):
 def test_real_speech_is_batched_whole(shared_dir):
     manifest = shared_dir / "data" / "an4" / "valid.jsonl"
     entries = [json.loads(line) for line in manifest.read_text().splitlines()]
-    data = open_eval(CFG, str(manifest), encode)
+    data = open_eval(CFG, str(manifest), layout(CFG))
     got = {int(i): int(n) for _, b in data.iterate() for i, n in zip(b["index"], b["audio_len"])}
     got.pop(-1, None)
     assert len(got) == len(entries) == 99

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jasr.data import DataConfig, DataError, buckets, index, plan
-from tests.corpora import encode, make_corpus
+from tests.corpora import layout, make_corpus
 
 CFG = DataConfig(batch_duration=6.0, num_buckets=3, token_multiple=4)
 RICH = dataclasses.replace(CFG, speeds=(0.9, 1.0, 1.1), concat=3, concat_share=0.7)
@@ -16,13 +16,14 @@ BINS = dataclasses.replace(
 
 
 def made(sources, cfg=CFG, seed=0, **options):
-    return plan.Plan(index.build(sources, encode, cfg), cfg, seed, **options)
+    found = index.build(sources, layout(cfg), cfg)
+    return plan.Plan(found, layout(cfg).for_set(0.0, found.exact), cfg, seed, **options)
 
 
 def utterances(p, number):
     """Index numbers of an epoch in the order of its batches."""
     epoch = p.epoch(number)
-    parts = np.split(epoch.rows.utterance, epoch.rows.first[1:-1])
+    parts = np.split(epoch.rows.item, epoch.rows.first[1:-1])
     return np.concatenate([parts[g] for g in epoch.members])
 
 
@@ -39,8 +40,7 @@ def test_every_utterance_comes_once_an_epoch_and_fits_its_bucket(corpus, cfg):
         assert (counts < sizes[:, 0]).sum() <= 1  # at most one batch is not full
         for j in range(len(counts)):
             inside = epoch.members[epoch.begin[j] : epoch.begin[j + 1]]
-            assert epoch.rows.samples[inside].max() <= sizes[j, 1]
-            assert epoch.rows.tokens[inside].max() <= sizes[j, 2]
+            assert (epoch.rows.sizes[inside].max(axis=0) <= sizes[j, 1:]).all()
 
 
 def test_epochs_and_seeds_differ_and_repeat(corpus):
@@ -66,7 +66,7 @@ def test_a_position_is_a_batch_of_an_epoch_from_wherever_it_is_asked(corpus, cfg
 def test_epochs_never_repeat_though_their_rows_do(corpus):
     p = made(corpus[0], RICH)
     near, far = p.epoch(3), p.epoch(3 + plan.PERIOD)
-    np.testing.assert_array_equal(near.rows.utterance, far.rows.utterance)
+    np.testing.assert_array_equal(near.rows.item, far.rows.item)
     assert len(near.bucket) == len(far.bucket)
     assert near.members.tolist() != far.members.tolist()
     ends = np.cumsum([len(p.epoch(e).bucket) for e in range(2 * plan.PERIOD + 3)])
@@ -117,11 +117,16 @@ def test_joined_rows_stay_within_their_limits(corpus):
     rows = p.epoch(0).rows
     sizes = np.diff(rows.first)
     assert sizes.max() > 1 and sizes.max() <= 3
-    assert rows.samples.max() <= 2.5 * 16000
-    begins = rows.first[:-1]
-    assert not rows.gap[begins].any()
-    inner = np.delete(rows.gap, begins)
-    assert inner.min() >= 1600 and inner.max() <= 3200 and len(set(inner)) > 3
+    assert rows.sizes[:, 0].max() <= 2.5 * 16000
+    gaps = p.layout.gaps(rows.words)
+    assert gaps.min() >= 1600 and gaps.max() <= 3200 and len(set(gaps)) > 3
+    alone, _ = p.layout.drawn(p.sizes[rows.item], rows.words)
+    inner = np.add.reduceat(
+        np.where(np.isin(np.arange(len(gaps)), rows.first), 0, gaps), rows.first[:-1]
+    )
+    np.testing.assert_array_equal(
+        rows.sizes[:, 0], np.add.reduceat(alone[:, 0], rows.first[:-1]) + inner
+    )
     alone = made(corpus[0], dataclasses.replace(cfg, concat_share=0.0)).epoch(0).rows
     assert np.diff(alone.first).max() == 1
 
@@ -131,17 +136,20 @@ def test_joining_fills_rows(corpus):
         made(corpus[0]),
         made(corpus[0], dataclasses.replace(CFG, concat=2, concat_duration=3.0)),
     )
-    assert len(two.epoch(0).rows.samples) < 0.7 * len(one.epoch(0).rows.samples)
+    assert len(two.epoch(0).rows.sizes) < 0.7 * len(one.epoch(0).rows.sizes)
 
 
 def test_join_pairs_the_longest_with_the_longest_that_fits():
-    samples, tokens = np.array([30, 10, 65, 60, 20]), np.ones(5, int)
-    gap, may = np.full(5, 5), np.ones(5, bool)
-    label = plan.join(samples, gap, tokens, may, 2, 100, 99)
-    assert label.tolist() == [0, 1, 0, 3, 3]  # 65 + 30, 60 + 20, 10
-    assert plan.join(samples, gap, tokens, may, 4, 210, 99).tolist() == [0, 1, 0, 0, 0]
-    assert plan.join(samples, gap, tokens, may, 5, 210, 99).tolist() == [0, 0, 0, 0, 0]
-    assert plan.join(samples, gap, tokens, may, 2, 100, 2).tolist() == [0, 1, 2, 3, 4]
+    sizes = np.stack([[30, 10, 65, 60, 20], np.ones(5, int)], axis=1)
+    adds, may = np.tile([5, 1], (5, 1)), np.ones(5, bool)
+
+    def labels(most, *limits):
+        return plan.join(sizes, adds, may, most, np.array(limits)).tolist()
+
+    assert labels(2, 100, 99) == [0, 1, 0, 3, 3]  # 65 + 30, 60 + 20, 10
+    assert labels(4, 210, 99) == [0, 1, 0, 0, 0]
+    assert labels(5, 210, 99) == [0, 0, 0, 0, 0]
+    assert labels(2, 100, 2) == [0, 1, 2, 3, 4]
 
 
 def test_best_edges_have_the_least_padding_of_all():
@@ -162,8 +170,8 @@ def test_rows_with_much_text_move_to_a_longer_bucket(corpus):
     p = made(corpus[0], BINS)
     assert [s[::2] for s in p.shapes] == [(4, 8), (2, 12)]
     rows = p.epoch(0).rows
-    crowded = (rows.samples <= 0.8 * 16000) & (rows.tokens > 8)
-    bucket = np.empty(len(rows.samples), int)
+    crowded = (rows.sizes[:, 0] <= 0.8 * 16000) & (rows.sizes[:, 1] > 8)
+    bucket = np.empty(len(rows.sizes), int)
     epoch = p.epoch(0)
     bucket[epoch.members] = np.repeat(epoch.bucket, np.diff(epoch.begin))
     assert crowded.any() and (bucket[crowded] == 1).all()
@@ -174,11 +182,12 @@ def test_explicit_bins_bound_what_is_used_also_when_stretched(corpus):
         CFG, bucket_duration_bins=(0.7, 1.0), bucket_batch_size=(4,), speeds=(0.5,)
     )
     p = made(corpus[0], cfg)
-    assert p.seconds.max() <= 1.0 and len(p.seconds) < len(corpus[1])
+    seconds = p.sizes[:, 0]
+    assert seconds.max() <= 1.0 and len(seconds) < len(corpus[1])
     rows = p.epoch(0).rows
-    speeds = np.asarray(p.speeds)[rows.choice]
+    speeds = p.layout.speeds(rows.words)
     assert set(speeds) == {0.5, 1.0}
-    assert (speeds[p.seconds[rows.utterance] < 0.49] == 0.5).all()
+    assert (speeds[seconds[rows.item] < 0.49] == 0.5).all()
 
 
 @pytest.mark.parametrize(

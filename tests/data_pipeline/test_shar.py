@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from jasr.data import DataConfig, DataError, index, open_eval, shar
-from tests.corpora import encode, make_corpus, noise, write_lines
+from tests.corpora import layout, make_corpus, noise, texts, write_lines
 
 CFG = DataConfig(batch_duration=6.0, num_buckets=2, num_threads=0, max_bad_share=1.0)
 
@@ -27,11 +27,11 @@ def encoded(samples, kind="FLAC", rate=16000):
 
 def contents(source, cfg=CFG):
     """{text: audio bytes} of a source."""
-    data, found = open_eval(cfg, str(source), encode), {}
+    data, found = open_eval(cfg, str(source), layout(cfg)), {}
     for _, batch in data.iterate():
         for i, x, n in zip(batch["index"], batch["audio"], batch["audio_len"], strict=True):
             if i >= 0:
-                found[data.texts[i]] = x[:n].tobytes()
+                found[texts(data)[i]] = x[:n].tobytes()
     return found
 
 
@@ -53,10 +53,10 @@ def test_shar_holds_what_the_manifest_holds(written):
         (("cuts", "jsonl.gz"), ("recording", "tar"))
     )  # fmt: skip
     assert contents(out) == contents(manifest)
-    data = open_eval(CFG, str(out), encode)
-    assert data.texts == [e["text"] for e in entries]
+    data = open_eval(CFG, str(out), layout(CFG))
+    assert texts(data) == [e["text"] for e in entries]
     np.testing.assert_allclose(data.durations, [e["duration"] for e in entries], atol=1e-4)
-    assert data.entry(13)["supervisions"][0]["speaker"] == entries[13]["speaker"]
+    assert data.item(13).fields["speaker"] == entries[13]["speaker"]
 
 
 def test_lhotse_reads_what_is_written(written):
@@ -102,8 +102,9 @@ def test_reading_and_writing_need_neither_lhotse_nor_torch(written, tmp_path):
     program = (
         "import sys\n"
         "sys.modules['lhotse'] = sys.modules['torch'] = None\n"
-        "from jasr.data import DataConfig, open_eval, shar\n"
-        f"data = open_eval(DataConfig(), {str(written[0])!r}, lambda text: [1] * len(text))\n"
+        "from jasr.data import AudioText, DataConfig, open_eval, shar\n"
+        "layout = AudioText(DataConfig(), 16000, lambda text: [1] * len(text))\n"
+        f"data = open_eval(DataConfig(), {str(written[0])!r}, layout)\n"
         "assert sum((b['index'] >= 0).sum() for _, b in data.iterate()) == 24\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -149,11 +150,11 @@ def test_cuts_that_cannot_be_used_are_quarantined(tmp_path):
         "text is not a string": cut("number", text=3),
         "start or duration is not a number": cut("when", start="0"),
         "missing file": cut("tar", source={"type": "shar", "channels": [0], "source": ""}),
-        "duplicate audio": cut("again"),
+        "duplicate": cut("again"),
         "duplicate id": cut("ok", start=0.5, duration=1.0),
     }
     path = write_lines(tmp_path / "cuts.jsonl", [cut("ok"), *bad.values(), "{", "7"])
-    found = index.build(path, encode, CFG)
+    found = index.build(path, layout(CFG), CFG)
     assert len(found) == 1 and found.id(0) == "ok"
     reasons = [b.reason.split(":")[0] for b in found.bad]
     assert reasons == [*bad, "bad JSON", "bad JSON"]
@@ -165,7 +166,7 @@ def test_a_damaged_shard_costs_only_its_damaged_cuts(written, tmp_path):
     tar = out / "recording.000001.tar"
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     (out / "recording.000002.tar").unlink()
-    found = index.build(str(out), encode, CFG)
+    found = index.build(str(out), layout(CFG), CFG)
     assert 13 <= len(found) <= 16 and len(found) + len(found.bad) == 24
     kinds = {b.reason.split(":")[0] for b in found.bad}
     assert kinds <= {"missing file", "undecodable audio"} and "missing file" in kinds
@@ -209,5 +210,5 @@ def test_a_cut_is_compressed_json_with_the_extra_fields_as_custom(tmp_path):
 def test_manifest_and_shar_can_be_mixed(written, tmp_path):
     other, entries = make_corpus(tmp_path, 8, seed=5)
     cfg = dataclasses.replace(CFG, max_bad_share=0.0)
-    found = index.build([str(written[0]), other], encode, cfg)
+    found = index.build([str(written[0]), other], layout(cfg), cfg)
     assert np.bincount(found.source).tolist() == [24, 8]

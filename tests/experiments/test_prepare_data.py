@@ -13,7 +13,7 @@ from experiments import prepare_data
 from experiments.prepare import recipes
 from experiments.prepare.manifest import make, to_shar
 from jasr.data import DataConfig, index
-from tests.corpora import encode, make_corpus, noise, write_lines
+from tests.corpora import layout, make_corpus, noise, write_lines
 
 
 def lines(path):
@@ -140,8 +140,8 @@ def check_librispeech(out):
     assert [e["id"] for e in dev] == [f"84-{c}-000{n}" for c in (121123, 121550) for n in (0, 1)]
     assert dev[1]["text"] == "go on b" and dev[1]["speaker"] == "84" and dev[1]["duration"] == 0.75
     cfg = DataConfig()
-    listed = index.build(str(out / "dev-clean.jsonl"), encode, cfg)
-    packed = index.build(str(out / "shar" / "dev-clean"), encode, cfg)
+    listed = index.build(str(out / "dev-clean.jsonl"), layout(cfg), cfg)
+    packed = index.build(str(out / "shar" / "dev-clean"), layout(cfg), cfg)
     assert [packed.id(i) for i in range(4)] == [listed.id(i) for i in range(4)]
     assert packed.duration.tolist() == listed.duration.tolist()
 
@@ -246,10 +246,11 @@ def test_a_manifest_becomes_shar_with_segments_cut_out(tmp_path):
     write_lines(manifest, [part, {"audio_filepath": "none.wav", "text": "a"}], "a")
     argv = ["shar", manifest, str(tmp_path / "out"), "--max_bad_share=0.5", "--shard_size=4"]
     assert prepare_data.main(argv) == 0
-    found = index.build(str(tmp_path / "out"), encode, DataConfig())
-    assert [found.texts[i] for i in range(7)] == [e["text"] for e in entries] + ["part"]
+    found = index.build(str(tmp_path / "out"), layout(DataConfig()), DataConfig())
+    items = [found.item(i) for i in range(7)]
+    assert [i.fields["text"] for i in items] == [e["text"] for e in entries] + ["part"]
     assert found.id(6) == "long-00001000" and found.duration[6] == 0.5
-    assert found.entry(0)["supervisions"][0]["speaker"] == entries[0]["speaker"]
+    assert items[0].fields["speaker"] == entries[0]["speaker"]
     assert lines(tmp_path / "out.quarantine.jsonl")[0]["reason"] == "missing file"
     again = tmp_path / "again"
     assert to_shar(str(tmp_path / "out"), again) == 7  # Shar to Shar, bytes as they are

@@ -212,17 +212,19 @@ def test_changed_data_or_model_or_tokenizer_is_refused_at_resume(tmp_path):
     with pytest.raises(start.StartError, match="tokenizer"):
         c = config(train__steps=2, text__vocabulary=tuple(characters[:0:-1]))
         train(c, tmp_path, allow_data_change=True)
-    with pytest.raises(start.StartError, match="allow_data_change"):
+    changed = r"config.data.bucket_batch_size \(it was .*\[16\]\), or pass --allow_data_change"
+    with pytest.raises(start.StartError, match=changed):
         run(tmp_path, config(train__steps=2, data__bucket_batch_size=(16,)))
     with pytest.raises(start.StartError, match=r"differs .* model.rope_theta \(10000.0 -> 1"):
         run(tmp_path, config(train__steps=2, model__rope_theta=1e5))
     meta = checkpoint.load_meta(tmp_path)
     harmless = json.loads(config(model__dropout=0.1, model__remat=True).to_json())
     tokenizer = text.from_dict(meta["tokenizer"])
-    start.check_resume(meta, meta["fingerprint"], tokenizer, harmless, allow_data_change=False)
+    data = types.SimpleNamespace(facts=lambda: meta["plan"])
+    start.check_resume(meta, data, tokenizer, harmless, allow_data_change=False)
     other = {**harmless, "optim": {**harmless["optim"], "name": "adamw8bit"}}
     with pytest.raises(start.StartError, match=r"optim.name \(adamw -> adamw8bit\)"):
-        start.check_resume(meta, meta["fingerprint"], tokenizer, other, allow_data_change=False)
+        start.check_resume(meta, data, tokenizer, other, allow_data_change=False)
 
 
 def test_a_complete_run_says_so_before_anything_is_compiled(tmp_path, caplog, monkeypatch):

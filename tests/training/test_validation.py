@@ -8,7 +8,7 @@ import pytest
 
 from experiments.train import train
 from jasr import checkpoint, sharding, text
-from jasr.data import DataConfig, DataError, buckets
+from jasr.data import AudioText, DataConfig, DataError, buckets
 from jasr.seam import Item
 from jasr.training import validation, validators
 from tests import tiny
@@ -75,9 +75,10 @@ def test_sources_of_validation_may_have_names(tmp_path):
 def test_batches_hold_as_much_audio_as_a_micro_batch_of_training():
     rate = 8000
     sources = DataConfig(sample_rate=rate, bucket_batch_size=(8,), bucket_duration_bins=(4.0,))
-    bounded = validation.bounded(sources, [(4, 8 * rate, 9), (8, 4 * rate, 9)], 2, ways=2)
-    lengths = [s * rate for s in (1, 4, 5, 600)]
-    assert buckets.batch_sizes(bounded, lengths, evaluation=True) == [16, 4, 2, 2]
+    shapes, layout = [(4, 8 * rate, 9), (8, 4 * rate, 9)], AudioText(sources, rate, list)
+    bounded = validation.bounded(sources, layout, shapes, 2, ways=2)
+    sizes = np.array([[s * rate, 9] for s in (1, 4, 5, 600)])
+    assert buckets.batch_sizes(bounded, layout, sizes, evaluation=True) == [16, 4, 2, 2]
     assert bounded.num_buckets == 2
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jasr import audio, settings
 from jasr.audio import augment, inputs
+from jasr.data import AudioText, DataConfig
 from jasr.decoding import transducer as decoding
 from jasr.decoding.beam import beam_search
 from jasr.decoding.ctc import ctc_greedy
@@ -34,6 +35,7 @@ class ParakeetTask:
     wave_augment: augment.WaveAugmentConfig
     loss_config: LossConfig
     decoding: DecodingConfig
+    data: DataConfig = DataConfig()
     groups: int = 1  # devices that a batch is split over: see `losses.joint`
 
     # What a vocabulary gives its meaning to.
@@ -88,6 +90,7 @@ class ParakeetTask:
             **given,
             loss_config=loss,
             decoding=how,
+            data=settings.build(DataConfig, config.get("data", {}), "config.data"),
             groups=ways,
         )
 
@@ -118,6 +121,17 @@ class ParakeetTask:
         """Seconds between two encoder frames."""
         front = self.front_end
         return front.hop * self.config.frame_rate_divisor / front.sample_rate
+
+    @property
+    def layout(self):
+        """One recording a row, or several joined, and their text."""
+        return AudioText(
+            self.data,
+            self.front_end.sample_rate,
+            self.tokenizer.encode,
+            self.frames_needed,
+            self.seconds_per_frame,
+        )
 
     def check(self, shapes):
         """Raises ValueError for buckets (B, S, L) that could not be trained on: there are none."""

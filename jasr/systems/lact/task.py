@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jasr import audio, settings
 from jasr.audio import augment, inputs
+from jasr.data import AudioText, DataConfig
 from jasr.decoding.ctc import ctc_greedy
 from jasr.losses.ctc import ctc_loss, has_path
 from jasr.losses.reduction import contribution, scale_and_count
@@ -27,6 +28,7 @@ class CtcTask:
     spec_augment: augment.SpecAugmentConfig
     wave_augment: augment.WaveAugmentConfig
     loss_config: CtcLossConfig
+    data: DataConfig = DataConfig()
 
     @classmethod
     def build(cls, config, tokenizer, ways):
@@ -56,6 +58,7 @@ class CtcTask:
             model=LactCtc(model),
             **given,
             loss_config=settings.build(CtcLossConfig, config.get("loss", {}), "config.loss"),
+            data=settings.build(DataConfig, config.get("data", {}), "config.data"),
         )
 
     # What a vocabulary gives its meaning to.
@@ -80,6 +83,17 @@ class CtcTask:
     def seconds_per_frame(self):
         """Seconds between two output frames."""
         return self.front_end.hop * self.config.subsampling / self.front_end.sample_rate
+
+    @property
+    def layout(self):
+        """One recording a row, or several joined, and their text."""
+        return AudioText(
+            self.data,
+            self.front_end.sample_rate,
+            self.tokenizer.encode,
+            self.frames_needed,
+            self.seconds_per_frame,
+        )
 
     def check(self, shapes):
         """Raises ValueError if no bucket (B, S, L) would ever get a fast-weight update."""
