@@ -22,7 +22,7 @@ import numpy as np
 from jasr import checkpoint, tree
 from jasr.checkpoint import read as checkpoint_read
 from jasr.checkpoint.files import MANIFEST, read_manifest, version
-from jasr.systems import catalogue, compatibility
+from jasr.systems import catalogue, compatibility, source
 
 PROVENANCE = "jasr_average.json"
 _BLOCK = 1 << 16  # elements of one pass: accumulator, member and difference stay in cache
@@ -373,8 +373,8 @@ def _check_meaning(metas, members):
             raise AverageError(f"{both} their task")
         if meta.get("tokenizer") != metas[0].get("tokenizer"):
             raise AverageError(f"{both} their tokenizer")
-        origins = [x.get("frozen_from") or {} for x in (metas[0], meta)]
-        if any(origins[0].get(key) != origins[1].get(key) for key in ("item", "sha256")):
+        known = [[(o["item"], o["sha256"]) for o in source.origins(x)] for x in (metas[0], meta)]
+        if known[0] != known[1]:
             raise AverageError(f"{both} their frozen_from: frozen parameters are not the same")
         changes = compatibility.differences(*(x.get("config", {}) for x in (metas[0], meta)))
         if changes:

@@ -175,7 +175,7 @@ class Checkpoints:
           step: a number restores exactly that step.
           like: {item: pytree of arrays or ShapeDtypeStruct}; a leaf with `.sharding` comes back
             as a jax.Array placed so (on any mesh), one without as numpy. Items of the checkpoint
-            that are not in `like` are not read.
+            that are not in `like` are not read. Or a function of the step's meta that gives it.
 
         Raises:
           CheckpointError: no step is good (names each with its fault); the wanted step is not
@@ -193,9 +193,10 @@ class Checkpoints:
                 f"no usable checkpoint in {self.directory}:\n  " + "\n  ".join(faults)
             )
         directory = self.directory / str(chosen)
-        state = read_like(directory, like or {})
+        meta = read_json(directory, "meta")
+        state = read_like(directory, like(meta) if callable(like) else like or {})
         self._saved.add(chosen)
-        return chosen, state, read_json(directory, "meta")
+        return chosen, state, meta
 
     def wait(self):
         """Returns when no save is under way; every process then knows whether it failed."""

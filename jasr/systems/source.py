@@ -55,16 +55,23 @@ def resolve(path, item=""):
     path an absolute one, and an item that was left open ("") the one that is read: a run that
     trains on does not change what was taken from it. Files are hashed on process 0 only.
     """
+    origin = place(path, item)
+    path = origin["path"]
+    if not find(path):
+        return origin | {"sha256": read_manifest(pathlib.Path(path))["sha256"]}
+    files = _files(path)
+    stamps = {os.path.basename(f): _stamp(f) for f in files}
+    sha256 = _digest(files) if jax.process_index() == 0 else ""
+    return origin | {"sha256": sha256, "files": stamps}
+
+
+def place(path, item=""):
+    """{"path", "item"} of `resolve`, without reading the weights."""
     if original := find(path):
         files = original.files(path, "")
-        path = os.path.abspath(files[0] if len(files) == 1 else path)
-        stamps = {os.path.basename(f): _stamp(f) for f in files}
-        sha256 = _digest(files) if jax.process_index() == 0 else ""
-        return {"path": path, "item": "params", "sha256": sha256, "files": stamps}
+        return {"path": os.path.abspath(files[0] if len(files) == 1 else path), "item": "params"}
     path = str(checkpoint.find_step(path, items=()))
-    if not item:
-        item = "ema" if "ema" in checkpoint.items(path) else "params"
-    return {"path": path, "item": item, "sha256": read_manifest(pathlib.Path(path))["sha256"]}
+    return {"path": path, "item": item or ("ema" if "ema" in checkpoint.items(path) else "params")}
 
 
 def _stamp(path):

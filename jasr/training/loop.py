@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jasr import checkpoint, data, metrics, settings, sharding, tree
-from jasr.systems import catalogue, loading, source
+from jasr.systems import catalogue, loading
 from jasr.training import guards, optim, start, validation
 from jasr.training import step as steps
 
@@ -73,18 +73,15 @@ class Run:
     rate: Callable | None = None
     state_shapes: Any = None
     shardings: Any = None
-    origin: dict = dataclasses.field(default_factory=dict)  # where frozen weights came from
-
-    @property
-    def save_frozen(self):
-        return bool(self.frozen) and not self.given.path
+    origins: list = dataclasses.field(default_factory=list)  # of frozen weights
+    written: frozenset = frozenset()  # frozen parameters that no origin holds
 
 
 def prepare(plain, workdir):
     """The Run of a plain config: everything is checked, nothing is drawn or compiled."""
     run = settings.build(steps.RunConfig, plain["train"], "config.train")
     opt = settings.build(optim.OptimConfig, plain["optim"], "config.optim")
-    given = settings.build(start.InitConfig, plain["init"], "config.init")
+    given = start.init_config(plain["init"])
     kept = settings.build(checkpoint.CheckpointConfig, plain["checkpoint"], "config.checkpoint")
     check_keys(plain)
     mesh = sharding.make_mesh(settings.build(sharding.MeshConfig, plain["mesh"], "config.mesh"))
@@ -182,16 +179,22 @@ def begin(run, allow_data_change=False):
     weights, else scratch. Of a complete run (None, 0, its metrics)."""
     shapes, shardings, given = run.shapes, run.shardings, run.given
     placed = start.with_shardings(run.state_shapes, shardings)
-    restored = run.store.restore(like=start.to_items(placed, run.save_frozen))
+    restored = run.store.restore(
+        like=lambda meta: start.to_items(placed, start.written_of(run.frozen, meta))
+    )
     if restored is None:
-        state = jax.jit(functools.partial(fresh, run), out_shardings=shardings)()
-        if given.path:
-            origin = source.resolve(given.path, given.item)
+        origins = start.origins(given, run.config) if given.path else []
+        for origin in origins:
             paths = set(tree.flatten(shapes["params"]))
             start.check_source(origin, given, run.task, paths, run.config)
-            run.origin = source.keep(origin, run.workdir) if run.frozen else origin
-            state = start.with_given(state, run.origin, given, shapes, shardings)
-            log.info("%s from %s", run.origin["item"], run.origin["path"])
+        leaves = start.given_leaves(origins, given, shapes)
+        origins, leaves = start.keep(origins, leaves, run.frozen, run.workdir)
+        run.origins = [origin for origin in origins if "leaves" in origin]
+        run.written = start.written_of(run.frozen, {"frozen_from": run.origins})
+        known = {path: leaf for found in leaves for path, leaf in found.items()}
+        state = start.state_from(functools.partial(fresh, run), run.state_shapes, shardings, known)
+        for origin in origins:
+            log.info("%s from %s", origin["item"], origin["path"])
         return state, 0, None
     _, saved, meta = restored
     start.check_resume(meta, run.train_data, run.tokenizer, run.config, allow_data_change)
@@ -203,10 +206,8 @@ def begin(run, allow_data_change=False):
         )  # fmt: skip
         run.store.close()
         return None, 0, found
-    rest, run.origin = {}, meta["frozen_from"]
-    if run.frozen and not run.save_frozen:
-        run.origin = source.locate(run.origin, run.workdir)
-        rest = start.read_frozen(run.origin, given, shapes, shardings, run.frozen)
+    run.written = start.written_of(run.frozen, meta)
+    rest, run.origins = start.read_frozen(meta, shapes, shardings, run.frozen, run.workdir)
     state = start.from_items(run.state_shapes, saved, rest)
     log.info("resumed from step %d, batch %d of the data", int(state.step), meta["position"])
     return state, meta["position"], None
@@ -360,7 +361,7 @@ class Loop:
 
     def save(self, values, wait=False):
         """Starts to save the state with these metrics."""
-        run, kept = self.made, self.made.save_frozen
+        run = self.made
         meta = {
             "step": self.step,
             "position": self.position,
@@ -370,9 +371,9 @@ class Loop:
             "tokenizer": run.tokenizer.to_dict(),
             "task": run.config["task"],
             "longest_seconds": run.train_data.longest_seconds,
-            "frozen_from": run.origin if run.frozen and not kept else {},
+            "frozen_from": start.frozen_from(run.origins),
         }
-        run.store.save(self.step, start.to_items(self.state, kept), meta, values, wait=wait)
+        run.store.save(self.step, start.to_items(self.state, run.written), meta, values, wait=wait)
 
     def check_finite(self, sums):
         limit, run = self.made.optim.max_bad_steps, self.made

@@ -1,34 +1,58 @@
 """What a run starts from: its tokenizer, and its own checkpoint, given weights or scratch."""
 
+import concurrent.futures
 import contextlib
+import os
 import re
 
 import jax
-import numpy as np
 
 from jasr import checkpoint, settings, text, tree
 from jasr.data import plan
-from jasr.systems import compatibility, source
+from jasr.interop import lazy
+from jasr.systems import catalogue, compatibility, source
 
 ITEMS = ("params", "batch_stats", "opt_state", "ema")
 COUNTERS = ("step", "bad_steps", "bad_in_row", "rng")
+_READERS = min(4, os.cpu_count() or 1)  # threads that read leaves
 
 
 @settings.section
 class InitConfig:
     """Weights that a new run starts from, and what it does not train."""
 
-    path: str = ""  # a run, step, average, or an original LaCT checkpoint; "" = scratch
+    path: str = ""  # a run, step, average, or a model of an original system; "" = scratch. Several
+    # give parts of the model: "encoder=PATH,llm=PATH", in Python (("encoder", PATH), ...)
     # "" = the moving average if there is one
     item: str = settings.field("", choices=("", "params", "ema"))
     drop: tuple = ()  # regexes of parameters that are not taken from `path`, e.g. "ctc_head/.*"
-    freeze: tuple = ()  # regexes of parameters that get no gradient; the batch statistics of
-    # modules that are frozen whole stay too, but training still normalises by each batch
+    freeze: tuple = ()  # regexes of parameters that get no gradient, or pairs (regex, whether), of
+    # which the first that matches says it; the batch statistics of modules that are frozen whole
+    # stay too, but training still normalises by each batch
     allow_changes: tuple = ()  # settings that differ from those of `path` on purpose, e.g.
     # "model.lact_mode"; an error about such a difference names them
 
 
 SCRATCH = InitConfig()
+
+
+def init_config(mapping):
+    """The InitConfig of config.init, whose `path` may be pairs, too."""
+    path = mapping.get("path", "")
+    if isinstance(path, list | tuple):
+        mapping = {**mapping, "path": ",".join(f"{part}={place}" for part, place in path)}
+    return settings.build(InitConfig, mapping, "config.init")
+
+
+def given_paths(path, parts):
+    """((name of a part, path), ...) of config.init.path; the name is "" where it gives all.
+
+    parts: names that the system's model has.
+    """
+    names = "|".join(map(re.escape, parts))
+    if not names or not re.match(f"({names})=", path):
+        return (("", path),)
+    return tuple(tuple(x.split("=", 1)) for x in re.split(rf",\s*(?=(?:{names})=)", path))
 
 
 @settings.section
@@ -63,8 +87,9 @@ def make_tokenizer(config, texts, given=SCRATCH, own=None):
                 return text.from_dict(checkpoint.load_meta(own)["tokenizer"])
         if not given.path:
             raise ValueError("config.text.kind 'init' is the tokenizer of config.init.path: set it")
-        meta = source.load_meta(source.resolve(given.path, given.item))
-        return text.from_dict(meta["tokenizer"])
+        parts = {name for system in catalogue.every() for name in system.parts}
+        path = given_paths(given.path, sorted(parts))[0][1]
+        return text.from_dict(source.load_meta(source.place(path, given.item))["tokenizer"])
     if config.vocabulary:
         return text.CharTokenizer((text.BLANK, *config.vocabulary), config.normalisation)
     return text.CharTokenizer.from_texts(texts(), config.normalisation)
@@ -75,27 +100,37 @@ class StartError(ValueError):
 
 
 def frozen_paths(params, patterns):
-    """The set of parameter paths that one of the regexes matches.
+    """The set of parameter paths that the rules of config.init.freeze name.
 
     Raises:
       tree.TreeError: a regex that matches nothing; StartError: nothing is left to train.
     """
+    rules = [(p, True) if isinstance(p, str) else tuple(p) for p in patterns]
     paths = list(tree.flatten(params))
-    found = tree.match(
-        [(p, True) for p in patterns], paths, what="config.init.freeze rule", optional=True
-    )
-    if len(found) == len(paths):
+    found = tree.match(rules, paths, what="config.init.freeze rule", optional=True)
+    frozen = {path for path, whether in found.items() if whether}
+    if len(frozen) == len(paths):
         raise StartError("config.init.freeze freezes every parameter: nothing is left to train")
-    return set(found)
+    return frozen
 
 
-def to_items(state, save_frozen):
-    """The checkpoint items of a TrainState (or of its shapes)."""
+def to_items(state, written):
+    """The checkpoint items of a TrainState (or of its shapes).
+
+    written: paths of the frozen parameters that are saved, since no origin holds them.
+    """
     items = {name: getattr(state, name) for name in ITEMS}
     items["counters"] = {name: getattr(state, name) for name in COUNTERS}
-    if save_frozen:
-        items["frozen"] = state.frozen
+    items["frozen"] = tree.split(state.frozen, written)[0]
     return {name: item for name, item in items.items() if jax.tree.leaves(item)}
+
+
+def written_of(frozen, meta):
+    """The frozen parameters that a step holds itself: those that no origin of its meta names."""
+    origins = source.origins(meta)
+    if any("leaves" not in origin for origin in origins):  # earlier revisions: all or none
+        return frozenset()
+    return frozenset(frozen) - {path for origin in origins for path in origin["leaves"]}
 
 
 def with_shardings(shapes, shardings):
@@ -106,32 +141,76 @@ def with_shardings(shapes, shardings):
 
 
 def from_items(shapes, items, frozen):
-    """The TrainState of restored items; `frozen` are the parameters that were not saved."""
+    """The TrainState of restored items; `frozen` {path: array} are the parameters not saved."""
     given = {name: items.get(name, getattr(shapes, name)) for name in ITEMS}
-    return shapes.replace(**given, **items["counters"], frozen=items.get("frozen", frozen))
+    frozen = tree.unflatten({**tree.flatten(items.get("frozen", {})), **frozen})
+    order = tree.flatten(shapes.frozen)
+    frozen = tree.unflatten({p: tree.flatten(frozen)[p] for p in order})
+    return shapes.replace(**given, **items["counters"], frozen=frozen)
 
 
-def read_given(origin, config, shapes):
-    """Flat {path: numpy} parameters and batch statistics of `origin`, checked.
+# ---- origins -------------------------------------------------------------------------------------
+
+
+def origins(given, config):
+    """The origins that config.init.path names, see `systems.source`.
+
+    Raises:
+      StartError: a part that may not come from the system that its origin is of.
+    """
+    system, found = catalogue.get(config["task"]), []
+    for name, path in given_paths(given.path, system.parts):
+        origin = source.resolve(path, given.item)
+        if name:
+            part = system.parts[name]
+            theirs = catalogue.today(source.load_meta(origin, False)["config"]["task"])
+            if theirs not in part.sources:
+                raise StartError(
+                    f"config.init.path: the part {name!r} comes from {', '.join(part.sources)}; "
+                    f"{path} is of {theirs}"
+                )
+            origin |= {"part": name, "to": part.prefix, "from": part.sources[theirs][0]}
+        found.append(origin)
+    return found
+
+
+def given_leaves(found, given, shapes):
+    """Per origin {"params/..." or "batch_stats/...": array-like} of this model's names, checked.
 
     Args:
-      origin: what `source.resolve` made of config.path.
+      found: what `origins` made. given: InitConfig. shapes: of the task's variables.
 
     Raises:
       tree.TreeError: names or shapes differ from the model's (lists every one); a drop rule that
         matches nothing.
     """
-    params, stats = source.read(origin)
     wanted = tree.flatten(shapes["params"])
-    dropped = tree.match(
-        [(p, True) for p in config.drop], wanted, what="config.init.drop rule", optional=True
-    )
-    keep = {p: v for p, v in tree.flatten(params).items() if not _dropped(p, config.drop)}
-    want = {p: v for p, v in wanted.items() if p not in dropped}
-    tree.compare(want, keep, what=f"config.init.path {origin['path']}")
-    if jax.tree.leaves(shapes["batch_stats"]):
-        tree.compare(shapes["batch_stats"], stats, what=f"batch statistics of {origin['path']}")
-    return keep, stats
+    rules = [(p, True) for p in given.drop]
+    tree.match(rules, wanted, what="config.init.drop rule", optional=True)
+    result = []
+    for origin in found:
+        leaves = source.renamed(source.leaves(origin), origin)
+        params, stats = (
+            {p.removeprefix(kind): x for p, x in leaves.items() if p.startswith(kind)}
+            for kind in ("params/", "batch_stats/")
+        )
+        params = {p: x for p, x in params.items() if not _dropped(p, given.drop)}
+        want = {p: x for p, x in wanted.items() if _taken(p, origin, given)}
+        tree.compare(want, params, what=f"config.init.path {origin['path']}")
+        want = {p: x for p, x in tree.flatten(shapes["batch_stats"]).items() if _inside(p, origin)}
+        if want:
+            tree.compare(want, stats, what=f"batch statistics of {origin['path']}")
+        named = {f"params/{p}": x for p, x in params.items()}
+        result.append(named | {f"batch_stats/{p}": stats[p] for p in want})
+    return result
+
+
+def _inside(path, origin):
+    return not origin.get("to") or path.startswith(origin["to"] + "/")
+
+
+def _taken(path, origin, given):
+    return _inside(path, origin) and not _dropped(path, given.drop)
 
 
 def check_source(origin, given, task, paths, config):
@@ -146,10 +225,10 @@ def check_source(origin, given, task, paths, config):
       paths: of all parameters of the task's model.
       config: the run's, as a plain mapping.
     """
-    taken = [p for p in paths if not _dropped(p, given.drop)]
+    taken = [p for p in paths if _taken(p, origin, given)]
     tokens = any(re.fullmatch(task.TOKEN_PARAMETERS, p) for p in taken)
     meta = source.load_meta(origin, tokens)
-    changes = compatibility.differences(meta["config"], config)
+    changes = _differences(origin, meta["config"], config)
     if tokens:
         old, new = meta["tokenizer"], task.tokenizer.to_dict()
         changes |= {
@@ -167,50 +246,108 @@ def check_source(origin, given, task, paths, config):
         )
 
 
+def _differences(origin, theirs, ours):
+    """`compatibility.differences` of the whole config, or of the section of an origin's part."""
+    if "part" not in origin:
+        return compatibility.differences(theirs, ours)
+    system = catalogue.get(ours["task"])
+    part = system.parts[origin["part"]]
+    section, *inner = part.section.split(".")
+    cls = catalogue.sections(system)[section]
+    sample = settings.build(cls, ours.get(section, {}), f"config.{section}")
+    for name in inner:
+        sample = getattr(sample, name)
+    where = part.sources[catalogue.today(theirs["task"])][1]
+    mappings = (_section(theirs, where), _section(ours, part.section))
+    return compatibility.section_differences(type(sample), *mappings, part.section)
+
+
+def _section(config, where):
+    for name in where.split("."):
+        config = config.get(name, {})
+    return config
+
+
 def _dropped(path, patterns):
     return any(re.fullmatch(p, path) for p in patterns)
 
 
-def with_given(state, origin, config, shapes, shardings):
-    """A fresh state with the weights of config.init.path in it."""
-    given, stats = read_given(origin, config, shapes)
-    _check_frozen(origin, tree.flatten(state.frozen), given)
+def state_from(fresh, shapes, shardings, leaves):
+    """A TrainState of given leaves; only the others are drawn, and compiled.
 
-    def fill(current, where):
-        flat, places = tree.flatten(current), tree.flatten(where)
-        return tree.unflatten(
-            {p: put(given[p], x, places[p]) if p in given else x for p, x in flat.items()}
-        )
-
-    return state.replace(
-        params=fill(state.params, shardings.params),
-        frozen=fill(state.frozen, shardings.frozen),
-        ema=fill(state.ema, shardings.ema) if state.ema else state.ema,
-        batch_stats=jax.tree.map(put, stats, state.batch_stats, shardings.batch_stats),
+    Args:
+      fresh: function of no argument that draws the whole state.
+      shapes, shardings: TrainStates. leaves: {"params/...": array-like}; a frozen parameter and a
+        moving average begin as the parameter of that path.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    names = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in flat]
+    names = [re.sub("^(frozen|ema)/", "params/", name) for name in names]
+    places = jax.tree.leaves(shardings)
+    missing = [n for n, name in enumerate(names) if name not in leaves]
+    draw = jax.jit(
+        lambda: [jax.tree.leaves(fresh())[n] for n in missing],
+        out_shardings=[places[n] for n in missing],
     )
+    drawn = dict(zip(missing, draw(), strict=True))
+
+    def leaf(n):
+        return drawn[n] if n in drawn else put(leaves[names[n]], flat[n][1], places[n])
+
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        return jax.tree.unflatten(structure, list(pool.map(leaf, range(len(names)))))
 
 
 def put(value, like, sharding):
-    """A host array as a global array of `like`'s dtype, each process giving the parts it holds."""
-    value = np.asarray(value).astype(like.dtype)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    """An array-like as a global array of `like`'s dtype; each process reads the slices it holds."""
+
+    def read(index):
+        return lazy.owned(value[index], like.dtype)
+
+    return jax.make_array_from_callback(tuple(value.shape), sharding, read)
 
 
-def read_frozen(origin, config, shapes, shardings, frozen):
-    """The frozen parameters of a resumed run that does not save them (they were imported)."""
-    given, _ = read_given(origin, config, shapes)
-    _check_frozen(origin, frozen, given)
-    flat, places = tree.flatten(shapes["params"]), tree.flatten(shardings.frozen)
-    return tree.unflatten({p: put(given[p], flat[p], places[p]) for p in flat if p in frozen})
+def keep(found, leaves, frozen, workdir):
+    """(origins, leaves) with what a run needs later kept: an origin that gives frozen parameters
+    names them, and is copied where its own run could delete it (`source.keep`)."""
+    origins, kept = [], []
+    for origin, given in zip(found, leaves, strict=True):
+        named = sorted(p for p in frozen if f"params/{p}" in given)
+        if named:
+            origin = source.keep(origin, workdir) | {"leaves": named}
+            again = source.renamed(source.leaves(origin, verify=False), origin)
+            given = {path: again[path] for path in given}
+        origins.append(origin)
+        kept.append(given)
+    return origins, kept
 
 
-def _check_frozen(origin, frozen, given):
-    missing = sorted(set(frozen) - given.keys())
-    if missing:
-        raise StartError(
-            f"frozen parameters are not taken from {origin['path']}: {', '.join(missing)}; they "
-            "would stay as drawn and would not be saved"
-        )
+def frozen_from(origins):
+    """What a step's meta says of the origins of its frozen parameters."""
+    naming = [origin for origin in origins if origin.get("leaves", True)]
+    return naming[0] if len(naming) == 1 else naming or {}
+
+
+def read_frozen(meta, shapes, shardings, frozen, workdir):
+    """({path: array} of the frozen parameters that a step names, their origins where they are now).
+
+    Raises:
+      StartError: an origin does not hold one of them.
+    """
+    found, flat, places = {}, tree.flatten(shapes["params"]), tree.flatten(shardings.frozen)
+    located = [source.locate(origin, workdir) for origin in source.origins(meta)]
+    for origin in located:
+        given = source.renamed(source.leaves(origin), origin)
+        names = [p for p in origin.get("leaves", frozen) if p in frozen]
+        if missing := sorted(p for p in names if f"params/{p}" not in given):
+            raise StartError(
+                f"{origin['path']} does not hold the frozen parameters {', '.join(missing)}"
+            )
+        leaves = {p: given[f"params/{p}"] for p in names}
+        what = f"frozen parameters of {origin['path']}"
+        tree.compare({p: flat[p] for p in names}, leaves, what=what)
+        found |= {p: put(x, flat[p], places[p]) for p, x in leaves.items()}
+    return found, located
 
 
 def plan_version(directory):

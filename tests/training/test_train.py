@@ -282,7 +282,8 @@ def test_run_starts_from_given_weights_and_freezes_by_rule(tmp_path, one_device)
     )
     run(workdir, config(**{**_sections(c), "train__steps": 3}))  # resumes with frozen ones
     kept = source.resolve(workdir / "frozen_from", "ema")
-    assert checkpoint.load_meta(workdir)["frozen_from"] == kept
+    named = checkpoint.load_meta(workdir)["frozen_from"]
+    assert kept.items() <= named.items() and set(named["leaves"]) <= set(tree.flatten(before))
     assert checkpoint_check.check(workdir) == 0
     third = tmp_path / "third"  # adapters on adapters
     run(third, config(**{**_sections(c), "train__steps": 1, "init__path": str(workdir)}))
