@@ -323,7 +323,8 @@ def test_fast_weights_are_carried_from_segment_to_segment():
     second = segment(mel[:, 12:20], first["stream"])
     both = np.concatenate([first["logits"], second["logits"]], axis=1)
     np.testing.assert_allclose(both, whole["logits"], atol=1e-5)
-    leaves = (dict(enumerate(jax.tree.leaves(out["stream"]))) for out in (second, whole))
+    streams = ({**out["stream"], "fresh": None} for out in (second, whole))
+    leaves = (dict(enumerate(jax.tree.leaves(stream))) for stream in streams)
     close(*leaves, 1e-5)
     anew = segment(mel[:, 12:20], {**first["stream"], "fresh": np.array([True, False, True])})
     for row, fresh in enumerate((True, False, True)):
