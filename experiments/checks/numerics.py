@@ -81,11 +81,11 @@ def places(traceback, most=3):
     root = pathlib.Path(jasr.__file__).parent
     lines = [line.strip() for line in str(traceback).splitlines()]
     ours = [line.removeprefix(f"{root.parent}/") for line in lines if line.startswith(f"{root}/")]
-    return "in " + ", called from ".join(ours[:most])
+    return f"in {', called from '.join(ours[:most])}" if ours else "before the first line of jasr"
 
 
 def bad_weights(variables):
-    """Paths of the variables that hold NaN or infinite values, with how many."""
+    """Paths of the arrays that hold NaN or infinite values, with how many."""
     counts = {path: int(np.sum(~np.isfinite(x))) for path, x in tree.flatten(variables).items()}
     return {path: count for path, count in counts.items() if count}
 
@@ -177,6 +177,8 @@ def check(config, tokenizer, variables, batch, dtypes, modes):
     failures = []
     for path, count in bad_weights(variables).items():
         failures.append(f"weights: {path} has {count} values that are not finite")
+    for name, count in bad_weights(batch).items():
+        failures.append(f"recordings: {name} has {count} values that are not finite")
     for dtype in dtypes:
         if dtype == "float16":
             section = catalogue.sections(catalogue.get(config["task"]))["front_end"]
