@@ -1,13 +1,14 @@
-"""Check-up of numbers: every stage of a model in order, and the first that is not finite.
+"""Check-up of numbers: the first operation of a model whose result is NaN, with its source line.
 
     python -m experiments.doctor numerics --checkpoint=runs/an4 [--step=600] [--item=ema]
     python -m experiments.doctor numerics --config=configs/lact_librispeech.py:improved
     python -m experiments.doctor numerics --checkpoint=best_model.pt --audio a.wav b.flac
 
 Without --audio it listens to noise, speech-like bursts, digital silence, a very quiet and a clipped
-recording of different lengths. Each dtype is run in evaluation and in training (batch statistics,
-dropout, gradient). float16 is what jasr never computes: it shows what the front end would give if
-it ran in half precision, as the original LaCT ASR did. The exit status is 0 only if all is finite.
+recording of different lengths. Each dtype is run in evaluation (the validation loss) and in
+training (batch statistics, dropout, gradient). float16 is what jasr never computes: it shows what
+the front end would give if it ran in half precision, as the original LaCT ASR did. The exit status
+is 0 only if all is finite.
 """
 
 import argparse
@@ -15,155 +16,106 @@ import ast
 import dataclasses
 import functools
 import json
+import pathlib
 import sys
-import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 
+import jasr
 from jasr import audio as jasr_audio
 from jasr import checkpoint, compilation_cache, settings, tree
-from jasr.losses.ctc import ctc_loss
-from jasr.systems import loading
+from jasr.audio.inputs import padded
+from jasr.systems import catalogue, loading
 from jasr.training import start
 
 LETTERS = " etaonihsrdlumcwfgypbvk'xjqz"
+STRENGTH_STEP = 1 << 20  # at which whatever grows over the first steps has grown
 
 
-class Row(typing.NamedTuple):
-    """One stage: min, max, mean and std are those of its finite values."""
-
-    stage: str
-    dtype: str
-    shape: tuple
-    bad: int  # values that are NaN or infinite
-    min: float
-    max: float
-    mean: float
-    std: float
-
-
-def summarise(x):
-    """f32[5]: the number of non-finite values of x; min, max, mean and std of the others."""
-    if x.size == 0:
-        return jnp.zeros(5)
-    x = x.astype(jnp.float32)
-    ok = jnp.isfinite(x)
-    count = jnp.sum(ok)
-    some = jnp.maximum(count, 1)
-    low, high = jnp.min(jnp.where(ok, x, jnp.inf)), jnp.max(jnp.where(ok, x, -jnp.inf))
-    mean = jnp.sum(jnp.where(ok, x, 0)) / some
-    std = jnp.sqrt(jnp.sum(jnp.where(ok, jnp.square(x - mean), 0)) / some)
-    values = jnp.where(count > 0, jnp.stack([low, high, mean, std]), jnp.nan)
-    return jnp.concatenate([(x.size - count)[None].astype(jnp.float32), values])
-
-
-def report(stages):
-    """A `Row` for each of {name: array}, in their order."""
-    return _rows(stages, jax.jit(lambda s: [summarise(x) for x in s])(list(stages.values())))
-
-
-def _rows(kinds, summaries):
-    """Rows of {name: something with dtype and shape} and their `summarise`d values."""
-    rows = []
-    for (name, kind), values in zip(kinds.items(), summaries, strict=True):
-        bad, *others = (float(v) for v in values)
-        rows.append(Row(name, str(kind.dtype), tuple(kind.shape), int(bad), *others))
-    return rows
-
-
-def first_bad(rows):
-    """The first row with values that are not finite, or None."""
-    return next((row for row in rows if row.bad), None)
-
-
-# ---- the walk ------------------------------------------------------------------------------------
-
-
-def make_walk(task, *, train=False, dtype=""):
-    """A function (variables, batch) -> rows of every stage from the audio to the loss, in the order
-    in which they are computed; compiled once.
+def checked(task, train=False):
+    """A function (variables, batch) -> (what is wrong or "", {name: numbers}), compiled once.
 
     Args:
-      task: a CTC task (`jasr.systems.loading`).
-      train: with batch statistics, dropout and, last, the norm of the loss's gradient.
-      dtype: the model's dtype in place of its own.
+      task: a seam.Task.
+      train: the training loss with the norm of its gradient, else the validation loss.
     """
-    config = dataclasses.replace(task.config, dtype=dtype or task.config.dtype, remat=False)
-    model, kinds = task.model.clone(config=config), {}
 
-    def loss(params, batch_stats, batch):
-        mel, mel_len = task.features(batch)
-        out, aux = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            mel,
-            mel_len,
-            train=train,
-            rngs={"dropout": jax.random.key(0)} if train else None,
-            mutable=["stages", "batch_stats"],
-        )
-        logits, length = out["logits"], out["logit_len"]
-        tokens, token_len = batch["tokens"], batch["token_len"]
-        losses, _ = ctc_loss(logits, length, tokens, token_len, blank=task.tokenizer.blank_id)
-        # a dict that leaves jit comes back sorted, so the order is taken here
-        sown = {name: x[0] for name, x in tree.flatten(aux["stages"]).items()}
-        found = {"audio": batch["audio"], **sown}
-        found |= {"log_probs": jax.nn.log_softmax(logits), "ctc_loss": losses}
-        kinds.update({k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in found.items()})
-        return jnp.mean(losses / jnp.maximum(token_len, 1)), [summarise(x) for x in found.values()]
+    def training(variables, batch):
+        keys = {"augment": jax.random.key(1), "dropout": jax.random.key(2)}
 
-    @jax.jit
-    def run(variables, batch):
-        args = variables["params"], variables["batch_stats"], batch
-        if not train:
-            return loss(*args)[1]
-        grads, summaries = jax.grad(loss, has_aux=True)(*args)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        kinds["gradient_norm"] = jax.ShapeDtypeStruct((1,), jnp.float32)
-        return [*summaries, summarise(norm[None])]
+        def loss(params):
+            given, divisors = {**variables, "params": params}, task.divisors(batch)
+            return task.loss(given, batch, divisors, keys, jnp.int32(STRENGTH_STEP))[0]
 
-    def walk(variables, batch):
-        summaries = run(variables, batch)
-        return _rows(kinds, jax.device_get(summaries))
+        value, gradient = jax.value_and_grad(loss)(variables["params"])
+        squares = sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(gradient))
+        return {"loss": value, "gradient_norm": jnp.sqrt(squares)}
 
-    return walk
+    def evaluation(variables, batch):
+        return task.validators["loss"].run(variables, batch, jax.random.key(0))
+
+    run = checkify.checkify(training if train else evaluation, errors=checkify.nan_checks)
+    # The program runs once, so that compiling is what one waits for.
+    cpu = jax.default_backend() == "cpu"
+    run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0} if cpu else None)
+
+    def check(variables, batch):
+        error, found = run(variables, batch)
+        found = jax.device_get(found)
+        if error.get():
+            return (
+                f"{error.get().rstrip('.')} {places(error.get_exception().traceback_info)}",
+                found,
+            )
+        bad = [name for name, x in found.items() if not np.all(np.isfinite(x))]
+        return f"not finite: {', '.join(bad)}" if bad else "", found
+
+    return check
+
+
+def places(traceback, most=3):
+    """The innermost lines of jasr in a traceback that lists the innermost first."""
+    root = pathlib.Path(jasr.__file__).parent
+    lines = [line.strip() for line in str(traceback).splitlines()]
+    ours = [line.removeprefix(f"{root.parent}/") for line in lines if line.startswith(f"{root}/")]
+    return f"in {', called from '.join(ours[:most])}" if ours else "before the first line of jasr"
 
 
 def bad_weights(variables):
-    """Paths of the variables that hold NaN or infinite values, with how many."""
+    """Paths of the arrays that hold NaN or infinite values, with how many."""
     counts = {path: int(np.sum(~np.isfinite(x))) for path, x in tree.flatten(variables).items()}
     return {path: count for path, count in counts.items() if count}
 
 
-def half_precision_mel(task, batch):
-    """The row of the log-mel features if guard and logarithm were computed in float16.
+def half_precision_mel(front_end, batch):
+    """How many log-mel values are not finite if guard and logarithm are computed in float16.
 
     The original's guard of 1e-8 is below float16's smallest number, 2**-24, so that silence becomes
     log 0 = -inf and every hidden state after it NaN; NeMo's guard is 2**-24 exactly.
     """
-    config = dataclasses.replace(task.front_end, normalize="none")
-    mel, _ = jasr_audio.log_mel(batch["audio"], batch["audio_len"], config)
-    valid = np.asarray(mel)[np.asarray(mel) != config.pad_value]  # what lies beyond the lengths
+    front_end = dataclasses.replace(front_end, normalize="none")
+    mel, _ = jasr_audio.log_mel(batch["audio"], batch["audio_len"], front_end)
+    valid = np.asarray(mel)[np.asarray(mel) != front_end.pad_value]  # what lies beyond the lengths
     with np.errstate(over="ignore", divide="ignore"):
-        power = (np.exp(valid.astype(np.float64)) - config.log_guard).clip(0).astype(np.float16)
-        half = np.log(power + np.float16(config.log_guard))
-    return report({"mel": half})[0]
+        power = (np.exp(valid.astype(np.float64)) - front_end.log_guard).clip(0).astype(np.float16)
+        half = np.log(power + np.float16(front_end.log_guard))
+    return int(np.sum(~np.isfinite(half)))
 
 
 def make_batch(task, recordings, seed=0):
-    """A batch of recordings (list of f32[S] at the task's rate) with random texts that fit them."""
-    rng = np.random.default_rng(seed)
-    lengths = np.array([len(x) for x in recordings], np.int32)
-    audio = np.zeros((len(recordings), max(lengths.max(), task.front_end.win)), np.float32)
-    for row, x in zip(audio, recordings, strict=True):
-        row[: len(x)] = x
-    frames = lengths * (1 / task.front_end.sample_rate / task.seconds_per_frame)
-    token_len = np.maximum(frames / 4, 1).astype(np.int32)  # repeats would need more frames
+    """A batch of recordings, f32[S] at the model's rate each, with random texts that fit them."""
+    decoder, rng = loading.verb(task, "transcribe"), np.random.default_rng(seed)
+    longest = max(2 * decoder.frame, *map(len, recordings))
+    batch = padded(recordings, len(recordings), longest)
+    token_len = np.maximum(batch["audio_len"] // decoder.frame // 4, 1)  # repeats take more frames
     ids = np.setdiff1d(np.arange(task.tokenizer.vocab_size), [task.tokenizer.blank_id])
     tokens = rng.choice(ids, (len(recordings), token_len.max())).astype(np.int32)
     tokens[np.arange(tokens.shape[1]) >= token_len[:, None]] = 0
-    return {"audio": audio, "audio_len": lengths, "tokens": tokens, "token_len": token_len}
+    index = np.arange(len(recordings))
+    return {**batch, "tokens": tokens, "token_len": token_len.astype(np.int32), "index": index}
 
 
 def probes(sample_rate=16000, seconds=4.0, seed=0):
@@ -187,7 +139,7 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", default="", help="a run, step, average or original LaCT")
+    source.add_argument("--checkpoint", default="", help="a run, step, average, .nemo ...")
     source.add_argument("--config", default="", help="a recipe, path.py or path.py:variant, fresh")
     parser.add_argument("--step", type=int, default=None)
     parser.add_argument("--item", default="", choices=["", "params", "ema"])
@@ -204,10 +156,11 @@ def main(argv=None):
     try:
         changes = dict(_setting(s) for s in args.model)
         if args.checkpoint:
-            task, variables, _ = loading.load(args.checkpoint, args.step, args.item, changes)
+            task, variables, meta = loading.load(args.checkpoint, args.step, args.item, changes)
+            config = {**meta["config"], "model": {**meta["config"]["model"], **changes}}
         else:
-            task, variables = from_recipe(args.config, changes)
-        rate = task.front_end.sample_rate
+            (config, task), variables = from_recipe(args.config, changes), None
+        rate = loading.verb(task, "transcribe").sample_rate
         recordings = [jasr_audio.read(path, rate) for path in args.audio]
     except (ValueError, OSError, checkpoint.CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
@@ -215,47 +168,54 @@ def main(argv=None):
     batch = make_batch(task, recordings or probes(rate, args.seconds), args.seed)
     if variables is None:
         variables = jax.jit(task.init)(jax.random.key(args.seed), batch)
-    return check(task, variables, batch, args.dtypes.split(","), args.modes.split(","))
+    dtypes, modes = args.dtypes.split(","), args.modes.split(",")
+    return check(config, task.tokenizer, variables, batch, dtypes, modes)
 
 
-def check(task, variables, batch, dtypes, modes):
-    """Prints the report of every dtype and mode; 0 if all is finite, else 1."""
+def check(config, tokenizer, variables, batch, dtypes, modes):
+    """Prints what every dtype and mode gives; 0 if all is finite, else 1."""
     failures = []
     for path, count in bad_weights(variables).items():
         failures.append(f"weights: {path} has {count} values that are not finite")
+    for name, count in bad_weights(batch).items():
+        failures.append(f"recordings: {name} has {count} values that are not finite")
     for dtype in dtypes:
-        for mode in modes if dtype != "float16" else ["front end only"]:
-            print(f"\n{dtype}, {mode}")
-            if dtype == "float16":
-                rows = [half_precision_mel(task, batch)]
-            else:
-                rows = make_walk(task, train=mode == "train", dtype=dtype)(variables, batch)
-            print(table(rows))
-            if bad := first_bad(rows):
-                failures.append(
-                    f"{dtype}, {mode}: the first stage that is not finite is {bad.stage}"
-                )
-    print("\n" + ("\n".join(failures) or "every stage is finite"))
+        if dtype == "float16":
+            section = catalogue.sections(catalogue.get(config["task"]))["front_end"]
+            front_end = settings.build(section, config.get("front_end", {}), "config.front_end")
+            if bad := half_precision_mel(front_end, batch):
+                failures.append(f"float16, front end only: {bad} log-mel values are not finite")
+            continue
+        task = loading.build(with_dtype(config, dtype), tokenizer)
+        for mode in modes:
+            wrong, found = checked(task, mode == "train")(variables, batch)
+            numbers = ", ".join(f"{k} {np.sum(x):.5g}" for k, x in sorted(found.items()))
+            print(f"{dtype}, {mode}: {numbers}")
+            if wrong:
+                failures.append(f"{dtype}, {mode}: {wrong}")
+    print("\n" + ("\n".join(failures) or "everything is finite"))
     return 1 if failures else 0
 
 
-def table(rows):
-    """The rows as text; a stage that is not finite is marked."""
-    width = max(len(row.stage) for row in rows)
-    lines = [
-        f"  {'stage':<{width}} {'dtype':<9}{'shape':<18}{'not finite':>10}"
-        + "".join(f"{name:>12}" for name in ("min", "max", "mean", "std"))
-    ]
-    for row in rows:
-        numbers = "".join(f"{value:>12.4g}" for value in row[4:])
-        shape = "x".join(map(str, row.shape))
-        mark = "! " if row.bad else "  "
-        lines.append(f"{mark}{row.stage:<{width}} {row.dtype:<9}{shape:<18}{row.bad:>10}{numbers}")
-    return "\n".join(lines)
+def with_dtype(config, dtype):
+    """The config with every setting of its model that is called dtype at this value."""
+
+    def changed(values, given):
+        given = dict(given)
+        for item in dataclasses.fields(values):
+            value = getattr(values, item.name)
+            if item.name == "dtype":
+                given["dtype"] = dtype
+            elif dataclasses.is_dataclass(value):
+                given[item.name] = changed(value, given.get(item.name, {}))
+        return given
+
+    defaults = catalogue.sections(catalogue.get(config["task"]))["model"]()
+    return {**config, "model": changed(defaults, config["model"])}
 
 
 def from_recipe(path, changes):
-    """(the task of a recipe file, None): its variables are to be initialised.
+    """(config, task) of a recipe file.
 
     Raises:
       ValueError: the file holds no recipe, or settings are wrong.
@@ -272,7 +232,7 @@ def from_recipe(path, changes):
     words = settings.build(start.TextConfig, config["text"], "config.text")
     given = settings.build(start.InitConfig, config.get("init", {}), "config.init")
     tokenizer = start.make_tokenizer(words, functools.partial(list, [LETTERS]), given)
-    return loading.build(config, tokenizer), None
+    return config, loading.build(config, tokenizer)
 
 
 def _setting(assignment):

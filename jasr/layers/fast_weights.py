@@ -84,11 +84,6 @@ def transpose(w):
     return FastWeights(*(jnp.swapaxes(x, -1, -2) for x in w))
 
 
-def size(x):
-    """Frobenius norm of each matrix, f32[...] for [..., m, n]."""
-    return guarded_norm(x, axis=(-2, -1))[..., 0, 0]
-
-
 def l2_normalise(x, eps=1e-5):
     """x / (|x| + eps) over the last axis, in f32 (the reference's l2_norm)."""
     x = x.astype(jnp.float32)

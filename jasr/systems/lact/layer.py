@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jasr.layers import fast_weights as fw
 from jasr.layers.attention import rope, rotary_attention
-from jasr.layers.basic import RMSNorm, record
+from jasr.layers.basic import RMSNorm
 from jasr.systems.lact.settings import LactConfig
 
 # What ends a residual branch.
@@ -145,9 +145,6 @@ class LactLayer(nn.Module):
         if c.attn_qk_norm:
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
             qkv = jnp.concatenate([q, k, v], axis=-1)
-        record(self, "q", q)
-        record(self, "k", k)
-        record(self, "v", v)
         block = c.lact_chunk_size if c.lact_mode == "block" else 0
         out = rotary_attention(
             qkv.reshape(*x.shape[:2], 3, c.num_attn_heads, c.head_dim),
@@ -157,16 +154,13 @@ class LactLayer(nn.Module):
             chunk=block,
             key_len=length if block or not c.causal else None,
         ).reshape(x.shape)
-        record(self, "attn_out", out)
         after = stream and stream[1]
         if fast:
             valid = jnp.arange(frames) < length[:, None]
             branch, after = self.fast_branch(x, qkv, valid, table, stream)
-            record(self, "fast_branch_out", branch)
             if c.lact_updates != "no_branch":
                 out = out + branch
         out = linear(c, c.hidden_size, "o_proj")(out)
-        record(self, "o_proj_out", out)
         return out, after
 
     def initial_weights(self):
@@ -216,12 +210,8 @@ class LactLayer(nn.Module):
         tokens = (qkv[:, None], *(t[None, None] for t in table))
         prepare = functools.partial(arguments, c, scale, offset)
         lr, momentum, gate = self.token_rates(x)
-        record(self, "eta", lr)
-        if momentum is not None:
-            record(self, "beta", momentum)
         out, after = self.run(tokens, prepare, lr, momentum, valid, stream)
         out = out.transpose(0, 2, 1, 3)
-        record(self, "fast_out", out)
         out = nn.remat(RMSNorm)(name="ttt_norm")(out)
         if gate is not None:
             out = out * gate
@@ -232,10 +222,10 @@ class LactLayer(nn.Module):
         (q, k, v). In a stream the last chunk is learnt from as well."""
         c = self.config
         rule = fw.Rule(muon=fw.MUON_TUNED if c.use_muon else None, prenorm=c.ttt_prenorm)
-        initial = state = fw.start(self.initial_weights(), rule, batch=lr.shape[0])
+        state = fw.start(self.initial_weights(), rule, batch=lr.shape[0])
         keep = stream is not None
         if keep:
-            state = jax.tree.map(functools.partial(_where_rows, stream[0]), initial, stream[1])
+            state = jax.tree.map(functools.partial(_where_rows, stream[0]), state, stream[1])
         options = dict(rule=rule, momentum=momentum)
         if c.lact_updates == "off":
             state, out = fw.apply_only(state, jax.checkpoint(prepare)(tokens)[0])
@@ -248,16 +238,4 @@ class LactLayer(nn.Module):
             options |= dict(chunk=c.lact_chunk_size, update_last=keep, prepare=prepare)
             mask = valid if keep else None
             state, out = fw.shifted(state, tokens, None, None, lr, mask=mask, **options)
-        if self.is_mutable_collection("stages") and not self.is_initializing():
-            _, k, v = prepare(tokens)
-            record(self, "delta_norm", self.first_direction(initial, k, v, lr, valid))
-            record(self, "w_norm", jnp.stack([fw.size(w) for w in state.w]))
         return out, state if keep else None
-
-    def first_direction(self, state, k, v, lr, valid):
-        """f32[3,B,H]: sizes of the first chunk's ascent directions of w0, w1, w2."""
-        c = self.config
-        first = slice(0, k.shape[2] if c.lact_mode == "bidirectional" else c.lact_chunk_size)
-        lr = jnp.where(valid[:, None, :, None], lr, 0)[:, :, first]
-        delta = fw.direction(state.w, k[:, :, first], v[:, :, first], lr)
-        return jnp.stack([fw.size(d) for d in delta])

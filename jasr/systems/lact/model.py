@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jasr.layers.attention import rope_table
-from jasr.layers.basic import BatchNorm, Dropout, RMSNorm, depthwise, frame_mask, record
+from jasr.layers.basic import BatchNorm, Dropout, RMSNorm, depthwise, frame_mask
 from jasr.systems.lact.layer import LactLayer, fast_state, kernel_init, linear
 from jasr.systems.lact.settings import (  # noqa: F401  (the model's public names)
     BASE,
@@ -76,7 +76,6 @@ class AudioFeatureExtractor(nn.Module):
     @nn.compact
     def __call__(self, mel, mel_len, train):
         c = self.config
-        record(self, "mel", mel)
         masked = c.batch_norm == "masked"
         x, length, dim, left = mel, mel_len, mel.shape[-1], c.subsampling
         for i in range(c.audio_encoder_layers):
@@ -91,10 +90,8 @@ class AudioFeatureExtractor(nn.Module):
             x = BatchNorm(name=f"conv_layers_{4 * i + 1}")(x, mask, train)
             x = jax.nn.relu(x)
             x = Dropout(c.audio_encoder_dropout)(x, train)
-            record(self, f"conv_{i}", x)
         if c.positions == "sinusoidal":
             x = x + sinusoids(x.shape[1], dim)
-        record(self, "pe", x)
         return x.astype(c.dtype), length
 
 
@@ -149,15 +146,12 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, c.elementwise_affine, name=name)(x)
 
         y = norm("attn_norm", x)
-        record(self, "attn_norm_out", y)
         y, stream = LactLayer(c, self.fast, name="attn")(y, length, table, stream)
         x = x + drop(y)
         if c.conv_kernel:
             y = ConvModule(c, name="conv")(norm("conv_norm", x), frame_mask(length, x.shape[1]))
-            record(self, "conv_out", y)
             x = x + drop(y)
         y = GatedMLP(c, name="mlp")(norm("mlp_norm", x))
-        record(self, "mlp_out", y)
         return x + drop(y), stream
 
 
@@ -189,7 +183,6 @@ class Model(nn.Module):
                     probabilities = jax.nn.softmax(logits.astype(jnp.float32)).astype(x.dtype)
                     x = x + condition(probabilities)
         x = norm(x)
-        record(self, "norm_out", x)
         if stream:
             stream = {**after, "fresh": jnp.zeros_like(stream["fresh"])}
         return x, length, tuple(intermediate), stream
@@ -230,7 +223,6 @@ class LactCtc(nn.Module):
         model = Model(c, name="model")
         x, length, intermediate, stream = model(mel, mel_len, train, head, stream)
         logits = head(x).astype(jnp.float32)
-        record(self, "logits", logits)
         return {
             "logits": logits,
             "logit_len": length,
