@@ -16,21 +16,24 @@ def get_config(path):
     """The config of a YAML file.
 
     Raises:
-      ValueError: no system knows such a file, or one of its keys cannot be followed.
+      settings.RecipeError: no system knows such a file, or one of its keys cannot be followed.
     """
+    from jasr import settings
     from jasr.interop import plain_yaml
     from jasr.systems import catalogue
 
-    with open(path, "rb") as f:
-        mapping = plain_yaml.load(f.read())
-    for system in catalogue.every():
-        found = system.recipe(mapping)
-        if found is None:
-            continue
-        changes, notes = found
-        config = common.default(system.name)
+    try:
+        with open(path, "rb") as f:
+            mapping = plain_yaml.load(f.read())
+        found = {system.name: system.recipe(mapping) for system in catalogue.every()}
+        name = next((name for name, recipe in found.items() if recipe), None)
+        if name is None:
+            raise ValueError("no recipe that a system here knows (docs/nemo_recipe.md)")
+        changes, notes = found[name]
+        config = common.default(name)
         config.update_from_flattened_dict(changes)
-        for note in notes:
-            warnings.warn(f"{path}: {note}", stacklevel=2)
-        return config.lock()
-    raise ValueError(f"{path}: no recipe that a system here knows (docs/nemo_recipe.md)")
+    except ValueError as e:
+        raise settings.RecipeError(f"{path}: {e}") from e
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return config.lock()

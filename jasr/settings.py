@@ -9,6 +9,13 @@ class SettingsError(ValueError):
     """A config key is misspelt, or has a value of the wrong kind or beyond its limits."""
 
 
+class RecipeError(Exception):
+    """Another toolkit's recipe cannot be followed.
+
+    No ValueError: of these, met in a config file, absl prints the traceback.
+    """
+
+
 def section(cls):
     """A frozen dataclass of settings whose fields are checked whenever one is made.
 

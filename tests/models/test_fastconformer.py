@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +14,10 @@ from jasr import tree
 from jasr.interop import torch_file
 from jasr.layers import relative_attention
 from jasr.layers.relative_attention import Reach
-from jasr.models.fastconformer import encoder
+from jasr.models.fastconformer import encoder, mixers
 from jasr.models.fastconformer.encoder import FastConformer, FastConformerConfig, output_lengths
 from jasr.models.fastconformer.nemo_sections import read_encoder
+from jasr.models.fastconformer.settings import ATTENTION
 from tests.layers.fast_weight_goldens import close, error, jit
 
 VARIANTS = (
@@ -553,7 +555,7 @@ def test_training_skips_layers_and_draws_contexts():
 def test_dropout_keeps_the_mean_of_the_attention():
     x = jnp.ones((1, 64, 16))
     config = dataclasses.replace(SMALL, dropout_att=0.25)
-    attention = encoder.Attention(config)
+    attention = mixers.Attention(config)
     key = {"dropout": jax.random.key(0)}
     drop = attention.apply({}, True, rngs=key, method="dropout")
     weights = drop(jnp.broadcast_to(x, (64, 64, 16)), 0)
@@ -609,6 +611,33 @@ def test_sharding_rules_cover_every_parameter_and_none_is_dead(kind):
     axes = tree.match(encoder.sharding(config), flat, what="sharding rule")
     assert all(len(axes[path]) <= len(flat[path].shape) for path in flat)
     tree.match(encoder.sharding(config, ""), shapes_of(config), what="sharding rule")
+
+
+class Running(nn.Module):
+    """A mixer that adds up the frames before, with settings of its own."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, length, scene, biases, train):
+        gate = self.param("gate", nn.initializers.ones, (self.width,))
+        return jnp.cumsum(x, axis=1) * gate
+
+
+def test_another_mixer_is_one_row(monkeypatch):
+    row = mixers.Mixer(
+        module=Running,
+        sharding=lambda width, where: [(f"{where}/gate", ("tensor",))],
+        scene=lambda encoder, frames, drawn, train: None,
+        settings=lambda config: config.d_model,
+    )
+    assert set(mixers.MIXERS) == set(ATTENTION)
+    monkeypatch.setitem(mixers.MIXERS, "abs_pos", row)
+    config = dataclasses.replace(SMALL, self_attention_model="abs_pos")
+    found = shapes_of(config)
+    assert found["layers_0/self_attn/gate"].shape == (SMALL.d_model,)
+    assert not [path for path in found if "linear_q" in path]
+    tree.match(encoder.sharding(config, ""), found, what="sharding rule")
 
 
 def shapes_of(config):

@@ -18,18 +18,10 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import struct
 
-from jasr.layers.basic import BatchNorm, Dropout, depthwise, frame_mask, hash_uniform, record
-from jasr.layers.relative_attention import (
-    Plan,
-    Reach,
-    attention_with_global,
-    make_plan,
-    relative_attention,
-    sinusoids,
-)
+from jasr.layers.basic import BatchNorm, Dropout, depthwise, frame_mask, record
+from jasr.layers.relative_attention import Reach
+from jasr.models.fastconformer.mixers import MIXERS, reach
 from jasr.models.fastconformer.settings import (  # noqa: F401  (the model's public names)
     FastConformerConfig,
     output_lengths,
@@ -76,20 +68,6 @@ class GroupNorm(nn.Module):
             return x
         scale = self.param("scale", nn.initializers.ones, (channels,))
         return x * scale + self.param("bias", nn.initializers.zeros, (channels,))
-
-
-@struct.dataclass
-class Scene:
-    """What the attention of all layers shares for a number of frames."""
-
-    plan: Plan = struct.field(pytree_node=False)
-    fixed: Reach | None = struct.field(pytree_node=False)  # None = drawn for this batch
-    drawn: Reach | None
-    positions: jax.Array | None  # `sinusoids` of the plan, [P,D]
-
-    @property
-    def reach(self):
-        return self.drawn if self.fixed is None else self.fixed
 
 
 class FeedForward(nn.Module):
@@ -139,60 +117,8 @@ class Convolution(nn.Module):
         return pointwise(x, c.d_model, "pointwise_conv2")
 
 
-class Attention(nn.Module):
-    """Multi-head attention with relative, or without, positions: [B,T,D] -> [B,T,D]."""
-
-    config: FastConformerConfig
-
-    @nn.compact
-    def __call__(self, x, length, scene, biases, train):
-        """Args:
-        x: [B,T,D]. length: i32[B]. scene: `Scene` of the T frames.
-        biases: the position biases (u, w) f32[N,H] of layer 0 if the layers share them.
-        """
-        c = self.config
-
-        def heads(x, name, use_bias=c.use_bias):  # [...,D] -> [N,...,H]
-            x = linear(x, c.d_model, name, use_bias)
-            return jnp.moveaxis(x.reshape(*x.shape[:-1], c.n_heads, c.head_dim), -2, 0)
-
-        q, k, v = (heads(x, f"linear_{name}") for name in "qkv")
-        options = dict(plan=scene.plan, reach=scene.reach, drop=self.dropout(train))
-        if scene.positions is not None:
-            if biases is None:
-                biases = self.biases()
-            options["relative"] = (heads(scene.positions, "linear_pos", False), *biases)
-        if not c.global_tokens:
-            out = relative_attention(q, k, v, length, **options)
-        else:
-            own = q, k, v
-            if c.global_attn_separate:
-                own = tuple(heads(x, f"global_{name}") for name in "qkv")
-            chosen = np.arange(c.global_tokens) * c.global_tokens_spacing
-            out = attention_with_global(q, k, v, own, length, chosen, **options)
-        out = jnp.moveaxis(out, 0, 2).reshape(x.shape)
-        return linear(out, c.d_model, "linear_out", c.use_bias)
-
-    def biases(self):
-        shape, zeros = (self.config.n_heads, self.config.head_dim), nn.initializers.zeros
-        return tuple(self.param(f"pos_bias_{name}", zeros, shape) for name in "uv")
-
-    def dropout(self, train):
-        """(weights, number of the block) -> weights with dropout_att; None if there is none."""
-        rate = self.config.dropout_att
-        if not train or rate == 0:
-            return None
-        key = self.make_rng("dropout")
-
-        def drop(weights, number):
-            bits = hash_uniform(jax.random.fold_in(key, number), weights.shape)
-            return jnp.where(bits >= jnp.uint32(rate * 2**32), weights / (1 - rate), 0)
-
-        return drop
-
-
 class Layer(nn.Module):
-    """A Conformer layer: half a feed-forward, attention, convolution, half a feed-forward, norm."""
+    """A Conformer layer: half a feed-forward, mixer, convolution, half a feed-forward, norm."""
 
     config: FastConformerConfig
 
@@ -207,7 +133,8 @@ class Layer(nn.Module):
         record(self, "ff1_out", y)
         x = x + 0.5 * drop(y)
         y = layer_norm(c, "norm_self_att")(x)
-        y = Attention(c, name="self_attn")(y, length, scene, biases, train)
+        mixer = MIXERS[c.self_attention_model]
+        y = mixer.module(mixer.settings(c), name="self_attn")(y, length, scene, biases, train)
         record(self, "attn_out", y)
         x = x + drop(y)
         mask = frame_mask(length, x.shape[1])
@@ -271,14 +198,12 @@ class FastConformer(nn.Module):
         record(self, "pre_encode_out", x)
         if c.xscaling:
             x = x * jnp.asarray(c.d_model**0.5, x.dtype)
-        if c.self_attention_model == "abs_pos":
-            x = x + sinusoids(x.shape[1] - 1, 0, c.d_model)[::-1].astype(x.dtype)
+        mixer = MIXERS[c.self_attention_model]
+        x = mixer.enter(x)
         x = Dropout(c.dropout if c.is_local else c.dropout_pre_encoder)(x, train)
         record(self, "pos_enc", x)
-        drawn = self.draw_reach() if train and len(c.contexts) > 1 else None
-        scene = self.scene(x.shape[1], drawn, train)
-        if scene.positions is not None:
-            record(self, "pos_emb", scene.positions)
+        drawn = self.drawreach() if train and len(c.contexts) > 1 else None
+        scene = mixer.scene(self, x.shape[1], drawn, train)
         make = nn.remat(Layer, static_argnums=(5,)) if c.remat else Layer
         biases = None
         for n in range(c.n_layers):
@@ -289,7 +214,7 @@ class FastConformer(nn.Module):
                 biases = own["pos_bias_u"], own["pos_bias_v"]
             if c.has_reduction and n == c.reduction_position:
                 x, length = Reduction(c, name="reduction_subsampling")(x, length)
-                scene = self.scene(x.shape[1], drawn, train)
+                scene = mixer.scene(self, x.shape[1], drawn, train)
         if c.out_dim != c.d_model:
             x = linear(x, c.out_dim, "out_proj")
         if c.has_reduction and c.reduction_position == -1:
@@ -320,23 +245,12 @@ class FastConformer(nn.Module):
         make = StackingSubsampling(c.subsampling_factor, c.d_model, norm, name="pre_encode")
         return make(x), after
 
-    def draw_reach(self):
+    def drawreach(self):
         """One of the config's contexts, drawn for the whole batch; a `Reach` of i32[]."""
-        reaches = jnp.asarray([_reach(self.config, context) for context in self.config.contexts])
+        reaches = jnp.asarray([reach(self.config, context) for context in self.config.contexts])
         probs = jnp.asarray(self.config.context_probs)
         choice = jax.random.choice(self.make_rng("dropout"), len(reaches), p=probs)
         return Reach(*reaches[choice])
-
-    def scene(self, frames, drawn, train):
-        """The `Scene` of T frames; the context is `drawn`, or the first one if that is None."""
-        c = self.config
-        fixed = _reach(c, c.contexts[0]) if drawn is None else None
-        plan = make_plan(frames, fixed, c.is_local)
-        positions = None
-        if c.self_attention_model != "abs_pos":
-            positions = sinusoids(*plan.positions, c.d_model).astype(c.dtype)
-            positions = Dropout(c.dropout_emb)(positions, train)
-        return Scene(plan, fixed, drawn, positions)
 
     def skip(self, before, after, probability):
         """A layer's output, or with some probability its input (stochastic depth)."""
@@ -344,13 +258,6 @@ class FastConformer(nn.Module):
             return after
         keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - probability)
         return before + jnp.where(keep, (after - before) / (1 - probability), 0)
-
-
-def _reach(config, context):
-    """The `Reach` of a pair of the config's contexts."""
-    left, right = context
-    chunked = config.att_context_style == "chunked_limited" and right >= 0
-    return Reach(left, right, right + 1 if chunked else 0)
 
 
 def sharding(config, prefix="encoder/"):
@@ -362,37 +269,25 @@ def sharding(config, prefix="encoder/"):
     c = config
     layer = rf"{prefix}layers_\d+"
     up, down = ("fsdp", "tensor"), ("tensor", "fsdp")
-    attn, conv = f"{layer}/self_attn", f"{layer}/conv"
+    conv, mixer = f"{layer}/conv", MIXERS[c.self_attention_model]
     rules = [
         (rf"{layer}/feed_forward[12]/linear1/kernel", up),
         (rf"{layer}/feed_forward[12]/linear2/kernel", down),
-        (rf"{attn}/linear_[qkv]/kernel", up),
-        (rf"{attn}/linear_out/kernel", down),
         (rf"{conv}/pointwise_conv1/kernel", (None, *up)),
         (rf"{conv}/pointwise_conv2/kernel", (None, *down)),
         (rf"{conv}/depthwise_conv/kernel", ()),
         (rf"{layer}/norm_\w+/(scale|bias)", ()),
+        *mixer.sharding(mixer.settings(c), f"{layer}/self_attn"),
     ]
     if c.use_bias:
         rules += [
             (rf"{layer}/feed_forward[12]/linear1/bias", ("tensor",)),
             (rf"{layer}/feed_forward[12]/linear2/bias", ()),
-            (rf"{attn}/linear_[qkv]/bias", ("tensor",)),
-            (rf"{attn}/linear_out/bias", ()),
             (rf"{conv}/pointwise_conv1/bias", ("tensor",)),
             (rf"{conv}/(depthwise_conv|pointwise_conv2)/bias", ()),
         ]
     if c.conv_norm_type != "instance_norm":
         rules.append((rf"{conv}/batch_norm/(scale|bias)", ()))
-    if c.self_attention_model != "abs_pos":
-        rules += [
-            (rf"{attn}/linear_pos/kernel", up),
-            (rf"{attn}/pos_bias_[uv]", ("tensor", None)),
-        ]
-    if c.global_tokens and c.global_attn_separate:
-        rules.append((rf"{attn}/global_[qkv]/kernel", up))
-        if c.use_bias:
-            rules.append((rf"{attn}/global_[qkv]/bias", ("tensor",)))
     if c.subsampling_factor == 1:
         rules += [(rf"{prefix}pre_encode/kernel", up), (rf"{prefix}pre_encode/bias", ())]
     elif c.subsampling.startswith("stacking"):

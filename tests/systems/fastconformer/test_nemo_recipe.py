@@ -211,14 +211,14 @@ def test_a_yaml_is_written_out_as_the_argument_of_the_foreign_config():
 
 
 def test_a_run_starts_from_the_yaml_for_as_many_epochs_as_it_says(recipe, tmp_path):
-    recipe = changed(recipe, "trainer.max_epochs", 1)
+    recipe = changed(recipe, "trainer.max_epochs", 2)
     recipe = changed(recipe, "model.train_ds.batch_size", 16)
     with pytest.warns(UserWarning, match="no effect here"):
         config = foreign.get_config(written(recipe, tmp_path / "a.yaml"))
     config.data.train = config.data.valid
-    config.data.num_buckets = 1
+    config.data.update(num_buckets=1, max_bad_share=1.0)
     training.train(config, tmp_path / "run")
-    assert checkpoint.load_meta(tmp_path / "run")["step"] == 1
+    assert checkpoint.load_meta(tmp_path / "run")["step"] == 2
     assert loading.load(tmp_path / "run")[0].config.kind == "ctc"
 
 
@@ -227,5 +227,5 @@ def test_the_command_names_the_key_that_is_wrong(recipe, root, tmp_path):
     line = [sys.executable, "-m", "experiments.train", f"--config={path}", "--workdir=none"]
     ran = subprocess.run(line, cwd=root, capture_output=True, text=True)
     assert ran.returncode == 1 and ran.stdout == ""
-    assert "max_epoch is not known here (did you mean max_epochs?)" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    assert ran.stderr.startswith(f"error: {path}: trainer.max_epoch is not known here")
+    assert ran.stderr.count("\n") == 1
