@@ -195,18 +195,20 @@ class AudioText:
         All audio passes through 16 bits (exact for 16-bit sources at the layout's rate), so that
         cached and fresh audio are the same.
         """
-        kept = self.cache if self.cache is not None and _are_paths(pieces) else {}
-        if (pcm := kept.get((pieces, speed))) is not None:
+        kept, key = {}, None
+        if self.cache is not None and _are_paths(pieces):
+            kept, key = self.cache, pieces
+        if (pcm := kept.get((key, speed))) is not None:
             return pcm
-        plain = kept.get((pieces, 1.0))
+        plain = kept.get((key, 1.0))
         if plain is None:
             read = [recording.read_checked(p, self.sample_rate, self.tolerance) for p in pieces]
             plain = quantise(read[0] if len(read) == 1 else np.concatenate(read))
-            kept[pieces, 1.0] = plain
+            kept[key, 1.0] = plain
         if speed == 1.0:
             return plain
         pcm = quantise(audio.speed(plain * np.float32(2**-15), speed))
-        kept[pieces, speed] = pcm
+        kept[key, speed] = pcm
         return pcm
 
 

@@ -227,7 +227,7 @@ class _Builder:
         self.rows = {name: array.array(code) for name, code in ROW.items()}
         self.pieces = {name: array.array(code) for name, code in PIECE.items()}
         self.first_piece, self.sizes = array.array("q", [0]), array.array("d")
-        self.audio, self.content, self.given = array.array("Q"), array.array("Q"), array.array("Q")
+        self.audio, self.content, self.given = array.array("q"), array.array("q"), array.array("q")
         self.files, self.lists, self.ids, self.fields = Strings(), Strings(), Strings(), Strings()
         self.homes, self.bad, self.unmeasured = array.array("i"), [], (np.nan,) * axes
         self.last_file = self.last_list = None
@@ -250,9 +250,9 @@ class _Builder:
         self.sizes.extend(self.unmeasured if sizes is None else sizes)
         self.ids.append(item.id)
         self.fields.append(fields)
-        self.audio.append(_hash(audio))
-        self.content.append(_hash(f"{audio}\0{fields}"))
-        self.given.append(_hash(f"{source}\0{item.id}") if item.id else 0)
+        self.audio.append(hash(audio))  # hashes are compared with each other alone
+        self.content.append(hash((audio, fields)))
+        self.given.append(hash((source, item.id)) if item.id else 0)
 
     def add_piece(self, piece):
         if piece.source != self.last_file:
@@ -266,7 +266,7 @@ class _Builder:
 
     def index(self, pairs):
         self.audio_keys, self.content_keys, self.id_keys = (
-            np.frombuffer(keys, np.uint64) for keys in (self.audio, self.content, self.given)
+            np.frombuffer(keys, np.int64) for keys in (self.audio, self.content, self.given)
         )
         return Index(
             [p for p, _ in pairs],
@@ -286,11 +286,6 @@ class _Builder:
 
 def _column(values, dtype):
     return np.frombuffer(values, dtype).copy()
-
-
-def _hash(name):
-    raw = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(raw, "little")
 
 
 def _drop_repeats(index, ok, keys, reason):
@@ -318,9 +313,14 @@ def _tell_apart(index, ok, built):
     later = {int(rows[i]) for i, _ in _repeats(built.audio_keys[rows])}
     if later:
         index.ids = Strings(
-            f"{index.made_id(i)}#{built.content_keys[i]:016x}" if i in later else index.ids[i]
+            f"{index.made_id(i)}#{_digest(index.fields[i])}" if i in later else index.ids[i]
             for i in range(len(index))
         )
+
+
+def _digest(text):
+    """Eight hex digits of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def _check_audio(index, ok, cfg):
