@@ -2,7 +2,7 @@
 
     python -m experiments.doctor data MANIFEST [...]        every entry decoded, bad ones named
     python -m experiments.doctor checkpoint RUN             checksums, shapes, metrics of each step
-    python -m experiments.doctor numerics --config=...      the first operation that gives NaN, named
+    python -m experiments.doctor numerics --config=...      the first operation that gives NaN
 
 `--help` after a name shows its options. The exit status is 0 only if nothing is wrong.
 """
