@@ -1,4 +1,4 @@
-"""Tables of a foreign section: both ways, every problem named, nothing raised by what a file says."""
+"""Tables of a foreign section: both ways, problems named, nothing raised by what a file says."""
 
 import pytest
 
