@@ -22,9 +22,7 @@ LEVELS = (
     "systems.lact systems.fastconformer",
 )
 ROOMS = {f"jasr.{room}": n for n, level in enumerate(LEVELS) for room in level.split()}
-TO_MEND = (  # they still name systems
-    "jasr.models.fastconformer.nemo_front_end", "experiments.checks.numerics",
-)  # fmt: skip
+TO_MEND = ("experiments.checks.numerics",)  # they still name systems
 
 # At the top of a core module. ml_dtypes and absl come with JAX and Orbax.
 LIGHT = {"jax", "flax", "optax", "orbax", "numpy", "ml_dtypes", "absl", "jasr"}

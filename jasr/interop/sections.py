@@ -26,7 +26,7 @@ MUST = object()  # as `usual`: there is no default
 LARGEST = {int: 1 << 20, float: 1e30}  # what no setting exceeds: sizes must not keep a reader busy
 _WORDS = {
     bool: "true or false",
-    int: "an integer",
+    int: f"an integer up to {LARGEST[int]}",
     float: "a number",
     str: "a string",
     tuple: "a list",

@@ -29,9 +29,9 @@ def snapshots_of_a_save(directory, into, monkeypatch):
     from jasr.checkpoint import files
 
     real = {
-        "seal": checkpoint.seal,
+        "seal": files.seal,
         "replace": os.replace,
-        "sync": checkpoint.sync_directory,
+        "sync": files.sync_directory,
         "rmtree": shutil.rmtree,
     }
     taken = {}

@@ -81,7 +81,7 @@ def run(config, variables, mel, length, **options):
 def stages_of(recorded):
     """{"tap of the goldens": array} of the collection "stages"."""
     names = {}
-    for path, (x,) in tree.flatten(recorded).items():
+    for path, (x, *_) in tree.flatten(recorded).items():  # positions come again after a reduction
         path = path.removesuffix("_out") if path != "layers_0/out" else path
         names[re.sub(r"layers_(\d+)/", r"layer\1_", path).replace("_out", "")] = x
     return names

@@ -66,11 +66,11 @@ def test_every_setting_is_read_and_written_back():
         ({"use_torchaudio": True}, "preprocessor.use_torchaudio is True"),
         ({"_target_": "nemo.AudioToMFCCPreprocessor"}, "MFCC.* known is AudioToMelSpectrogramPrep"),
         ({"normalize": {"fixed_mean": [0]}}, "normalize is .*fixed values"),
-        ({"window": "kaiser"}, "window='kaiser'"),
+        ({"window": "kaiser"}, "preprocessor.window is 'kaiser', must be one of 'hann'"),
         ({"window": [1]}, r"preprocessor.window is \[1\], not a string"),
         ({"pad_to": "max"}, "preprocessor.pad_to is 'max', not an integer"),
         ({"n_fft": 200}, "n_fft=200"),
-        ({"window_stride": 1e-9}, "window_stride is 1e-09 .which makes 0., not an integer from 1"),
+        ({"window_stride": 1e-9}, "window_stride is 1e-09 .which makes 0., must be at least 1"),
         ({"window_size": "0.025", "sample_rate": 1 << 40}, "sample_rate is 1099511627776, not an"),
         ({"window_size": "0.025"}, "window_size is '0.025', not a number of seconds from 0 to 10"),
         ({"window_size": [0.025]}, r"window_size is \[0.025\], which it cannot be"),
@@ -92,9 +92,18 @@ def test_what_the_front_end_does_not_have_is_refused(section, reason):
 
 def test_everything_wrong_with_a_section_is_in_one_error():
     with pytest.raises(ValueError) as error:
-        encoder({"n_layers": 10**9, "d_model": "wide", "conv_dilation": 2, "xscaling": 1})
+        encoder(
+            {
+                "n_layers": 1000,
+                "feat_in": 10**9,
+                "d_model": "wide",
+                "conv_dilation": 2,
+                "xscaling": 1,
+            }
+        )
     for reason in (
-        "encoder.n_layers is 1000000000, not an integer up to 500",
+        "encoder.n_layers is 1000, must be at least 1 and at most 500",
+        "encoder.feat_in is 1000000000, not an integer up to 1048576",
         "encoder.d_model is 'wide', not an integer",
         "encoder.conv_dilation is 2, which is not known here",
         "encoder.xscaling is 1, not true or false",

@@ -124,7 +124,7 @@ def test_whatever_transformers_itself_writes_is_known(name):
         ({"encoder_config": "x"}, "encoder_config is 'x', not a mapping"),
         ({"jasr": [1]}, r"jasr is \[1\], not a mapping"),
         ({"vocab_size": "65"}, "vocab_size is '65', not an integer"),
-        ({"encoder_config__hidden_size": 0}, "encoder_config.hidden_size is 0, not an integer"),
+        ({"encoder_config__hidden_size": 0}, "encoder_config.hidden_size is 0, must be at least 1"),
         ({"encoder_config__attention_bias": 1}, "attention_bias is 1, not true or false"),
         ({"encoder_config__dropout": float("nan")}, "dropout is nan, not a number"),
         ({"max_symbols_per_step": None}, "max_symbols_per_step is None, not an integer"),

@@ -416,7 +416,7 @@ def test_everything_that_does_not_fit_is_in_one_error(make):
         ("ctc", {"encoder._target_": "nemo.RNNEncoder"}, "RNNEncoder"),
         ("ctc", {"preprocessor.foo": 1}, "preprocessor.foo is 1, which is not known"),
         ("ctc", {"preprocessor._target_": "nemo.AudioToMFCCPreprocessor"}, "MFCC"),
-        ("ctc", {"preprocessor.window": "kaiser"}, "window='kaiser'"),
+        ("ctc", {"preprocessor.window": "kaiser"}, "preprocessor.window is 'kaiser', must be"),
         ("ctc", {"decoder._target_": "nemo.LSTMDecoder"}, "LSTMDecoder'; known is ConvASRDecoder"),
         ("ctc", {"encoder.n_layers": 10**9}, "encoder.n_layers is 1000000000"),
         ("ctc", {"encoder.conv_kernel_size": 10**9 + 1}, "conv_kernel_size is"),

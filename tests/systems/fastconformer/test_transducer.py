@@ -317,11 +317,15 @@ def test_configs_come_from_nemo_and_go_back():
             "StatelessTransducerDecoder",
         ),
         ("decoder", {"prednet": {"rnn_hidden_size": 96}}, "prednet.rnn_hidden_size is 96"),
-        ("decoder", {"prednet": {"pred_rnn_layers": 0}}, "pred_rnn_layers must be at least 1"),
+        (
+            "decoder",
+            {"prednet": {"pred_rnn_layers": 0}},
+            "prednet.pred_rnn_layers is 0, must be at least 1",
+        ),
         ("joint", {"masking_prob": 0.5}, "joint.masking_prob is 0.5"),
         ("joint", {"jointnet": {"joint_hidden": 4}}, "jointnet.encoder_hidden is missing; joint.j"),
         ("joint", {"jointnet": {"activation": 3}}, "jointnet.activation is 3, which it cannot be"),
-        ("joint", {"num_classes": 0}, "num_classes must be at least 1"),
+        ("joint", {"num_classes": 0}, "joint.num_classes is 0, must be at least 1"),
     ],
 )
 def test_sections_that_are_not_known_are_refused_by_name(section, change, message):
