@@ -215,11 +215,7 @@ def test_options_that_a_model_does_not_have_are_refused(babble):
     assert asked(wide, {"beam": 1})["decoding"]["strategy"] == "greedy_batch"
     for changes, why in (
         ({"decoding__strategy": "beam", "kind": "ctc"}, "is a transducer's"),
-<<<<<<< HEAD
-        ({"decoding__strategy": "alsd"}, "config.decoding.strategy must be one of"),
-=======
         ({"decoding__strategy": "alsd"}, "config.decoding.strategy must be one of .* got 'alsd'"),
->>>>>>> 2452d65cc1aa2894f92e21d1eeace59cc3ddc0f9
         ({"decoding__branch": "ctc"}, "has no CTC"),
         ({"decoding__beam": 0}, "beam must be at least 1"),
     ):
