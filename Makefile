@@ -14,6 +14,9 @@
 #                        which were tested; `make test-newest` does so in .venv-newest, and
 #                        `make constraints` writes the file anew
 #   PYTEST_FLAGS=...     for pytest, e.g. "-x -k ctc"
+#   XLA_FLAGS=--xla_backend_optimization_level=3
+#                        programs of the tests compiled as a user's are, in two to three times the
+#                        time (tests/conftest.py says what they leave out otherwise)
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,9 +1,12 @@
 """Test settings: eight virtual CPU devices, programs that compile fast, a compile cache, and the
 shared data when it exists."""
 
+import ctypes
+import gc
 import importlib.metadata
 import os
 import pathlib
+import sys
 import tempfile
 
 import pytest
@@ -31,6 +34,7 @@ os.environ["XLA_FLAGS"] = compiler_flags(os.environ.get("XLA_FLAGS", ""))
 os.environ.setdefault("JASR_CACHE", os.path.join(tempfile.gettempdir(), "jasr-test-cache"))
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LARGE = allowed = 3 << 29  # bytes: 1.5 GiB
 NO_GOLDENS = "the large goldens and recordings are not here (JASR_SHARED names their folder)"
 
 
@@ -53,6 +57,30 @@ def pytest_terminal_summary(terminalreporter):
     for report in terminalreporter.stats.get("skipped", []):
         if NO_GOLDENS in str(report.longrepr):
             report.longrepr = (str(ROOT / "tests" / "conftest.py"), 1, f"Skipped: {NO_GOLDENS}")
+
+
+def resident():
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    statm = pathlib.Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def pytest_runtest_logfinish():
+    """Bounds the memory of a test process, which would grow to 5 GB.
+
+    Most of it is what the compiler has freed and glibc keeps; the programs follow if that is not
+    enough.
+    """
+    global allowed
+    if resident() < allowed:
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
+    trim(0)
+    if resident() > LARGE and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        trim(0)
+    allowed = max(LARGE, resident() + LARGE // 3)
 
 
 @pytest.fixture(scope="session")

@@ -28,12 +28,13 @@ def close(got, want, limit):
 def close_gradients(got, want, limit):
     """`close` for the gradients of a LaCT layer or model.
 
-    The bias of the learning rates is measured against its kernel's gradient: Muon cancels a common
-    factor of all rates, so the bias's gradient is a sum of terms hundreds of times its size, and
-    arithmetic in f64 itself lies up to 3e-3 of it away from the f32 goldens.
+    The biases of learning rates and momentum are measured against their kernels' gradients: Muon
+    cancels a common factor of all rates, so such a bias's gradient is a sum of terms up to hundreds
+    of times its size, and arithmetic in f64 itself lies up to 3e-3 of it away from the f32 goldens.
     """
     got, want = dict(got), dict(want)
-    for name in [k for k in want if k.endswith("lr_proj/bias")]:
+    biases = ("lr_proj/bias", "momentum_proj_0/bias")
+    for name in [k for k in want if k.endswith(biases)]:
         top = np.max(np.abs(want[name[:-4] + "kernel"]))
         assert np.max(np.abs(got.pop(name) - want.pop(name))) <= limit * top, name
     close(got, want, limit)
