@@ -54,7 +54,7 @@ class AudioText:
     def sizes(self, item, scored):
         """(seconds, tokens) of an item; see seam.Layout.sizes."""
         tokens = encode_text(item.fields["text"], self.encode, self.config.min_tokens, scored)
-        seconds, count = sum(p.seconds for p in item.pieces), len(tokens)
+        seconds, count = sum([p.seconds for p in item.pieces]), len(tokens)
         if not scored:
             self._check(seconds, count, self.frames_needed(tokens) if self.frames_needed else 0)
         return seconds, count

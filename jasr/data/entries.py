@@ -111,8 +111,8 @@ def id_of(values):
 
 def spoken(values):
     """The Item of a line that is a recording and its text. Raises DataError with the reason."""
-    missing = [k for k in ("audio_filepath", "text") if values.get(k) is None]
-    if missing:
+    if values.get("audio_filepath") is None or values.get("text") is None:
+        missing = [k for k in ("audio_filepath", "text") if values.get(k) is None]
         raise DataError(f"missing key: {', '.join(missing)}")
     if not isinstance(values["text"], str):
         raise DataError(f"text is not a string: {values['text']!r:.80}")
@@ -125,7 +125,9 @@ def piece_of(values):
     name = values.get("audio_filepath")
     if isinstance(name, Piece):
         return name
-    start, seconds = (-1.0 if (x := values.get(k)) is None else x for k in ("offset", "duration"))
+    start, seconds = values.get("offset"), values.get("duration")
+    start = -1.0 if start is None else start
+    seconds = -1.0 if seconds is None else seconds
     if not isinstance(name, str) or not name:
         raise DataError(f"audio_filepath is not a path: {name!r:.80}")
     if not is_number(start) or not is_number(seconds):
@@ -185,13 +187,14 @@ def json_lines(path):
 
     Byte-order marks, CRLF and blank lines are accepted. Raises DataError for an unreadable file.
     """
+    decode = json.JSONDecoder().decode
     try:
         with open_list(path) as f:
             for number, raw in enumerate(f, 1):
                 if not raw.strip():
                     continue
                 try:
-                    value = json.loads(raw.decode("utf-8-sig"))
+                    value = decode(raw.decode().removeprefix("\ufeff"))
                 except (ValueError, RecursionError) as e:
                     yield number, None, f"bad JSON: {e}"
                     continue

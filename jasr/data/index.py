@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,16 +24,20 @@ from jasr.seam import Item, Piece
 HEADER_CHECK_ROWS = 20_000  # data.check="auto" reads the headers of sets up to this size
 VERSION = 3  # of the rules; 2 took two items of the same audio for repeats, whatever their fields
 
-ROW = {"source": "i", "list": "i", "line": "i"}
-PIECE = {
-    "file": "i",
-    "byte_start": "q",
-    "byte_size": "q",
-    "start": "d",
-    "seconds": "d",
-    "channel": "i",
+ROW = struct.Struct("=iiiqqqq")  # source, list, line, then what only building needs
+PIECE = struct.Struct("=iqqddi")
+NAMES = {
+    ROW: ("source", "list", "line", "pieces", "audio_key", "content_key", "id_key"),
+    PIECE: ("file", "byte_start", "byte_size", "start", "seconds", "channel"),
 }
-TYPES = {"d": np.float64, "i": np.int32, "q": np.int64}
+
+
+def columns_of(records, kind):
+    """{name: array[N]} of packed records of a kind, ROW or PIECE."""
+    fields = zip(NAMES[kind], kind.format[1:], strict=True)
+    types = {"i": np.int32, "q": np.int64, "d": np.float64}
+    table = np.frombuffer(records, [(name, types[code]) for name, code in fields])
+    return {name: table[name].copy() for name in NAMES[kind]}
 
 
 class Strings:
@@ -224,10 +229,7 @@ class _Builder:
     """Grows the columns of an Index from items."""
 
     def __init__(self, axes):
-        self.rows = {name: array.array(code) for name, code in ROW.items()}
-        self.pieces = {name: array.array(code) for name, code in PIECE.items()}
-        self.first_piece, self.sizes = array.array("q", [0]), array.array("d")
-        self.audio, self.content, self.given = array.array("q"), array.array("q"), array.array("q")
+        self.rows, self.pieces, self.sizes = bytearray(), bytearray(), array.array("d")
         self.files, self.lists, self.ids, self.fields = Strings(), Strings(), Strings(), Strings()
         self.homes, self.bad, self.unmeasured = array.array("i"), [], (np.nan,) * axes
         self.last_file = self.last_list = None
@@ -237,55 +239,43 @@ class _Builder:
         if line.list_path != self.last_list:
             self.lists.append(line.list_path)
             self.last_list, self.last_file = line.list_path, None
-        row = (source, len(self.lists) - 1, line.number)
-        for column, value in zip(self.rows.values(), row, strict=True):
-            column.append(value)
-        said = [str(source)]
-        for piece in item.pieces:
-            self.add_piece(piece)
-            part = f"{piece.start:.4f}+{piece.seconds:.4f}" if piece.start >= 0 else ""
-            said += [self.full, str(piece.byte_start), str(piece.channel), part]
-        fields, audio = self.dumps(item.fields), "\0".join(said)
-        self.first_piece.append(len(self.pieces["file"]))
+        audio, fields = source, self.dumps(item.fields)
+        for file, *place in item.pieces:
+            if file != self.last_file:
+                self.files.append(file)
+                self.homes.append(len(self.lists) - 1)
+                self.last_file, self.full = file, in_folder(self.last_list, file)
+            self.pieces += PIECE.pack(len(self.files) - 1, *place)
+            start, seconds = place[2:4]
+            part = (round(start, 4), round(seconds, 4)) if start >= 0 else ()
+            audio = hash((audio, self.full, place[0], place[4], part))
+        # hashes are compared with each other alone: another process may have others
+        keys = audio, hash((audio, fields)), hash((source, item.id)) if item.id else 0
+        count = len(item.pieces)
+        self.rows += ROW.pack(source, len(self.lists) - 1, line.number, count, *keys)
         self.sizes.extend(self.unmeasured if sizes is None else sizes)
         self.ids.append(item.id)
         self.fields.append(fields)
-        self.audio.append(hash(audio))  # hashes are compared with each other alone
-        self.content.append(hash((audio, fields)))
-        self.given.append(hash((source, item.id)) if item.id else 0)
-
-    def add_piece(self, piece):
-        if piece.source != self.last_file:
-            self.files.append(piece.source)
-            self.homes.append(len(self.lists) - 1)
-            self.last_file, self.full = piece.source, in_folder(self.last_list, piece.source)
-        for column, value in zip(
-            self.pieces.values(), (len(self.files) - 1, *piece[1:]), strict=True
-        ):
-            column.append(value)
 
     def index(self, pairs):
-        self.audio_keys, self.content_keys, self.id_keys = (
-            np.frombuffer(keys, np.int64) for keys in (self.audio, self.content, self.given)
-        )
+        """The Index of all that was added."""
+        rows = columns_of(self.rows, ROW)
+        self.audio_keys, self.content_keys = rows.pop("audio_key"), rows.pop("content_key")
+        self.id_keys = rows.pop("id_key")
         return Index(
             [p for p, _ in pairs],
             tuple(w for _, w in pairs),
-            {name: np.frombuffer(self.rows[name], TYPES[code]) for name, code in ROW.items()},
-            {name: _column(self.pieces[name], TYPES[code]) for name, code in PIECE.items()},
-            _column(self.first_piece, np.int64),
-            _column(self.sizes, np.float64).reshape(-1, len(self.unmeasured)),
+            rows,
+            columns_of(self.pieces, PIECE),
+            np.append(0, np.cumsum(rows.pop("pieces"))),
+            np.frombuffer(self.sizes).reshape(-1, len(self.unmeasured)).copy(),
             self.files,
-            _column(self.homes, np.int32),
+            np.frombuffer(self.homes, np.int32).copy(),
             self.lists,
             self.ids,
             self.fields,
             self.bad,
         )
-
-
-def _column(values, dtype):
-    return np.frombuffer(values, dtype).copy()
 
 
 def _drop_repeats(index, ok, keys, reason):
