@@ -27,7 +27,9 @@ from ml_collections import config_flags
 from experiments import huge_pages
 from experiments.errors import in_one_line, report
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: path.py, path.py:variant or a NeMo .yaml.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe: path.py[:variant] or NeMo's .yaml."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, log.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
 PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes of the run.")
