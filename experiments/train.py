@@ -3,7 +3,8 @@
     python -m experiments.train --config=configs/lact_an4.py --workdir=runs/an4 \\
         --config.data.train=an4/train.jsonl --config.data.valid=an4/valid.jsonl
 
-Any field of the config can be changed on the command line (`--config.optim.lr=3e-4`). A run
+Any field of the config can be changed on the command line (`--config.optim.lr=3e-4`). A recipe may
+also be NeMo's speech_to_text_finetune.yaml (docs/nemo_recipe.md). A run
 starts, in this order: from the newest good checkpoint of its own workdir; from the run, step or
 average at `config.init.path` (`--config.init=PATH` for short); from imported weights there; from
 scratch.
@@ -26,7 +27,9 @@ from ml_collections import config_flags
 from experiments import huge_pages
 from experiments.errors import in_one_line, report
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: path.py or path.py:variant.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe: path.py[:variant] or NeMo's .yaml."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, log.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
 PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes of the run.")

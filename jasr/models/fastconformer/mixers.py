@@ -128,7 +128,8 @@ def relative_scene(encoder, frames, drawn, train):
     c, scene = encoder.config, attention_scene(encoder, frames, drawn, train)
     positions = sinusoids(*scene.plan.positions, c.d_model).astype(c.dtype)
     positions = Dropout(c.dropout_emb)(positions, train)
-    record(encoder, "pos_emb", positions)
+    if not encoder.has_variable("stages", "pos_emb"):  # it is that of the first layers
+        record(encoder, "pos_emb", positions)
     return scene.replace(positions=positions)
 
 
