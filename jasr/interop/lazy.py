@@ -152,16 +152,23 @@ def same(x, other):
     return bool(np.array_equal(x, other))
 
 
+def empty(shape, dtype):
+    """An array at a multiple of 64 bytes, where JAX on CPUs uses it without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
 def owned(x, dtype=None):
-    """The array in memory of its own, in C order and at a multiple of 64 bytes, where JAX on CPUs
-    uses it without another copy.
+    """The array in memory of its own, in C order, as `empty` places it.
 
     dtype: what it is cast to; None: its own.
     """
-    dtype = np.dtype(dtype or x.dtype)
-    room = np.empty(math.prod(x.shape) * dtype.itemsize + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    size = room.size - 64
-    copy = room[start : start + size].view(dtype).reshape(x.shape)
-    np.copyto(copy, np.asarray(x), casting="unsafe")
+    value, dtype = np.asarray(x), np.dtype(dtype or x.dtype)
+    fresh = value is not x and value.flags.writeable and value.flags.c_contiguous
+    if fresh and value.dtype == dtype and value.ctypes.data % 64 == 0:
+        return value  # it was read for this
+    copy = empty(value.shape, dtype)
+    np.copyto(copy, value, casting="unsafe")
     return copy
