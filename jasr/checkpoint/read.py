@@ -1,8 +1,6 @@
 """Reading checkpoints: whole trees as numpy anywhere, onto a mesh, or one leaf at a time."""
 
-import collections
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -112,15 +110,17 @@ class Leaves:
         return {path: self._lazy(path, kind) for path, kind in self.kinds.items()}
 
     def _lazy(self, path, kind):
-        def read(at):
+        def into(out, at=...):
             import tensorstore as ts
 
-            out = lazy.empty([a.stop - a.start for a in at], kind.dtype)
             with told_where(self.directory):
                 ts.array(out).write(self._stores[path][at]).result()
             return out
 
-        return lazy.Lazy(kind.shape, kind.dtype, read)
+        def read(at):
+            return into(lazy.empty([a.stop - a.start for a in at], kind.dtype), at)
+
+        return lazy.Lazy(kind.shape, kind.dtype, read, into)
 
     def read(self, path):
         """One leaf as a numpy array."""
@@ -130,15 +130,18 @@ class Leaves:
     def in_memory(self):
         """{path: numpy array} of all leaves. One is read while the one before it is finished: all
         at once, tensorstore takes twice the time."""
-        rooms = {p: lazy.empty(kind.shape, kind.dtype) for p, kind in self.kinds.items()}
-        requests = ((self, path, room) for path, room in rooms.items())
-        return dict(zip(rooms, read_ahead(requests), strict=True))
-
-    def start(self, path, out):
-        """A future that is done when the leaf is in the array `out`, of its shape and dtype."""
         import tensorstore as ts
 
-        return ts.array(out).write(self._stores[path])
+        found, reading = {}, None
+        with told_where(self.directory):
+            for path, kind in self.kinds.items():
+                found[path] = lazy.empty(kind.shape, kind.dtype)
+                last, reading = reading, ts.array(found[path]).write(self._stores[path])
+                if last:
+                    last.result()
+            if reading:
+                reading.result()
+        return found
 
 
 def _places(description):
@@ -158,36 +161,6 @@ def _open(directory, name, driver, store):
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     spec = {"driver": driver, "kvstore": place if store == "ocdbt" else f"{base}{name}/"}
     return ts.open(spec, open=True, read=True)
-
-
-def read_ahead(requests):
-    """Yields the leaf of each (Leaves, path, out), in order, while the next one is being read.
-
-    Args:
-      requests: out is the array that the leaf is read into, or None: then it comes in one of two
-        buffers, and stays only until the next one is asked for. Fresh memory for every leaf would
-        cost as much as reading it.
-    """
-    buffers, reading = [np.empty(0, np.uint8)] * 2, collections.deque()
-    for turn, (item, path, out) in enumerate(requests):
-        if out is None:
-            kind = item.kinds[path]
-            size = math.prod(kind.shape) * kind.dtype.itemsize
-            if buffers[turn % 2].size < size:
-                buffers[turn % 2] = np.empty(size, np.uint8)
-            out = buffers[turn % 2][:size].view(kind.dtype).reshape(kind.shape)
-        with told_where(item.directory):
-            reading.append((item.directory, item.start(path, out), out))
-        if len(reading) == 2:
-            yield _done(*reading.popleft())
-    while reading:
-        yield _done(*reading.popleft())
-
-
-def _done(directory, written, out):
-    with told_where(directory):
-        written.result()
-    return out
 
 
 def is_key(x):

@@ -19,10 +19,12 @@ class Lazy:
     Args:
       shape, dtype: of the whole array.
       read: (one slice an axis, with start and stop, of step 1) -> numpy array of that stretch.
+      read_into: reads all into an array of this shape and dtype; None: by a copy of `read`'s.
     """
 
-    def __init__(self, shape, dtype, read):
+    def __init__(self, shape, dtype, read, read_into=None):
         self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+        self._into = read_into
         self.ndim, self.size = len(self.shape), math.prod(self.shape)
         self.nbytes = self.size * self.dtype.itemsize
 
@@ -45,6 +47,14 @@ class Lazy:
                 spans.append(slice(start, start + 1))
                 inside.append(0)
         return self._read(tuple(spans))[tuple(inside)]
+
+    def read_into(self, out):
+        """`out`, an array of this shape and dtype, with the whole array in it."""
+        if self._into:
+            self._into(out)
+        else:
+            np.copyto(out, np.asarray(self))
+        return out
 
     def __array__(self, dtype=None, copy=None):
         value = self._read(tuple(slice(0, n) for n in self.shape))
