@@ -156,7 +156,7 @@ def average_foreign(args):
     weights, how = averaging.weigh(chosen, args.weights, args.metric, args.mode)
     if args.equal:
         weights, how = None, "equal"
-    best = foreign_averages.best_of(chosen, args.metric, args.mode)
+    best = averaging.best_of(chosen, args.metric, args.mode)
     average = foreign_averages.average_files(chosen, weights, how=how, best=best)
     if args.output:
         foreign_averages.write_ckpt(args.output, average)
@@ -167,7 +167,9 @@ def average_foreign(args):
 
 def show(output, made):
     """Prints an average's members and weights."""
-    print(f"{output}: {len(made['members'])} checkpoints, weights: {made['weights_from']}")
+    what = f"{made['item']} of " if "item" in made else ""
+    kind = "steps" if what else "checkpoints"
+    print(f"{output}: {what}{len(made['members'])} {kind}, weights: {made['weights_from']}")
     for m in made["members"]:
         shown = "  ".join(f"{k} {v:.4f}" for k, v in m["metrics"].items())
         print(f"  {m['weight']:.4f} x step {m['step']:<8} {shown}  {m['path']}")
@@ -202,10 +204,7 @@ def main(argv=None):
     where = pathlib.Path(args.checkpoint_dir or ".") / f"average-{name}"
     output = pathlib.Path(args.output) if args.output else where
     made = averaging.average_checkpoints(members, output, weights, args.item, how=how)
-    print(f"{output}: {made['item']} of {len(members)} steps, weights: {made['weights_from']}")
-    for m in made["members"]:
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in m["metrics"].items())
-        print(f"  {m['weight']:.4f} x step {m['step']:<8} {shown}  {m['path']}")
+    show(output, made)
     if args.evaluate:
         compare(output, members, args.evaluate, made["item"])
     return 0

@@ -1,21 +1,20 @@
 """Averages of checkpoints."""
 
-from jasr.averaging.mean import (
+from jasr.averaging.mean import AverageError, average, normalised
+from jasr.averaging.members import (
     PROVENANCE,
-    AverageError,
     Member,
-    average,
-    average_checkpoints,
+    best_of,
     check_duplicates,
     check_once,
     find_members,
     is_last,
     member,
-    normalised,
     parse_name,
     select,
     weigh,
 )
+from jasr.averaging.steps import average_checkpoints
 
 __all__ = [
     "AverageError",
@@ -23,6 +22,7 @@ __all__ = [
     "PROVENANCE",
     "average",
     "average_checkpoints",
+    "best_of",
     "check_duplicates",
     "check_once",
     "find_members",

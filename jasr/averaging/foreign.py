@@ -13,7 +13,6 @@ comes from one member.
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -23,9 +22,10 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 
-import jasr
 from jasr import averaging, tree
 from jasr.averaging import PROVENANCE, AverageError, Member
+from jasr.averaging.mean import check_floats, check_same, means
+from jasr.averaging.members import provenance
 from jasr.interop import nemo_archive, plain_yaml, torch_file, zarr_checkpoint
 
 STATE = "_extra_state"
@@ -99,15 +99,6 @@ def _was_averaged(path):
         return False  # it is told when the file is chosen
 
 
-def best_of(members, metric="val_wer", mode="min"):
-    """The member with the best metric if all have it, else the newest one."""
-    sign = -1 if mode == "max" else 1
-    values = [sign * m.metrics.get(metric, math.nan) for m in members]
-    if any(math.isnan(v) for v in values):
-        return max(members, key=lambda m: m.step)
-    return members[values.index(min(values))]
-
-
 def average_files(members, weights=None, *, how="", integers="copy", best=None):
     """The FileAverage of .ckpt files (Lightning's, or bare state dicts).
 
@@ -130,22 +121,26 @@ def average_files(members, weights=None, *, how="", integers="copy", best=None):
     how = how or ("equal" if weights is None else "given")
     weights = averaging.normalised(weights, len(members))
     averaging.check_once(members)
-    best = best or best_of(members)
-    states = [_state(m.path) for m in members]
-    _check_same(states, members)
+    best = best or averaging.best_of(members)
+    states, names = [_state(m.path) for m in members], [str(m.path) for m in members]
+    kinds = [
+        {k: v for k, v in s.items() if isinstance(v, np.ndarray) and not k.endswith(STATE)}
+        for s in states
+    ]
+    check_same(kinds, names)
     first = _state(best.path)
     tied = _tied(states)
     floats = [k for k, v in first.items() if _has_mean(k, v) and tied.get(k, k) == k]
-    means = _means([{k: s[k] for k in floats} for s in states], weights, members)
+    found = means([{k: s[k] for k in floats} for s in states], weights, names)
     state = {}
     for key, value in first.items():
         if _has_mean(key, value):
-            state[key] = means[tied.get(key, key)]
+            state[key] = found[tied.get(key, key)]
         elif integers == "sum" and _is_integer(key, value):
             state[key] = np.sum([s[key] for s in states], axis=0, dtype=value.dtype)
         else:
             state[key] = np.array(value) if isinstance(value, np.ndarray) else value
-    return FileAverage(state, best, _provenance(members, weights, how))
+    return FileAverage(state, best, provenance(members, weights, how))
 
 
 def write_ckpt(path, average):
@@ -315,28 +310,27 @@ def average_directories(members, output, weights=None, *, how=""):
         store = zarr_checkpoint.arrays(m.path)
         stores.append({k: v for k, v in store.items() if not _is_copied(k)})
         _check_flat(m.path, store)
-    _check_same(stores, members)
-    for name, array in stores[0].items():
-        if not jnp.issubdtype(array.dtype, np.floating):
-            raise AverageError(f"{name} of {members[0].path} is {array.dtype}: it has no mean")
-    provenance = _provenance(members, weights, how)
+    names = [str(m.path) for m in members]
+    check_same(stores, names)
+    check_floats(stores[0], names[0])
+    made = provenance(members, weights, how)
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         for name, array in stores[0].items():
-            mean = _means([{name: s[name]} for s in stores], weights, members)[name]
+            mean = means([{name: s[name]} for s in stores], weights, names)[name]
             zarr_checkpoint.write(partial, name, mean, array)
         for path in sorted(members[0].path.iterdir()):
             if path.is_dir() and path.name not in stores[0]:
                 shutil.copytree(path, partial / path.name)
             elif path.is_file():
                 shutil.copy(path, partial)
-        (partial / PROVENANCE).write_text(json.dumps(provenance, indent=1), encoding="utf-8")
+        (partial / PROVENANCE).write_text(json.dumps(made, indent=1), encoding="utf-8")
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return provenance
+    return made
 
 
 def _check_flat(folder, store):
@@ -352,47 +346,3 @@ def _check_flat(folder, store):
 
 def _is_copied(name):
     return name.startswith("optimizer.") or name.endswith(f".{STATE}")
-
-
-# ---- both ----------------------------------------------------------------------------------------
-
-
-def _check_same(stores, members):
-    """Raises AverageError, with every difference, unless all have the same names and kinds."""
-    kinds = [
-        {k: v for k, v in store.items() if hasattr(v, "dtype") and not k.endswith(STATE)}
-        for store in stores
-    ]
-    for other, m in zip(kinds[1:], members[1:], strict=True):
-        try:
-            tree.compare(kinds[0], other, dtype=True, what=f"{m.path} beside {members[0].path}")
-        except tree.TreeError as e:
-            raise AverageError(str(e)) from None
-
-
-def _means(stores, weights, members):
-    """`averaging.average`, with the path of the member whose values are not finite."""
-    try:
-        return averaging.average(stores, weights)
-    except AverageError:
-        for store, m in zip(stores, members, strict=True):
-            for key, value in store.items():
-                if not np.isfinite(np.asarray(value)).all():
-                    raise AverageError(f"{key} of {m.path} has NaN or infinite values") from None
-        raise
-
-
-def _provenance(members, weights, how):
-    return {
-        "weights_from": how,
-        "jasr": jasr.__version__,
-        "members": [
-            {
-                "path": str(m.path),
-                "step": m.step,
-                "weight": w,
-                "metrics": {k: v if math.isfinite(v) else None for k, v in m.metrics.items()},
-            }
-            for m, w in zip(members, weights, strict=True)
-        ],
-    }

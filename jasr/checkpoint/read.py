@@ -1,8 +1,6 @@
 """Reading checkpoints: whole trees as numpy anywhere, onto a mesh, or one leaf at a time."""
 
-import collections
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +33,9 @@ def load_params(path, step=None, item="", verify=True):
         if name == "batch_stats":  # a model without running statistics
             return {}
         raise CheckpointError(f"{directory} has no item {name!r}, only {has}")
+    stored = Leaves(directory / name)
+    if stored.plain:
+        return trees.unflatten(stored.in_memory())
     handler = ocp.PyTreeCheckpointHandler()
     kinds = handler.metadata(directory / name).tree
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), kinds)
@@ -78,46 +79,69 @@ def read_like(directory, like):
     return jax.tree.map(_decode, like, state)
 
 
+_OF_A_DICT = 2  # Orbax's number for a key of a dict
+
+
 class Leaves:
     """The leaves of one item of a step, opened and read one at a time.
 
     Attributes:
       directory: of the item.
       kinds: {path: ShapeDtypeStruct}, in the order of the tree.
+      plain: whether the tree is one of dicts alone.
     """
 
     def __init__(self, directory):
         self.directory = directory
         with told_where(directory):
-            text = (directory / "_METADATA").read_text(encoding="utf-8")
-            opening = {path: _open(directory, *how) for path, how in _places(json.loads(text))}
+            text = json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
+            opening = {path: _open(directory, *how) for path, how in _places(text)}
             self._stores = {path: store.result() for path, store in opening.items()}
         self.kinds = {
             path: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype)
             for path, store in self._stores.items()
         }
+        leaves = text["tree_metadata"].values()
+        keys = [key["key_type"] for leaf in leaves for key in leaf["key_metadata"]]
+        self.plain = len(leaves) == len(self.kinds) and set(keys) <= {_OF_A_DICT}
 
     def arrays(self):
         """{path: Lazy}, read by slices."""
         return {path: self._lazy(path, kind) for path, kind in self.kinds.items()}
 
     def _lazy(self, path, kind):
-        def read(at):
-            with told_where(self.directory):
-                return self._stores[path][at].read().result()
+        def into(out, at=...):
+            import tensorstore as ts
 
-        return lazy.Lazy(kind.shape, kind.dtype, read)
+            with told_where(self.directory):
+                ts.array(out).write(self._stores[path][at]).result()
+            return out
+
+        def read(at):
+            return into(lazy.empty([a.stop - a.start for a in at], kind.dtype), at)
+
+        return lazy.Lazy(kind.shape, kind.dtype, read, into)
 
     def read(self, path):
         """One leaf as a numpy array."""
         with told_where(self.directory):
             return self._stores[path].read().result()
 
-    def start(self, path, out):
-        """A future that is done when the leaf is in the array `out`, of its shape and dtype."""
+    def in_memory(self):
+        """{path: numpy array} of all leaves. One is read while the one before it is finished: all
+        at once, tensorstore takes twice the time."""
         import tensorstore as ts
 
-        return ts.array(out).write(self._stores[path])
+        found, reading = {}, None
+        with told_where(self.directory):
+            for path, kind in self.kinds.items():
+                found[path] = lazy.empty(kind.shape, kind.dtype)
+                last, reading = reading, ts.array(found[path]).write(self._stores[path])
+                if last:
+                    last.result()
+            if reading:
+                reading.result()
+        return found
 
 
 def _places(description):
@@ -137,36 +161,6 @@ def _open(directory, name, driver, store):
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     spec = {"driver": driver, "kvstore": place if store == "ocdbt" else f"{base}{name}/"}
     return ts.open(spec, open=True, read=True)
-
-
-def read_ahead(requests):
-    """Yields the leaf of each (Leaves, path, out), in order, while the next one is being read.
-
-    Args:
-      requests: out is the array that the leaf is read into, or None: then it comes in one of two
-        buffers, and stays only until the next one is asked for. Fresh memory for every leaf would
-        cost as much as reading it.
-    """
-    buffers, reading = [np.empty(0, np.uint8)] * 2, collections.deque()
-    for turn, (item, path, out) in enumerate(requests):
-        if out is None:
-            kind = item.kinds[path]
-            size = math.prod(kind.shape) * kind.dtype.itemsize
-            if buffers[turn % 2].size < size:
-                buffers[turn % 2] = np.empty(size, np.uint8)
-            out = buffers[turn % 2][:size].view(kind.dtype).reshape(kind.shape)
-        with told_where(item.directory):
-            reading.append((item.directory, item.start(path, out), out))
-        if len(reading) == 2:
-            yield _done(*reading.popleft())
-    while reading:
-        yield _done(*reading.popleft())
-
-
-def _done(directory, written, out):
-    with told_where(directory):
-        written.result()
-    return out
 
 
 def is_key(x):

@@ -4,6 +4,7 @@
         params/ batch_stats/ opt_state/ ema/ ...   trees, in Orbax's format
         meta/metadata                      JSON: data position, config, tokenizer ...
         metrics/metrics                    JSON: what the step is ranked by
+        export/model.nemo ...              the weights in other formats, where they are asked for
         jasr_manifest.json                 size and SHA-256 of every file above
 
 Orbax writes the trees into `300.orbax-checkpoint-tmp`; the manifest is the last file to go in;
@@ -17,10 +18,12 @@ of old steps is not used: it counts damaged steps, and does not delete in one go
 
 import contextlib
 import itertools
+import os
 import pathlib
 import re
 import shutil
 import threading
+import time
 
 import jax
 import numpy as np
@@ -62,6 +65,7 @@ __all__ = [
     "verify",
 ]
 
+EXPORTS, EXPORTED = "export", "model"  # a step's folder of exports; their name without its ending
 _WRITTEN = "jasr_written."  # + process: it has written its part of a temporary directory
 _PATIENCE_MS = 20 * 60 * 1000  # a process waits so long for the others' parts
 _numbers = itertools.count()  # of the saves, the same on every process
@@ -73,11 +77,15 @@ _REMAINS = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|jasr-deleting|jasr-probe)")
 class CheckpointConfig:
     """Which steps stay on disk: the newest, and the best by one metric."""
 
-    keep_latest: int = settings.field(2, least=1)
+    keep_latest: int = settings.field(2, least=0)  # 0 = all
     keep_best: int = settings.field(3, least=0)
     metric: str = "val_wer"
     mode: str = settings.field("min", choices=("min", "max"))  # "min": lower is better
     verify: bool = True  # read every byte of a step before it is restored
+    export: tuple = ()  # formats that each step is written in as well, inside of it: names of the
+    # system's originals, ("nemo",), with options "hf:branch=ctc"; links stand in <run>/exports
+    resume_step: int = 0  # go on from this step instead of the newest; later ones are set aside in
+    # <run>/set_aside-<step>-<time>, and as long as that is there it has been done. 0 or -1: newest
 
 
 class Checkpoints:
@@ -93,9 +101,23 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory, keep_latest=2, keep_best=3, metric="val_wer", mode="min", verify=True
+        self,
+        directory,
+        keep_latest=2,
+        keep_best=3,
+        metric="val_wer",
+        mode="min",
+        verify=True,
+        export=(),
+        resume_step=0,
+        exporter=None,
     ):
+        """Args, beside those of CheckpointConfig:
+        exporter: (directory of a step that is written, names of its trees, `export`), which puts
+          the exports into `directory`/export, on process 0.
+        """
         CheckpointConfig(keep_latest, keep_best, metric, mode, verify)  # checks them
+        self.export, self.exporter, self.resume_step = export, exporter, resume_step
         self.directory = pathlib.Path(directory).absolute()
         self.keep_latest, self.keep_best, self.verify = keep_latest, keep_best, verify
         self.metric, self.mode = metric, mode
@@ -109,6 +131,7 @@ class Checkpoints:
             for d in step_directories(self.directory).values():
                 if not (d / MANIFEST).exists():
                     report(f"checkpoint {d} has no {MANIFEST}: half-written, it is not used")
+            self._link_exports()
 
     def __enter__(self):
         return self
@@ -184,6 +207,8 @@ class Checkpoints:
         self.wait()
         if step is None and not _agree(len(step_directories(self.directory))):
             return None
+        if step is None and self.resume_step > 0 and _agree(self._set_aside()):
+            step = self.resume_step
         chosen, faults = -1, []
         if _primary():
             chosen, faults = self._newest_good(step)
@@ -232,6 +257,42 @@ class Checkpoints:
             report(f"checkpoint {faults[-1]}. It is not used.")
         return -1, faults
 
+    def _set_aside(self):
+        """Whether `resume_step` is the step to restore, after later ones were put aside; on process
+        0. Not where that was done before, so that what has been trained since goes on."""
+        if not _primary():
+            return False
+        root, wanted = self.directory.parent, self.resume_step
+        if any(root.glob(f"set_aside-{wanted}-*")):
+            return False
+        found = step_directories(self.directory)
+        if wanted in found:
+            aside = root / f"set_aside-{wanted}-{time.strftime('%Y%m%d-%H%M%S')}"
+            aside.mkdir()
+            for number, directory in found.items():
+                if number > wanted:
+                    directory.rename(aside / directory.name)
+            self._link_exports()
+        return True
+
+    def _link_exports(self):
+        """Makes <run>/exports/step_000300.nemo a relative link to what step 300 holds."""
+        folder = self.directory.parent / "exports"
+        found = {}
+        for step, directory in step_directories(self.directory).items():
+            inside = directory / EXPORTS
+            for path in inside.iterdir() if inside.is_dir() else ():
+                ending = path.name.removeprefix(EXPORTED)
+                found[f"step_{step:06d}{ending}"] = os.path.relpath(path, folder)
+        with contextlib.suppress(OSError):  # a file system without links; the steps hold the files
+            for old in folder.iterdir() if folder.is_dir() else ():
+                if old.is_symlink() and found.get(old.name) != os.readlink(old):
+                    old.unlink()
+            for name, target in found.items():
+                folder.mkdir(exist_ok=True)
+                if not (folder / name).is_symlink():
+                    (folder / name).symlink_to(target)
+
     def _make_way(self, step):
         """Removes what is left of a step; what stands against a new directory, None if nothing."""
         try:
@@ -264,6 +325,8 @@ class Checkpoints:
             if not mark.exists():
                 raise CheckpointError(f"process {process} did not write its part, see its log")
             mark.unlink()
+        if self.export:
+            self.exporter(temporary, items, self.export)
         seal(temporary, step=step, items=items, metric=self.metric, mode=self.mode)
 
     def _finish(self, step, fault):
@@ -285,12 +348,13 @@ class Checkpoints:
         if _primary():
             try:
                 self._retire(step)
+                self._link_exports()
             except OSError as e:
                 report(f"old checkpoints in {self.directory} could not be deleted: {e}")
 
     def _retire(self, newest):
         steps = self.steps()
-        keep = {newest, *steps[-self.keep_latest :]}
+        keep = {newest, *steps[-self.keep_latest :]}  # all, if it is 0
         keep.update(ranked(self.directory, steps, self.metric, self.mode)[: self.keep_best])
         for step in steps:
             if step not in keep:

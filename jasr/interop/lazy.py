@@ -19,10 +19,12 @@ class Lazy:
     Args:
       shape, dtype: of the whole array.
       read: (one slice an axis, with start and stop, of step 1) -> numpy array of that stretch.
+      read_into: reads all into an array of this shape and dtype; None: by a copy of `read`'s.
     """
 
-    def __init__(self, shape, dtype, read):
+    def __init__(self, shape, dtype, read, read_into=None):
         self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+        self._into = read_into
         self.ndim, self.size = len(self.shape), math.prod(self.shape)
         self.nbytes = self.size * self.dtype.itemsize
 
@@ -45,6 +47,14 @@ class Lazy:
                 spans.append(slice(start, start + 1))
                 inside.append(0)
         return self._read(tuple(spans))[tuple(inside)]
+
+    def read_into(self, out):
+        """`out`, an array of this shape and dtype, with the whole array in it."""
+        if self._into:
+            self._into(out)
+        else:
+            np.copyto(out, np.asarray(self))
+        return out
 
     def __array__(self, dtype=None, copy=None):
         value = self._read(tuple(slice(0, n) for n in self.shape))
@@ -152,16 +162,23 @@ def same(x, other):
     return bool(np.array_equal(x, other))
 
 
+def empty(shape, dtype):
+    """An array at a multiple of 64 bytes, where JAX on CPUs uses it without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
 def owned(x, dtype=None):
-    """The array in memory of its own, in C order and at a multiple of 64 bytes, where JAX on CPUs
-    uses it without another copy.
+    """The array in memory of its own, in C order, as `empty` places it.
 
     dtype: what it is cast to; None: its own.
     """
-    dtype = np.dtype(dtype or x.dtype)
-    room = np.empty(math.prod(x.shape) * dtype.itemsize + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    size = room.size - 64
-    copy = room[start : start + size].view(dtype).reshape(x.shape)
-    np.copyto(copy, np.asarray(x), casting="unsafe")
+    value, dtype = np.asarray(x), np.dtype(dtype or x.dtype)
+    fresh = value is not x and value.flags.writeable and value.flags.c_contiguous
+    if fresh and value.dtype == dtype and value.ctypes.data % 64 == 0:
+        return value  # it was read for this
+    copy = empty(value.shape, dtype)
+    np.copyto(copy, value, casting="unsafe")
     return copy

@@ -21,8 +21,9 @@ import shutil
 import jax
 
 from jasr import checkpoint, sharding, tree
-from jasr.checkpoint.files import delete, read_manifest, seal
+from jasr.checkpoint.files import delete, read_json, read_manifest, seal
 from jasr.checkpoint.read import Leaves
+from jasr.checkpoint.steps import EXPORTED, EXPORTS
 from jasr.interop import lazy
 from jasr.systems import catalogue
 
@@ -294,6 +295,53 @@ def locate(origin, *near):
 # ---- exports -------------------------------------------------------------------------------------
 
 
+def exports(task):
+    """The `exporter` of a run's Checkpoints: writes its steps in other formats of the system.
+
+    Raises (of the exporter):
+      ValueError: a format or option that the system does not have, or that cannot hold the model.
+    """
+
+    def write(directory, items, names):
+        meta = read_json(directory, "meta")
+        leaves = step_leaves(directory, "ema" if "ema" in items else "params", items, meta)
+        folder = directory / EXPORTS
+        folder.mkdir()
+        for text in names:
+            name, options = parse_export(task, text)
+            ending = catalogue.resolve(catalogue.get(task).originals[name]).endings[0]
+            export(name, folder / f"{EXPORTED}{ending}", meta, leaves, options)
+
+    return write
+
+
+def parse_export(task, text):
+    """(format, {option: value}) of an entry of config.checkpoint.export, "hf:branch=ctc".
+
+    Raises:
+      ValueError: a format or option that the system of `task` does not have.
+    """
+    name, _, rest = text.partition(":")
+    flags, options = _checked(catalogue.get(task), name), {}
+    for part in filter(None, rest.split(",")):
+        option, _, value = part.partition("=")
+        if option not in flags:
+            raise ValueError(f"config.checkpoint.export {text!r}: no option {option!r}")
+        flag = flags[option]
+        if flag.choices and value not in flag.choices:
+            raise ValueError(f"config.checkpoint.export {text!r}: choose {', '.join(flag.choices)}")
+        options[option] = flag.parse(value) if not flag.switch else True
+    return name, options
+
+
+def _checked(system, name):
+    """The flags of an export, if the system has the format."""
+    if name not in system.originals:
+        known = ", ".join(system.originals) or "none"
+        raise ValueError(f"{system.name} models have no format {name!r}; those they have: {known}")
+    return system.options["convert"].flags if "convert" in system.options else {}
+
+
 def format_of(path):
     """The name of the original's format that a target's name asks for, "" if it asks for none."""
     for system in catalogue.every():
@@ -313,10 +361,7 @@ def export(name, path, meta, leaves, options):
       ValueError: the system has no such format or option, or the format cannot hold the model.
     """
     system = catalogue.get(meta["config"]["task"])
-    if name not in system.originals:
-        known = ", ".join(system.originals) or "none"
-        raise ValueError(f"{system.name} models have no format {name!r}; those they have: {known}")
-    has = system.options["convert"].flags if "convert" in system.options else {}
+    has = _checked(system, name)
     if unknown := [option for option in options if option not in has]:
         raise ValueError(f"--{', --'.join(unknown)}: no option of {system.name} models")
     return catalogue.resolve(system.originals[name]).write(path, meta, leaves, options)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jasr import checkpoint, data, metrics, settings, sharding, tree
-from jasr.systems import catalogue, loading
+from jasr.systems import catalogue, loading, source
 from jasr.training import guards, optim, start, validation
 from jasr.training import step as steps
 
@@ -109,7 +109,12 @@ def prepare(plain, workdir):
         log.info("%g epochs are %d steps", run.epochs, run.steps)
     validators = validation.chosen(task, run.validate)
     check_metric(kept, validation.metric_names(validators, valid_data), bool(valid_data))
-    store = checkpoint.Checkpoints(workdir / "checkpoints", **settings.to_dict(kept))
+    for name in kept.export:
+        source.parse_export(plain["task"], name)
+    exporter = source.exports(plain["task"])
+    store = checkpoint.Checkpoints(
+        workdir / "checkpoints", exporter=exporter, **settings.to_dict(kept)
+    )
     made = Run(
         plain, workdir, run, opt, given, mesh, tokenizer, task, train_data, valid_data, validators,
         store,

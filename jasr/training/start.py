@@ -226,7 +226,7 @@ def check_source(origin, given, task, paths, config):
       config: the run's, as a plain mapping.
     """
     taken = [p for p in paths if _taken(p, origin, given)]
-    tokens = any(re.fullmatch(task.TOKEN_PARAMETERS, p) for p in taken)
+    tokens = any(re.fullmatch(task.token_parameters, p) for p in taken)
     meta = source.load_meta(origin, tokens)
     changes = _differences(origin, meta["config"], config)
     if tokens:

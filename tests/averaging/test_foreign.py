@@ -50,7 +50,7 @@ def test_files_are_found_by_name_and_weighed_as_the_goldens_say(folder):
     with pytest.warns(UserWarning, match="sum to 10"):
         given, how = averaging.weigh(members, golden["seed000/custom_weights_in"])
     np.testing.assert_allclose(given, golden["seed000/custom_weights_normalised"])
-    assert fa.best_of(members).step == 25000
+    assert averaging.best_of(members).step == 25000
     chosen = averaging.select(members, steps=(20500, 14000))
     assert [m.step for m in chosen] == [20500, 14000]
 
@@ -98,10 +98,10 @@ def test_the_best_is_the_newest_where_a_metric_is_missing(tmp_path):
         averaging.Member(tmp_path, 3, {}),
         averaging.Member(tmp_path, 2, {}),
     ]
-    assert fa.best_of(members).step == 3
-    assert fa.best_of(members[:1]).step == 1
+    assert averaging.best_of(members).step == 3
+    assert averaging.best_of(members[:1]).step == 1
     scores = [averaging.Member(tmp_path, i, {"bleu": b}) for i, b in enumerate((3.0, 9.0, 4.0))]
-    assert fa.best_of(scores, "bleu", "max").step == 1
+    assert averaging.best_of(scores, "bleu", "max").step == 1
 
 
 # ---- averaging -----------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def test_mistakes_of_the_caller_raise_at_once(tmp_path):
         with pytest.raises(ValueError, match="meta"):
             c.save(1, {"meta": {"w": np.ones(1)}}, {}, {})
     with pytest.raises(ValueError, match="keep_latest"):
-        Checkpoints(tmp_path / "c", keep_latest=0)
+        Checkpoints(tmp_path / "c", keep_latest=-1)
 
 
 def test_doctor_lists_steps_and_names_damaged_files(run, capsys):

@@ -39,7 +39,7 @@ class ParakeetTask:
     groups: int = 1  # devices that a batch is split over: see `losses.joint`
 
     # What a vocabulary gives its meaning to.
-    TOKEN_PARAMETERS = (
+    token_parameters = (
         r"(decoder/decoder_layers_0|ctc_decoder/decoder_layers_0|decoder/prediction/embed"
         r"|joint/joint_net)/.*"
     )

@@ -62,7 +62,7 @@ class CtcTask:
         )
 
     # What a vocabulary gives its meaning to.
-    TOKEN_PARAMETERS = r"ctc_head/.*|model/self_condition/.*"
+    token_parameters = r"ctc_head/.*|model/self_condition/.*"
 
     @property
     def config(self):
