@@ -124,8 +124,8 @@ def jasr_side(args, directory, inputs):
     import jax
     import optax
 
-    from jasr.audio.inputs import reduced
     from jasr.losses.ctc import ctc_loss
+    from jasr.losses.reduction import contribution, scale_and_count
     from jasr.systems import loading
 
     task, variables, _ = loading.load(directory / "hf")
@@ -154,8 +154,8 @@ def jasr_side(args, directory, inputs):
         logits = apply({"params": params}, encoded, method="ctc_logits")
         tokens, token_len = x["tokens"], x["token_len"]
         losses, good = ctc_loss(logits, length, tokens, token_len, blank=task.config.blank)
-        total, weight = reduced(losses, token_len, good, "mean")
-        return total / weight, changed["batch_stats"]
+        scale, count = scale_and_count(token_len, good, "mean")
+        return contribution(losses, scale, count.sum()), changed["batch_stats"]
 
     def step(state, x):
         params, stats, opt_state = state
