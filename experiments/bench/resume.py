@@ -134,7 +134,6 @@ def tiny_config(manifest, steps, save_every):
 def load_modules():
     """Imports what a run needs, so that its forks have it; nothing may start a device or thread."""
     import flax.linen  # noqa: F401
-    import grain  # noqa: F401
     import optax  # noqa: F401
     import soundfile  # noqa: F401
 

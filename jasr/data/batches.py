@@ -11,6 +11,8 @@ import math
 import os
 import threading
 import types
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from jasr.data import index as index_lib
 from jasr.data.config import DataError, ItemError
 from jasr.data.plan import Plan
 
-NEVER = 1 << 62  # a stream without end, for libraries that ask for a length
+NEVER = 1 << 62  # a stream without end
 JUDGED_AFTER = 1000  # utterances tried before their failures are a share (fewer in small sets)
 
 
@@ -112,43 +114,11 @@ class Loader:
             )
 
 
-class _Stream:
-    """The numbers start, start + 1, ... through a function, as a random-access source."""
-
-    def __init__(self, function, length):
-        self.function, self.length = function, length
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, i):
-        return self.function(int(i))
-
-
 def stream(function, start, stop, num_threads, prefetch):
     """Yields function(i) for i in range(start, stop), computed ahead in threads, in order."""
     if num_threads < 1:
         yield from map(function, range(start, stop))
         return
-    try:
-        import grain
-    except ImportError:  # bare accelerator hosts
-        yield from _stream_in_pool(function, start, stop, num_threads, prefetch)
-        return
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, 1))
-    items = grain.MapDataset.source(_Stream(function, stop))[start:].to_iter_dataset(options)
-    iterator = iter(items)
-    try:
-        yield from iterator
-    finally:
-        if hasattr(iterator, "close"):
-            iterator.close()
-
-
-def _stream_in_pool(function, start, stop, num_threads, prefetch):
-    from collections import deque
-    from concurrent.futures import ThreadPoolExecutor
-
     pool, waiting = ThreadPoolExecutor(num_threads), deque()
     try:
         for i in range(start, stop):

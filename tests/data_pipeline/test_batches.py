@@ -1,6 +1,5 @@
 """The stream of batches depends on the position alone: not on threads, processes or restarts."""
 
-import builtins
 import dataclasses
 import json
 import os
@@ -40,23 +39,10 @@ def same(a, b):
             assert x[key].dtype == y[key].dtype
 
 
-def without_grain(monkeypatch):
-    real = builtins.__import__
-
-    def fake(name, *args, **kwargs):
-        if name == "grain":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", fake)
-
-
-def test_threads_and_grain_do_not_change_the_stream(corpus, monkeypatch):
+def test_threads_do_not_change_the_stream(corpus):
     want = take(opened(corpus[0]), 30)
     same(take(opened(corpus[0], num_threads=2), 30), want)
     same(take(opened(corpus[0], num_threads=3, prefetch=1), 30), want)
-    without_grain(monkeypatch)
-    same(take(opened(corpus[0], num_threads=2), 30), want)
 
 
 def test_the_cache_does_not_change_the_stream(corpus):

@@ -1,7 +1,5 @@
 """The benchmark of the loader runs."""
 
-import pytest
-
 from experiments import benchmark
 
 
@@ -12,7 +10,6 @@ def test_index_and_plan_of_many_rows_are_timed(capsys):
 
 
 def test_throughput_and_resuming_are_timed(capsys, monkeypatch):
-    pytest.importorskip("grain")
     from experiments.bench import loader
 
     monkeypatch.setattr(loader, "lhotse_epoch", lambda manifest, train: None)
