@@ -353,7 +353,7 @@ def test_misspelt_config_key_is_named(tmp_path):
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path):
     c = config(
-        optim__lr=float("nan"), optim__max_bad_steps=3, train__steps=10, train__log_every=4,
+        optim__lr=float("inf"), optim__max_bad_steps=3, train__steps=10, train__log_every=4,
         data__valid=(),
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match="4 steps in a row up to step 4"):
