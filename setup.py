@@ -24,7 +24,6 @@ CORE = (
     "numpy>=2.0",
     "ml-collections>=1.0",
     "absl-py>=2.1",
-    "grain>=0.2.12",
     "soundfile>=0.13",  # its wheels carry libsndfile: WAV, FLAC, OGG and MP3 without ffmpeg
     "sentencepiece>=0.2.1",
     "pyyaml>=6.0",
