@@ -214,8 +214,7 @@ def child(config, workdir, instant, pipe):
 
 def arm(directory, instant):
     """Makes this process kill itself at an instant of a save."""
-    from jasr import checkpoint
-    from jasr.checkpoint import files
+    from jasr.checkpoint import files, steps
 
     def die(name):
         if name == instant:
@@ -249,9 +248,9 @@ def arm(directory, instant):
                 f.unlink()
             die(instant)
 
-    around(checkpoint, "seal", lambda *_: die("items written"), "sealed")
+    around(steps, "seal", lambda *_: die("items written"), "sealed")
     around(files.os, "replace", replacing)
-    around(checkpoint, "sync_directory", syncing)
+    around(steps, "sync_directory", syncing)
     around(files.shutil, "rmtree", removing)
 
 

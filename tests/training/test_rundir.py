@@ -16,7 +16,7 @@ from jasr.training import rundir
 
 HOLD = """
 import sys, time
-from jasr import rundir
+from jasr.training import rundir
 try:
     with rundir.lock(sys.argv[1]):
         print("won", flush=True)
