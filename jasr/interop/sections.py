@@ -71,8 +71,9 @@ class Table(NamedTuple):
     name: the section's, in sentences. cls: our settings class, or {section of ours: class}: types
     are those of its fields. target: the class that `_target_` names. only_as: {key: values that
     change nothing}. silent: keys that change nothing, in the section or in sections of it. also:
-    {key: value} to be written where the file has none; read as silent. is_open: other keys are no
-    problem. none_is_usual: null stands for the default where it is no value of ours.
+    {key: value} to be written where the file has none; read as silent. always: the same, and no
+    other value may be read. is_open: other keys are no problem. none_is_usual: null stands for the
+    default where it is no value of ours.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Table(NamedTuple):
     only_as: Mapping = types.MappingProxyType({})
     silent: tuple | frozenset = ()
     also: Mapping = types.MappingProxyType({})
+    always: Mapping = types.MappingProxyType({})
     is_open: bool = False
     none_is_usual: bool = False
 
@@ -121,12 +123,6 @@ def complete(cls, values, name, problems):
         return None
 
 
-def same_names(cls, without=(), prefix="", **more):
-    """Rows of the fields of a settings class that are called alike on both sides."""
-    names = (f.name for f in dataclasses.fields(cls) if f.name not in without)
-    return tuple(Row(f"{prefix}{name}", **more) for name in names)
-
-
 def _flat(table, section, problems, prefix=""):
     """(dotted key, value) of what rows ask for; what nothing asks for is a problem."""
     keys = {key for row in table.rows for key in row.keys}
@@ -139,13 +135,15 @@ def _flat(table, section, problems, prefix=""):
                 yield from _flat(table, value, problems, f"{at}.")
             elif value is not None:
                 problems.append(f"{_place(table, at)} is {value!r:.100}, not a mapping")
-        elif value not in table.only_as.get(at, ()) and not _changes_nothing(table, key, at):
+        elif not _changes_nothing(table, key, at, value):
             problems.append(f"{_place(table, at)} is {value!r:.100}, which is not known here")
 
 
-def _changes_nothing(table, key, at):
+def _changes_nothing(table, key, at, value):
+    if at in table.only_as or at in table.always:
+        return value in table.only_as.get(at, ()) or value in [table.always.get(at, UNSAID)]
     known = table.is_open or key in table.silent or at in table.also
-    return at not in table.only_as and (known or (at == "_target_" and table.target))
+    return known or (at == "_target_" and bool(table.target))
 
 
 def _place(table, key):
@@ -242,7 +240,7 @@ def write(table, values, base=None):
     base, new = base or {}, {}
     if table.target:
         new["_target_"] = table.target
-    for key, value in table.also.items():
+    for key, value in {**table.always, **table.also}.items():
         if not _has(base, key.split(".")):
             _put(new, key.split("."), value)
     for row in table.rows:

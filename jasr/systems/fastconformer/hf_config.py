@@ -83,18 +83,13 @@ EXTRACTOR = Table(
             write=lambda size, values: size or 1 << (values["win"] - 1).bit_length()),
         Row("preemphasis", "preemph", 0.97, read={None: 0.0}),
     ),
-    only_as={
-        "feature_extractor_type": ("ParakeetFeatureExtractor",),
-        "padding_side": ("right",),
-        "padding_value": (0.0,),
-        "do_normalize": (True,),
-    },
-    also={
+    always={
         "feature_extractor_type": "ParakeetFeatureExtractor",
         "padding_side": "right",
         "padding_value": 0.0,
-        "return_attention_mask": True,
     },
+    only_as={"do_normalize": (True,)},
+    also={"return_attention_mask": True},
     silent=HARMLESS,
 )  # fmt: skip
 
@@ -104,10 +99,6 @@ def _expansion(inner, values):
     if rest:
         raise ValueError(f"no multiple of hidden_size {values['encoder.d_model']}")
     return factor
-
-
-def _channels(given, values):
-    return values["encoder.d_model"] if given == -1 else given
 
 
 def _encoder(key, field, usual=UNSAID, *args, **more):
@@ -121,8 +112,8 @@ ENCODER = (
     _encoder("num_attention_heads", "n_heads", 8),
     _encoder("num_key_value_heads", "n_heads", write=None),
     _encoder("subsampling_factor", "subsampling_factor", 8),
-    _encoder("subsampling_conv_channels", "subsampling_conv_channels", 256, write=_channels,
-             rules={"least": 1}),
+    _encoder("subsampling_conv_channels", "subsampling_conv_channels", 256, rules={"least": 1},
+             write=lambda given, values: values["encoder.d_model"] if given == -1 else given),
     _encoder("conv_kernel_size", "conv_kernel_size", 9),
     _encoder("attention_bias", "use_bias", True),
     _encoder("convolution_bias", "use_bias"),
@@ -149,6 +140,8 @@ TRANSDUCER = (
     Row("num_decoder_layers", "decoder.pred_rnn_layers", 2),
     Row("hidden_act", "joint.activation", "relu"),
 )
+SYMBOLS = Row("max_symbols_per_step", "decoding.max_symbols", 10, rules={"least": 1},
+              write=lambda most, _: most or 10)  # fmt: skip
 DURATIONS = Row("durations", "loss.durations", [0, 1, 2, 3, 4], durations)
 
 
@@ -157,10 +150,9 @@ def _ours(section, name, *args, **more):
     return Row(f"jasr.{section}.{name}", f"{section}.{name}", *args, **more)
 
 
-def _unsaid(section, said, **more):
+def _unsaid(section, said):
     """Rows of the fields that transformers has no words for, written where they are not usual."""
-    cls = SECTIONS[section]
-    usual = {f.name: f.default for f in dataclasses.fields(cls)}
+    usual = {f.name: f.default for f in dataclasses.fields(SECTIONS[section])}
     unless = lambda name: lambda v, _: UNSAID if v == usual[name] else v  # noqa: E731
     return tuple(_ours(section, n, write=unless(n)) for n in usual if f"{section}.{n}" not in said)
 
@@ -175,11 +167,9 @@ def table(kind):
         for f in dataclasses.fields(FrontEndConfig)
         if f.name not in {row.field for row in EXTRACTOR.rows}
     ]
-    also = {**_ALWAYS, "architectures": [CLASSES[kind]], "dtype": "float32"}
+    also, theirs = {"architectures": [CLASSES[kind]], "dtype": "float32"}, f"parakeet_{kind}"
     rows = [
-        Row(
-            "model_type", "loss.kind", MUST, {f"parakeet_{kind}": kind}, {kind: f"parakeet_{kind}"}
-        ),
+        Row("model_type", "loss.kind", MUST, {theirs: kind}, {kind: theirs}),
         _ours("loss", "kind"),
         *ENCODER,
         *front_end,
@@ -202,21 +192,14 @@ def table(kind):
             *_unsaid("decoder", said),
             *_unsaid("joint", said),
             _ours("decoding", "strategy", "greedy_batch", rules=ANY),
-            Row(
-                "max_symbols_per_step",
-                "decoding.max_symbols",
-                10,
-                write=lambda n, _: n or 10,
-                rules={"least": 1},
-            ),
+            SYMBOLS,
             _ours("decoding", "max_symbols", read={None: 0}, wins=True),
             *(_ours("decoding", row.field) for row in BEAM.rows),
             *([DURATIONS] if kind == "tdt" else []),
         ]
         also |= {"is_encoder_decoder": True}
-    only_as = {key: (value,) for key, value in _ALWAYS.items()}
     silent = HARMLESS | {_BLANK[kind][0]}
-    return Table("", SECTIONS, tuple(rows), only_as=only_as, silent=silent, also=also)
+    return Table("", SECTIONS, tuple(rows), always=_ALWAYS, silent=silent, also=also)
 
 
 class HfError(ValueError):
@@ -271,11 +254,10 @@ def read(config, extractor):
 def _blank(kind, config):
     """What is wrong with the key that holds the blank."""
     (key, usual), size = _BLANK[kind], config.get("vocab_size")
+    if size is None:
+        return ["config.json has no vocab_size"]
     if type(size) is not int or size < 2:
-        said = (
-            "has no vocab_size" if size is None else f"vocab_size is {size!r:.100}, not an integer"
-        )
-        return [f"{said} of at least 2"]
+        return [f"vocab_size is {size!r:.100}, not an integer of at least 2"]
     if (blank := config.get(key, usual)) == size - 1:
         return []
     said = "" if key in config else " by default"

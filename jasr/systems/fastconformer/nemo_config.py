@@ -57,6 +57,7 @@ class Settings(typing.NamedTuple):
 # ---- the tables ----------------------------------------------------------------------------------
 
 CTC_DECODER = Table("decoder", None, (), f"{MODULES}.ConvASRDecoder", is_open=True)
+_NO_PROJECTION = dict.fromkeys((None, -1, 0), UNSAID)
 _PREDNET = "forget_gate_bias hidden_hidden_bias_scale weights_init_scale t_max".split()
 PREDICTION = Table(
     "decoder",
@@ -69,15 +70,12 @@ PREDICTION = Table(
         Row("prednet.pred_rnn_layers"),
         Row("prednet.dropout", read={None: 0.0}),
         *(Row(f"prednet.{name}") for name in _PREDNET),
-        # a projection if it is another number
-        Row("prednet.rnn_hidden_size", "pred_hidden", read=dict.fromkeys((None, -1, 0), UNSAID),
-            write=None),
+        Row("prednet.rnn_hidden_size", "pred_hidden", UNSAID, _NO_PROJECTION, write=None),
     ),
     target=f"{MODULES}.RNNTDecoder",
-    only_as={"normalization_mode": (None,)},
-    also={"normalization_mode": None},
+    always={"normalization_mode": None},
     silent=("vocabulary",),
-)  # fmt: skip
+)
 JOINT = Table(
     "joint",
     JointConfig,
@@ -91,12 +89,8 @@ JOINT = Table(
     target=f"{MODULES}.RNNTJoint",
     only_as={"masking_prob": (None, -1, 0)},
     # They choose how much is computed at once, or normalise what every reader normalises.
-    also={
-        "log_softmax": None,
-        "preserve_memory": False,
-        "fuse_loss_wer": False,
-        "fused_batch_size": -1,
-    },
+    also={"log_softmax": None, "preserve_memory": False}
+    | {"fuse_loss_wer": False, "fused_batch_size": -1},
     silent=("vocabulary", "experimental_fuse_loss_wer"),
 )
 
@@ -117,10 +111,8 @@ LOSS_NAME = _OPEN._replace(
     rows=(Row("loss.loss_name", "name", "default", rules={"choices": ("default", *LOSSES)}),)
 )
 CTC_LOSS = _OPEN._replace(rows=(Row("ctc_reduction", "reduction", "mean_batch"),))
-AUXILIARY = (
-    Row("aux_ctc.ctc_loss_weight", "ctc_weight", 0.5),
-    Row("aux_ctc.ctc_reduction", usual="mean_batch"),
-)
+_WEIGHT = Row("aux_ctc.ctc_loss_weight", "ctc_weight", 0.5)
+AUXILIARY = (_WEIGHT, Row("aux_ctc.ctc_reduction", usual="mean_batch"))
 
 
 def durations(listed, _=None):
@@ -144,9 +136,8 @@ def loss_table(name, aux=False):
     rows += [Row(f"{place}.{name}", usual=usual) for name, usual in numbers(kind).items()]
     if kind == "tdt":
         keys = (f"{place}.durations", "decoding.durations")
-        first = lambda both, _: durations(both[0] or both[1])  # noqa: E731
-        twice = lambda frames, _: (frames, frames)  # noqa: E731
-        rows.append(Row(keys, "durations", (None, None), first, twice))
+        read, write = lambda both, _: durations(both[0] or both[1]), lambda both, _: (both, both)
+        rows.append(Row(keys, "durations", (None, None), read, write))
     return _OPEN._replace(rows=(*rows, *(AUXILIARY if aux else ())))
 
 
@@ -159,15 +150,12 @@ def _most_symbols(both, _):
 _SYMBOLS = tuple(f"decoding.greedy.{name}" for name in ("max_symbols", "max_symbols_per_step"))
 _UNLIMITED = lambda most, _: (most or None,) * 2  # noqa: E731
 ANY = {"choices": None}  # NeMo has other strategies than ours
-DECODING = Table(
-    "",
-    DecodingConfig,
-    (
+DECODING = _OPEN._replace(
+    cls=DecodingConfig,
+    rows=(
         Row("decoding.strategy", "strategy", "greedy_batch", {"": "greedy_batch"}, rules=ANY),
         Row(_SYMBOLS, "max_symbols", (UNSAID, UNSAID), _most_symbols, _UNLIMITED),
     ),
-    is_open=True,
-    none_is_usual=True,
 )
 BEAM = DECODING._replace(
     rows=(
@@ -251,9 +239,8 @@ def _networks(nemo, head, width, loss, problems):
     if head is not None and isinstance(decoder, dict) and isinstance(joint, dict):
         size = max(1, head - 1 - extra)
         decoder, joint = {**decoder, "vocab_size": size}, {**joint, "num_classes": size}
-    prediction = complete(
-        PredictionConfig, read(PREDICTION, decoder, problems), "decoder", problems
-    )
+    said = read(PREDICTION, decoder, problems)
+    prediction = complete(PredictionConfig, said, "decoder", problems)
     if isinstance(joint, dict):
         hidden = prediction["pred_hidden"] if prediction else 1
         joint = merge({"jointnet": {"encoder_hidden": width, "pred_hidden": hidden}}, joint)
@@ -339,11 +326,9 @@ def _transducer_sections(sections, pieces, base):
         )
     how, was = dict(sections["decoding"]), base.get("decoding") or {}
     new = {
-        "model_defaults": {  # from which NeMo's constructors fill in the joint network's sizes
-            "enc_hidden": joint["encoder_hidden"],
-            "pred_hidden": joint["pred_hidden"],
-            "joint_hidden": joint["joint_hidden"],
-        },
+        # from which NeMo's constructors fill in the joint network's sizes
+        "model_defaults": {"enc_hidden": joint["encoder_hidden"]}
+        | {name: joint[name] for name in ("pred_hidden", "joint_hidden")},
         "decoder": section_of(PREDICTION, decoder),
         "joint": section_of(JOINT, joint, base.get("joint")) | {"vocabulary": list(pieces)},
     }
