@@ -15,6 +15,7 @@ import shutil
 import warnings
 
 MANIFEST = "jasr_manifest.json"
+APART, LARGE = "tokenizer-", 1 << 16  # name of a tokenizer's file; characters from which it is one
 LATE_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them at the rename
 _READERS = min(4, os.cpu_count() or 1)  # threads that compute checksums
 _log = logging.getLogger("jasr.checkpoint")
@@ -173,15 +174,8 @@ def version():
 
 
 def write_json(path, value):
-    """Writes a JSON file whole or not at all: temporary name, flush to disk, rename."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    """Writes a JSON file, as `write_text`."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def step_directories(root):
@@ -230,6 +224,66 @@ def read_json(directory, item):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path} cannot be read: {first_line(e)}") from None
+
+
+# ---- what is too large for meta ------------------------------------------------------------------
+
+
+def set_apart(meta):
+    """(meta, {file name: text}): a large tokenizer becomes a file that is named by its checksum.
+
+    Qwen's is 11 MB of JSON, which every step would repeat. A small one stays in meta. The file lies
+    beside the checkpoints once, and every step has it as a hard link (a copy where there are no
+    links), so that a step directory is whole when it is copied elsewhere alone.
+    """
+    value = (meta or {}).get("tokenizer")
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    if len(text) < LARGE:
+        return meta, {}
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    name = f"{APART}{digest[:12]}.json"
+    kept = {"kind": value.get("kind", ""), "sha256": digest, "file": name}
+    return {**meta, "tokenizer": kept}, {name: text}
+
+
+def read_meta(directory):
+    """The JSON dict saved beside the trees of a step directory, with what was set apart.
+
+    Raises:
+      CheckpointError: it cannot be read, or the tokenizer's file is another one.
+    """
+    meta = read_json(directory, "meta")
+    kept = meta.get("tokenizer")
+    if not isinstance(kept, dict) or "file" not in kept:
+        return meta
+    path = directory / pathlib.PurePath(kept["file"]).name
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise CheckpointError(f"the tokenizer {path} cannot be read: {e.strerror}") from None
+    if hashlib.sha256(text.encode()).hexdigest() != kept["sha256"]:
+        raise CheckpointError(f"the tokenizer {path} has changed since it was written (checksum)")
+    return {**meta, "tokenizer": json.loads(text)}
+
+
+def write_text(path, text):
+    """Writes a text file whole or not at all: temporary name, flush to disk, rename."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def link(old, new):
+    """Makes `new` a hard link to the file `old`, or a copy where the file system has no links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy(old, new)
 
 
 def _digest(body):

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jasr import tree as trees
-from jasr.checkpoint.files import CheckpointError, find_step, first_line, items, read_json
+from jasr.checkpoint.files import CheckpointError, find_step, first_line, items, read_meta
 from jasr.interop import lazy
 
 
@@ -45,7 +45,7 @@ def load_params(path, step=None, item="", verify=True):
 
 def load_meta(path, step=None):
     """The JSON dict saved beside the trees: config, tokenizer, task, data position ..."""
-    return read_json(find_step(path, step, items=()), "meta")
+    return read_meta(find_step(path, step, items=()))
 
 
 def leaves(tree):

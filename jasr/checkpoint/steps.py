@@ -5,6 +5,7 @@
         meta/metadata                      JSON: data position, config, tokenizer ...
         metrics/metrics                    JSON: what the step is ranked by
         export/model.nemo ...              the weights in other formats, where they are asked for
+        tokenizer-<sha>.json               the tokenizer, where it is too large for meta
         jasr_manifest.json                 size and SHA-256 of every file above
 
 Orbax writes the trees into `300.orbax-checkpoint-tmp`; the manifest is the last file to go in;
@@ -38,14 +39,17 @@ from jasr.checkpoint.files import (
     find_steps,
     first_line,
     items,
+    link,
     load_metrics,
     ranked,
-    read_json,
+    read_meta,
     report,
     seal,
+    set_apart,
     step_directories,
     sync_directory,
     verify,
+    write_text,
 )
 from jasr.checkpoint.read import leaves, load_meta, load_params, read_like
 from jasr.checkpoint.write import about_storage, arguments, save_step, saver_of, temporaries
@@ -165,8 +169,9 @@ class Checkpoints:
         self.wait()
         if step in self._saved:
             return False
+        meta, apart = set_apart(meta)
         names, args = arguments(state, meta, metrics)
-        fault = self._make_way(step) if _primary() else None
+        fault = self._make_way(step, apart) if _primary() else None
         if not _agree(fault is None):
             self._save_failed(step, fault or CheckpointError("process 0 cannot write there"))
             return False
@@ -174,6 +179,7 @@ class Checkpoints:
             # The seal is set on process 0 when all processes have written, before the rename.
             self._saver = saver_of(names, self._seal_temporary, self._done)
         self._saving, self._number, self._met = (step, names), next(_numbers), 0
+        self._apart = list(apart)
         try:
             self._saver.save(self.directory / str(step), args=args)
         except Exception as e:
@@ -218,7 +224,7 @@ class Checkpoints:
                 f"no usable checkpoint in {self.directory}:\n  " + "\n  ".join(faults)
             )
         directory = self.directory / str(chosen)
-        meta = read_json(directory, "meta")
+        meta = read_meta(directory)
         state = read_like(directory, like(meta) if callable(like) else like or {})
         self._saved.add(chosen)
         return chosen, state, meta
@@ -293,9 +299,13 @@ class Checkpoints:
                 if not (folder / name).is_symlink():
                     (folder / name).symlink_to(target)
 
-    def _make_way(self, step):
-        """Removes what is left of a step; what stands against a new directory, None if nothing."""
+    def _make_way(self, step, apart):
+        """Removes what is left of a step and writes the files that stand once beside all steps;
+        what stands against a new directory, None if nothing."""
         try:
+            for name, text in apart.items():
+                if not (self.directory.parent / name).exists():
+                    write_text(self.directory.parent / name, text)
             delete(self.directory / str(step))
             probe = self.directory / f"{step}.jasr-probe"
             probe.mkdir(exist_ok=True)
@@ -325,6 +335,8 @@ class Checkpoints:
             if not mark.exists():
                 raise CheckpointError(f"process {process} did not write its part, see its log")
             mark.unlink()
+        for name in self._apart:
+            link(self.directory.parent / name, temporary / name)
         if self.export:
             self.exporter(temporary, items, self.export)
         seal(temporary, step=step, items=items, metric=self.metric, mode=self.mode)

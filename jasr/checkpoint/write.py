@@ -16,8 +16,10 @@ from jasr.checkpoint.files import (
     delete,
     first_line,
     seal,
+    set_apart,
     sync_directory,
     write_json,
+    write_text,
 )
 from jasr.checkpoint.read import is_key
 
@@ -34,12 +36,15 @@ def save_step(directory, state, meta=None, metrics=None, *, step=0, beside=None)
     """
     directory = pathlib.Path(directory).absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
+    meta, apart = set_apart(meta)
     names, args = arguments(state, meta, metrics, copy=False)
 
     def before_rename():
         (temporary,) = temporaries(directory)
         for name, value in (beside or {}).items():
             write_json(temporary / name, value)
+        for name, text in apart.items():
+            write_text(temporary / name, text)
         seal(temporary, step=step, items=names)
 
     for old in temporaries(directory):

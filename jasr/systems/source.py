@@ -21,7 +21,7 @@ import shutil
 import jax
 
 from jasr import checkpoint, sharding, tree
-from jasr.checkpoint.files import delete, read_json, read_manifest, seal
+from jasr.checkpoint.files import APART, delete, link, read_manifest, read_meta, seal
 from jasr.checkpoint.read import Leaves
 from jasr.checkpoint.steps import EXPORTED, EXPORTS
 from jasr.interop import lazy
@@ -260,7 +260,9 @@ def _copy(origin, directory):
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for name in (*names, "meta"):
-        shutil.copytree(step / name, temporary / name, copy_function=_link)
+        shutil.copytree(step / name, temporary / name, copy_function=link)
+    for path in step.glob(f"{APART}*"):
+        link(path, temporary / path.name)
     for inner in origins(checkpoint.load_meta(step)):
         if find(inner["path"]):
             continue
@@ -270,17 +272,10 @@ def _copy(origin, directory):
                 f"{step} holds trained parameters only; its frozen ones, {inner['path']}, are "
                 "not there or are others"
             )
-        shutil.copytree(inner["path"], temporary / _kept(inner), copy_function=_link)
+        shutil.copytree(inner["path"], temporary / _kept(inner), copy_function=link)
     seal(temporary, step=read_manifest(step)["step"], items=names)
     delete(directory)
     temporary.rename(directory)
-
-
-def _link(old, new):
-    try:
-        os.link(old, new)
-    except OSError:  # another file system, or one without links
-        shutil.copy(old, new)
 
 
 def locate(origin, *near):
@@ -303,7 +298,7 @@ def exports(task):
     """
 
     def write(directory, items, names):
-        meta = read_json(directory, "meta")
+        meta = read_meta(directory)
         leaves = step_leaves(directory, "ema" if "ema" in items else "params", items, meta)
         folder = directory / EXPORTS
         folder.mkdir()
