@@ -122,11 +122,6 @@ class Leaves:
 
         return lazy.Lazy(kind.shape, kind.dtype, read, into)
 
-    def read(self, path):
-        """One leaf as a numpy array."""
-        with told_where(self.directory):
-            return self._stores[path].read().result()
-
     def in_memory(self):
         """{path: numpy array} of all leaves. One is read while the one before it is finished: all
         at once, tensorstore takes twice the time."""

@@ -35,10 +35,7 @@ from jasr.checkpoint.files import (
     MANIFEST,
     CheckpointError,
     delete,
-    find_step,
-    find_steps,
     first_line,
-    items,
     link,
     load_metrics,
     ranked,
@@ -51,23 +48,8 @@ from jasr.checkpoint.files import (
     verify,
     write_text,
 )
-from jasr.checkpoint.read import leaves, load_meta, load_params, read_like
-from jasr.checkpoint.write import about_storage, arguments, save_step, saver_of, temporaries
-
-__all__ = [
-    "CheckpointConfig",
-    "CheckpointError",
-    "Checkpoints",
-    "find_step",
-    "find_steps",
-    "items",
-    "leaves",
-    "load_meta",
-    "load_metrics",
-    "load_params",
-    "save_step",
-    "verify",
-]
+from jasr.checkpoint.read import read_like
+from jasr.checkpoint.write import about_storage, arguments, saver_of, temporaries
 
 EXPORTS, EXPORTED = "export", "model"  # a step's folder of exports; their name without its ending
 _WRITTEN = "jasr_written."  # + process: it has written its part of a temporary directory
