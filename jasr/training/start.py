@@ -285,11 +285,13 @@ def state_from(fresh, shapes, shardings, leaves):
     names = [re.sub("^(frozen|ema)/", "params/", name) for name in names]
     places = jax.tree.leaves(shardings)
     missing = [n for n, name in enumerate(names) if name not in leaves]
-    draw = jax.jit(
-        lambda: [jax.tree.leaves(fresh())[n] for n in missing],
-        out_shardings=[places[n] for n in missing],
-    )
-    drawn = dict(zip(missing, draw(), strict=True))
+
+    def draw():
+        leaves = jax.tree.leaves(fresh())
+        return [leaves[n] for n in missing]
+
+    found = jax.jit(draw, out_shardings=[places[n] for n in missing])()
+    drawn = dict(zip(missing, found, strict=True))
 
     def leaf(n):
         return drawn[n] if n in drawn else put(leaves[names[n]], flat[n][1], places[n])
