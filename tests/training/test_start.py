@@ -62,10 +62,8 @@ def begun(kind, path, folder, **init):
     leaves = start.given_leaves(found, given, variables)
     found, leaves = start.keep(found, leaves, frozen, folder)
     known = {p: x for given in leaves for p, x in given.items()}
-    calls = []
 
     def fresh():
-        calls.append(1)
         return state_of(jax.tree.map(jnp.asarray, variables), frozen)
 
     shapes = jax.eval_shape(fresh)
@@ -174,9 +172,10 @@ def test_files_of_an_origin_are_hashed_once(tmp_path, monkeypatch):
 def test_only_what_is_drawn_is_compiled():
     shapes = {"params": {n: jax.ShapeDtypeStruct((64, 64), np.float32) for n in "ab"}}
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    texts = []
+    texts, traced = [], []
 
     def fresh():
+        traced.append(1)
         keys = jax.random.split(jax.random.key(0))
         return {"params": {n: jax.random.normal(k, (64, 64)) for n, k in zip("ab", keys)}}
 
@@ -193,6 +192,7 @@ def test_only_what_is_drawn_is_compiled():
         m.setattr(start.jax, "jit", watched)
         given = {"params/a": np.ones((64, 64), np.float16)}
         state = start.state_from(fresh, shapes, shardings, given)["params"]
+    assert len(traced) == 2  # once a state
     np.testing.assert_array_equal(state["b"], whole["b"])
     assert state["a"].dtype == np.float32 and (np.asarray(state["a"]) == 1).all()
     assert len(re.findall(r"f32\[64,64\]", texts[0].split("ENTRY")[1].split("\n")[0])) == 1
