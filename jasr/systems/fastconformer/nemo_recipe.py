@@ -218,6 +218,7 @@ def _rhythm(read, rows, notes):
         "checkpoint.keep_best": kept.save_top_k,
         "checkpoint.metric": metric,
         "checkpoint.mode": kept.mode,
+        "checkpoint.export": ("nemo",) if kept.always_save_nemo else (),
     }
     if isinstance(every, int):
         return found | {"train.eval_every": max(1, every // trainer.accumulate_grad_batches)}

@@ -115,6 +115,7 @@ class Kept:
     monitor: str = "val_loss"
     mode: str = settings.field("min", choices=("min", "max"))
     save_top_k: int = settings.field(3, least=0)
+    always_save_nemo: bool = False
 
 
 @settings.section
@@ -171,7 +172,7 @@ IDLE = frozenset(
         "clearml_logger_kwargs create_neptune_logger neptune_logger_kwargs log_step_timing "
         "step_timing_kwargs log_local_rank_0_only log_global_rank_0_only seconds_to_sleep "
         "log_tflops_per_sec_per_gpu resume_if_exists resume_past_end resume_ignore_no_checkpoint",
-        "exp_manager.checkpoint_callback_params": "always_save_nemo save_nemo_on_train_end dirpath "
+        "exp_manager.checkpoint_callback_params": "save_nemo_on_train_end dirpath "
         "filename prefix postfix save_last save_best_model verbose every_n_epochs "
         "save_weights_only auto_insert_metric_name model_parallel_size",
         "exp_manager.ema": "cpu_offload",

@@ -12,7 +12,7 @@ from experiments import train as training
 from jasr import checkpoint, settings
 from jasr.interop import plain_yaml
 from jasr.systems import catalogue, loading
-from jasr.systems.fastconformer import nemo_recipe
+from jasr.systems.fastconformer import nemo, nemo_recipe
 from jasr.systems.fastconformer.nemo_recipe_keys import IDLE, SECTIONS
 from jasr.text.sentencepiece_model import UNKNOWN, Model, Piece
 from jasr.training import optim, step
@@ -114,7 +114,7 @@ def test_the_example_becomes_a_config_whose_sections_are_all_valid(recipe, tmp_p
     assert (kept.metric, kept.keep_best) == ("val_wer", 5)
     said = "\n".join(str(note.message) for note in notes)
     assert "no effect here: name, model.sample_rate" in said and "trainer.accelerator" in said
-    assert "always_save_nemo" in said and "about" in said
+    assert plain["checkpoint"]["export"] == ["nemo"] and "about" in said
 
 
 @pytest.mark.parametrize(
@@ -220,6 +220,8 @@ def test_a_run_starts_from_the_yaml_for_as_many_epochs_as_it_says(recipe, tmp_pa
     training.train(config, tmp_path / "run")
     assert checkpoint.load_meta(tmp_path / "run")["step"] == 2
     assert loading.load(tmp_path / "run")[0].config.kind == "ctc"
+    exported = next((tmp_path / "run" / "checkpoints" / "2" / "export").glob("*.nemo"))
+    assert nemo.read(str(exported)).kind == "ctc"  # always_save_nemo
 
 
 def test_the_command_names_the_key_that_is_wrong(recipe, root, tmp_path):
