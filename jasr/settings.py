@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import operator
 
 
@@ -169,6 +170,11 @@ def build(cls, mapping, where="config", base=None):
             values[key] = _convert(mapping[key], default, f"{where}.{key}")
             _check_value(field, values[key], f"{where}.{key}")
     return cls(**values) if base is None else dataclasses.replace(base, **values)
+
+
+def plain(config):
+    """A run's config, a ConfigDict or a dict, as a plain dict."""
+    return config if isinstance(config, dict) else json.loads(config.to_json())
 
 
 def to_dict(settings):

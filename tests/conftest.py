@@ -116,13 +116,6 @@ def corpus(tmp_path_factory):
 def golden(goldens, request):
     """name -> dict of arrays of the reference fast-weight code: first those committed,
     then those of the shared folder."""
-    import numpy as np
+    from tests.arrays import golden_in
 
-    def load(name):
-        path = goldens / "fast_weights" / f"{name}.npz"
-        if not path.exists():
-            path = request.getfixturevalue("shared_dir") / "goldens" / "fast_weights" / path.name
-        with np.load(path) as f:
-            return dict(f)
-
-    return load
+    return golden_in(goldens, request)

@@ -37,6 +37,7 @@ def main(argv=None):
     a = parser().parse_args(argv)
     from jasr.data import AudioText, entries, index, plan
     from jasr.data.config import DataConfig, DataError
+    from jasr.losses.ctc import frames_needed
 
     cfg = DataConfig(
         check="header",
@@ -47,7 +48,7 @@ def main(argv=None):
         batch_duration=a.batch_duration,
         max_bad_share=1.0,
     )
-    frames = ctc_frames if a.seconds_per_frame else None
+    frames = frames_needed if a.seconds_per_frame else None
     layout = AudioText(cfg, 16000, encoder(a.alphabet), frames, a.seconds_per_frame)
     try:
         found = index.collect(a.sources, layout, cfg)
@@ -87,11 +88,6 @@ def encoder(alphabet):
         return list(text)
 
     return encode
-
-
-def ctc_frames(tokens):
-    """Frames that CTC needs: one a token, and a blank between equal neighbours."""
-    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
 
 
 def decode(index, sample, cfg):

@@ -15,7 +15,6 @@ import argparse
 import ast
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 
@@ -27,7 +26,7 @@ from jax.experimental import checkify
 import jasr
 from jasr import audio as jasr_audio
 from jasr import checkpoint, compilation_cache, settings, tree
-from jasr.audio.inputs import padded
+from jasr.seam import Item, Piece
 from jasr.systems import catalogue, loading
 from jasr.training import start
 
@@ -105,17 +104,26 @@ def half_precision_mel(front_end, batch):
     return int(np.sum(~np.isfinite(half)))
 
 
-def make_batch(task, recordings, seed=0):
-    """A batch of recordings, f32[S] at the model's rate each, with random texts that fit them."""
-    decoder, rng = loading.verb(task, "transcribe"), np.random.default_rng(seed)
-    longest = max(2 * decoder.frame, *map(len, recordings))
-    batch = padded(recordings, len(recordings), longest)
-    token_len = np.maximum(batch["audio_len"] // decoder.frame // 4, 1)  # repeats take more frames
-    ids = np.setdiff1d(np.arange(task.tokenizer.vocab_size), [task.tokenizer.blank_id])
-    tokens = rng.choice(ids, (len(recordings), token_len.max())).astype(np.int32)
-    tokens[np.arange(tokens.shape[1]) >= token_len[:, None]] = 0
-    index = np.arange(len(recordings))
-    return {**batch, "tokens": tokens, "token_len": token_len.astype(np.int32), "index": index}
+def make_batch(task, recordings, sample_rate, seed=0):
+    """A batch of the task's layout with a recording a row, and random texts of two tokens a second.
+
+    recordings: list of f32[S] at `sample_rate` Hz.
+    """
+    rng, layout, tokenizer = np.random.default_rng(seed), task.layout, task.tokenizer
+    ids, items = np.setdiff1d(np.arange(tokenizer.vocab_size), [tokenizer.blank_id]), []
+    for n, samples in enumerate(recordings):
+        seconds = len(samples) / sample_rate
+        text = ""
+        while not text:  # a space alone is no text
+            text = tokenizer.decode(rng.choice(ids, max(1, int(2 * seconds))).tolist())
+        items.append(Item(f"recording {n}", (Piece(samples, seconds=seconds),), {"text": text}))
+    none = np.zeros((len(items), 2), np.uint64)
+    sizes, _ = layout.drawn(np.array([layout.sizes(item, True) for item in items]), none)
+    batch = layout.empty((len(items), *sizes.max(axis=0).tolist()))
+    for n, item in enumerate(items):
+        layout.fill(batch, n, [item], none[:1])
+        batch["index"][n] = n
+    return batch
 
 
 def probes(sample_rate=16000, seconds=4.0, seed=0):
@@ -125,7 +133,7 @@ def probes(sample_rate=16000, seconds=4.0, seed=0):
     noise = rng.standard_normal(n)
     t = np.arange(n) / sample_rate
     voice = np.sin(2 * np.pi * 140 * t) * (np.sin(2 * np.pi * 2 * t) > 0)  # bursts between silence
-    sounds = (0.1 * noise, 0.3 * voice, 0 * t, 1e-7 * noise, np.sign(voice), noise[: n // 3])
+    sounds = (0.1 * noise, 0.3 * voice, 0 * t, 1e-4 * noise, np.sign(voice), noise[: n // 3])
     return [x.astype(np.float32) for x in sounds]
 
 
@@ -147,6 +155,9 @@ def main(argv=None):
         "--model", nargs="*", default=[], metavar="KEY=VALUE", help="model settings to change"
     )
     parser.add_argument("--audio", nargs="*", default=[], help="recordings; default: made up")
+    parser.add_argument(
+        "--sample_rate", type=int, default=0, help="Hz of the recordings (the model's)"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="length of made-up recordings")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="also: float16 (front end)")
     parser.add_argument("--modes", default="eval,train")
@@ -160,12 +171,12 @@ def main(argv=None):
             config = {**meta["config"], "model": {**meta["config"]["model"], **changes}}
         else:
             (config, task), variables = from_recipe(args.config, changes), None
-        rate = loading.verb(task, "transcribe").sample_rate
+        rate = args.sample_rate or loading.verb(task, "transcribe").sample_rate
         recordings = [jasr_audio.read(path, rate) for path in args.audio]
     except (ValueError, OSError, checkpoint.CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    batch = make_batch(task, recordings or probes(rate, args.seconds), args.seed)
+    batch = make_batch(task, recordings or probes(rate, args.seconds), rate, args.seed)
     if variables is None:
         variables = jax.jit(task.init)(jax.random.key(args.seed), batch)
     dtypes, modes = args.dtypes.split(","), args.modes.split(",")
@@ -181,8 +192,12 @@ def check(config, tokenizer, variables, batch, dtypes, modes):
         failures.append(f"recordings: {name} has {count} values that are not finite")
     for dtype in dtypes:
         if dtype == "float16":
-            section = catalogue.sections(catalogue.get(config["task"]))["front_end"]
-            front_end = settings.build(section, config.get("front_end", {}), "config.front_end")
+            sections = catalogue.sections(catalogue.get(config["task"]))
+            if "front_end" not in sections:
+                failures.append("float16, front end only: this model has no front end")
+                continue
+            given = config.get("front_end", {})
+            front_end = settings.build(sections["front_end"], given, "config.front_end")
             if bad := half_precision_mel(front_end, batch):
                 failures.append(f"float16, front end only: {bad} log-mel values are not finite")
             continue
@@ -227,8 +242,8 @@ def from_recipe(path, changes):
     if recipe is None:
         raise ValueError(f"{name}: no get_config()")
     config = recipe(variant) if variant else recipe()
-    config = json.loads(config.to_json()) if hasattr(config, "to_json") else dict(config)
-    config["model"] = {**config["model"], **changes}
+    config = settings.plain(config)
+    config = {**config, "model": {**config["model"], **changes}}
     words = settings.build(start.TextConfig, config["text"], "config.text")
     given = settings.build(start.InitConfig, config.get("init", {}), "config.init")
     tokenizer = start.make_tokenizer(words, functools.partial(list, [LETTERS]), given)

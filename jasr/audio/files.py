@@ -1,7 +1,6 @@
 """Recordings as arrays: files decoded to mono samples at one rate, or a named reason why not.
 
-Files are decoded on the host with soundfile, which is imported where it is used. Log-mel features
-and augmentation have files of their own and are offered here too.
+Files are decoded on the host with soundfile, which is imported where it is used.
 """
 
 from __future__ import annotations
@@ -13,16 +12,7 @@ import os
 import numpy as np
 
 from jasr.audio import containers
-from jasr.audio.augment import (  # noqa: F401  (this module is the face of the audio code)
-    SpecAugmentConfig,
-    WaveAugmentConfig,
-    augment_waveform,
-    row_keys,
-    spec_augment,
-    speed,
-)
-from jasr.audio.features import HTK, NEMO, FrontEndConfig, log_mel  # noqa: F401
-from jasr.audio.resample import collect, resample, resample_stream  # noqa: F401
+from jasr.audio.resample import collect, resample_stream
 
 _BLOCK_SAMPLES = 1 << 20  # decoded at a time, all channels together
 _LONGEST_TRUSTED = 1 << 28  # samples: a damaged header must not ask for all memory at once

@@ -53,6 +53,11 @@ def has_path(logit_len, tokens, token_len):
     return logit_len >= token_len + jnp.sum(_repeats(tokens) & is_token, axis=1)
 
 
+def frames_needed(tokens):
+    """The fewest frames that a path of these token ids (a sequence) takes: tokens + repeats."""
+    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+
+
 def _repeats(tokens):
     """bool[B, L]: the token equals the one before it, so that a blank must stand between them."""
     return jnp.pad(tokens[:, 1:] == tokens[:, :-1], ((0, 0), (1, 0)))[:, : tokens.shape[1]]

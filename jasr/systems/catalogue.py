@@ -12,6 +12,13 @@ SYSTEMS = {
 }
 
 
+AUDIO = {  # the sections of systems that hear log-mel frames
+    "front_end": "jasr.audio:FrontEndConfig",
+    "spec_augment": "jasr.audio:SpecAugmentConfig",
+    "wave_augment": "jasr.audio:WaveAugmentConfig",
+}
+
+
 def resolve(place):
     """What "package.module:name" names."""
     module, _, name = place.partition(":")

@@ -40,8 +40,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
       allow_data_change: resume although the data or its batching changed.
     """
     started = time.monotonic()
-    plain = config if isinstance(config, dict) else json.loads(config.to_json())
-    run = prepare(plain, pathlib.Path(workdir))
+    run = prepare(settings.plain(config), pathlib.Path(workdir))
     state, position, done = begin(run, allow_data_change)
     if done is not None:
         return done

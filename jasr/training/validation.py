@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -15,17 +14,15 @@ from jasr.data import DataError
 def sets_of(valid):
     """{name: sources} of config.data.valid.
 
-    valid: a source or several, which are one set named ""; a mapping of names to sources; or
-      sources written as "name=path", those of equal names being one set.
+    valid: sources, which are one set named "", or sources written as "name=path", those of equal
+      names being one set.
 
     Raises:
       DataError: named and unnamed sources together.
     """
-    if isinstance(valid, Mapping):
-        return {name: source for name, source in valid.items() if source}
+    found = {}
     if isinstance(valid, (str, os.PathLike)):
         valid = (valid,)
-    found = {}
     for source in valid:
         name = ""
         if isinstance(source, str) and not os.path.exists(source):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from experiments.checks.data import ctc_frames
 from jasr.data import DataConfig, DataError, index, open_eval, open_train
 from jasr.data.entries import reason_class
+from jasr.losses.ctc import frames_needed
 from tests.corpora import encode, layout, make_corpus, noise, texts, write_lines
 
 CFG = DataConfig(batch_duration=6.0, num_buckets=2, max_bad_share=1.0, num_threads=0)
@@ -97,7 +97,7 @@ def test_each_bad_entry_is_quarantined_with_its_reason(spoiled, tmp_path):
     _, mixed, bad = spoiled
     cfg = dataclasses.replace(CFG, train=(mixed,), check="decode")
     path = tmp_path / "new" / "quarantine.jsonl"
-    train = open_train(cfg, layout(cfg, encode, ctc_frames, 0.02), 0, str(path))
+    train = open_train(cfg, layout(cfg, encode, frames_needed, 0.02), 0, str(path))
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(found) == len(bad)
     lines = open(mixed, "rb").read().splitlines()
@@ -119,7 +119,9 @@ def test_good_entries_are_untouched_by_bad_ones(spoiled):
     clean, mixed, _ = spoiled
     cfg = dataclasses.replace(CFG, check="decode")
     pair = [
-        open_train(dataclasses.replace(cfg, train=(m,)), layout(cfg, encode, ctc_frames, 0.02), 3)
+        open_train(
+            dataclasses.replace(cfg, train=(m,)), layout(cfg, encode, frames_needed, 0.02), 3
+        )
         for m in (clean, mixed)
     ]
     assert pair[0].fingerprint == pair[1].fingerprint

@@ -6,7 +6,8 @@ import pytest
 import soundfile
 
 from experiments import doctor
-from experiments.checks.data import ctc_frames, main
+from experiments.checks.data import main
+from jasr.losses.ctc import frames_needed
 from tests.corpora import make_corpus, noise, write_lines
 
 
@@ -59,7 +60,7 @@ def test_texts_too_long_for_a_model_are_bad(corpus, capsys):
     assert main([corpus[0], "--seconds_per_frame=0.2", "--show=2"]) == 1
     said = capsys.readouterr().out
     assert "text too long for its audio" in said and "more; --quarantine FILE lists all" in said
-    assert ctc_frames("abba") == 5
+    assert frames_needed("abba") == 5
 
 
 def test_data_that_cannot_be_read_is_status_2(tmp_path, capsys):

@@ -32,7 +32,7 @@ def model():
     """(task, variables, batch) of a small model of the original's kind."""
     config = original.reference_config(settings.to_dict(SMALL))
     task = loading.build(config, CharTokenizer(original.LIBRISPEECH, "lower"))
-    batch = numerics.make_batch(task, numerics.probes(seconds=0.5))
+    batch = numerics.make_batch(task, numerics.probes(seconds=0.5), 16000)
     rng = np.random.default_rng(0)
     flat = tree.flatten(original.shapes(SMALL))
     for path, leaf in flat.items():

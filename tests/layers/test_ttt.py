@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jasr.layers import ttt
+from tests.arrays import golden_in
 
 OUT, GRAD = 1e-4, 3e-4  # of max|.|, what fast_weights goldens ask
 
@@ -17,16 +18,7 @@ OUT, GRAD = 1e-4, 3e-4  # of max|.|, what fast_weights goldens ask
 @pytest.fixture
 def golden(request, goldens):
     """Loader of a golden by name: the committed one, else the shared one (skips without)."""
-
-    def load(name):
-        path = goldens / "ttt" / f"{name}.npz"
-        if not path.exists():
-            shared = request.getfixturevalue("shared_dir")
-            path = shared / "goldens" / "fast_weights" / f"{name}.npz"
-        with np.load(path) as z:
-            return dict(z)
-
-    return load
+    return golden_in(goldens, request, "ttt")
 
 
 run = jax.jit(ttt.ttt, static_argnames=("eps", "remat_group"))

@@ -1,9 +1,8 @@
 """NeMo's FastConformer recognisers: CTC, RNN-T, TDT and hybrids, with their files."""
 
 from jasr.seam import Flag, Options, Part, System
+from jasr.systems.catalogue import AUDIO
 from jasr.systems.fastconformer import options
-
-_AUDIO = "jasr.audio:"
 
 
 def _recipe(mapping):
@@ -16,9 +15,7 @@ SYSTEM = System(
     name="fastconformer",
     old_names=("parakeet",),
     sections={
-        "front_end": _AUDIO + "FrontEndConfig",
-        "spec_augment": _AUDIO + "SpecAugmentConfig",
-        "wave_augment": _AUDIO + "WaveAugmentConfig",
+        **AUDIO,
         "model": "jasr.systems.fastconformer.model:ParakeetConfig",
         "loss": "jasr.systems.fastconformer.settings:LossConfig",
         "decoding": "jasr.systems.fastconformer.settings:DecodingConfig",

@@ -14,7 +14,7 @@ from jasr.decoding import transducer as decoding
 from jasr.decoding.beam import beam_search
 from jasr.decoding.ctc import ctc_greedy
 from jasr.losses import transducer as losses
-from jasr.losses.ctc import ctc_loss, has_path
+from jasr.losses.ctc import ctc_loss, frames_needed, has_path
 from jasr.losses.reduction import contribution, scale_and_count
 from jasr.models.fastconformer.settings import output_lengths
 from jasr.systems.fastconformer import decoding as decoding_verbs
@@ -110,7 +110,7 @@ class ParakeetTask:
         One for a transducer, but more for a TDT whose tokens all take time.
         """
         if self.config.kind == "ctc":
-            return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+            return frames_needed(tokens)
         if self.loss_config.kind == "rnnt":
             return 1
         durations = self.loss_config.durations

@@ -1,8 +1,7 @@
 """LaCT ASR: log-mel frames, convolutions, a transformer with fast weights, CTC."""
 
 from jasr.seam import Flag, Options, System
-
-_AUDIO = "jasr.audio:"
+from jasr.systems.catalogue import AUDIO
 
 
 def _changes(config, given):
@@ -13,9 +12,7 @@ SYSTEM = System(
     name="lact",
     old_names=("ctc",),
     sections={
-        "front_end": _AUDIO + "FrontEndConfig",
-        "spec_augment": _AUDIO + "SpecAugmentConfig",
-        "wave_augment": _AUDIO + "WaveAugmentConfig",
+        **AUDIO,
         "model": "jasr.systems.lact.settings:LactConfig",
         "loss": "jasr.systems.lact.settings:CtcLossConfig",
     },

@@ -10,7 +10,7 @@ from jasr import audio, settings
 from jasr.audio import augment, inputs
 from jasr.data import AudioText, DataConfig
 from jasr.decoding.ctc import ctc_greedy
-from jasr.losses.ctc import ctc_loss, has_path
+from jasr.losses.ctc import ctc_loss, frames_needed, has_path
 from jasr.losses.reduction import contribution, scale_and_count
 from jasr.systems.lact.decoding import window_decoder
 from jasr.systems.lact.model import LactConfig, LactCtc, check_updates, encoder_frames, sharding
@@ -74,11 +74,6 @@ class CtcTask:
         """Regex rules parameter path -> axis names."""
         return sharding(self.config)
 
-    @staticmethod
-    def frames_needed(tokens):
-        """The fewest output frames that a CTC path of these token ids takes: tokens + repeats."""
-        return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
-
     @property
     def seconds_per_frame(self):
         """Seconds between two output frames."""
@@ -91,7 +86,7 @@ class CtcTask:
             self.data,
             self.front_end.sample_rate,
             self.tokenizer.encode,
-            self.frames_needed,
+            frames_needed,
             self.seconds_per_frame,
         )
 

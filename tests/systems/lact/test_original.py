@@ -15,6 +15,7 @@ from jasr.systems.lact.model import BASE, IMPROVED, LactConfig, LactCtc
 from jasr.systems.lact.original import LactFileError
 from jasr.text import CharTokenizer
 from jasr.training import start
+from tests.arrays import golden_in
 
 LETTERS = (original.BLANK, *" etaonih")  # nine, as the goldens' CTC head
 
@@ -22,16 +23,8 @@ LETTERS = (original.BLANK, *" etaonih")  # nine, as the goldens' CTC head
 @pytest.fixture
 def golden(request, goldens):
     """Loader of a lact_asr golden: the committed one, else the shared one (skips without)."""
-
-    def load(name):
-        path = goldens / "fast_weights" / f"lact_asr_{name}.npz"
-        if not path.exists():
-            shared = request.getfixturevalue("shared_dir")
-            path = shared / "goldens" / "fast_weights" / f"lact_asr_{name}.npz"
-        with np.load(path) as z:
-            return dict(z)
-
-    return load
+    load = golden_in(goldens, request)
+    return lambda name: load(f"lact_asr_{name}")
 
 
 def config_of(z):
