@@ -1,6 +1,7 @@
 """Layers that several models have: norms, dropout, masks, depthwise convolution."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -36,6 +37,20 @@ def hash_uniform(key, shape):
         x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
         x = x ^ (x >> 16)
     return x
+
+
+class Weights(nn.Module):
+    """(kernel of `shape` [..., in, out], bias [out] or None): those of a linear map or convolution
+    whose product the caller takes. init, bias_init: (key, shape) -> values; None: no bias."""
+
+    shape: tuple
+    init: Callable
+    bias_init: Callable | None = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self):
+        kernel = self.param("kernel", self.init, self.shape)
+        return kernel, self.bias_init and self.param("bias", self.bias_init, self.shape[-1:])
 
 
 class Dropout(nn.Module):

@@ -53,18 +53,21 @@ def sections(system):
     return {name: resolve(place) for name, place in system.sections.items()}
 
 
+def _flags(verb):
+    """(system, its flags {name: seam.Flag} of a command) of every system."""
+    return [(s, s.options[verb].flags if verb in s.options else {}) for s in every()]
+
+
 def add_options(parser, verb):
     """Adds the options that systems have for a command to an argparse parser, a group each."""
     taken = set()
-    for system in every():
-        options = system.options.get(verb)
+    for system, flags in _flags(verb):
         group = parser.add_argument_group(f"options of {system.name} models")
-        for name, flag in options.flags.items() if options else ():
-            if name not in taken:
-                how = {"choices": flag.choices or None}
-                how = {"action": "store_true"} if flag.switch else how
-                group.add_argument(f"--{name}", default="", help=flag.help, **how)
-            taken.add(name)
+        for name in [name for name in flags if name not in taken]:
+            flag = flags[name]
+            how = {"action": "store_true"} if flag.switch else {"choices": flag.choices or None}
+            group.add_argument(f"--{name}", default="", help=flag.help, **how)
+        taken.update(flags)
 
 
 def given_options(args, verb):
@@ -73,13 +76,8 @@ def given_options(args, verb):
     Raises:
       ValueError: a value that an option cannot have.
     """
-    found = {}
-    for system in every():
-        options = system.options.get(verb)
-        for name, flag in options.flags.items() if options else ():
-            if text := getattr(args, name):
-                found[name] = flag.parse(text)
-    return found
+    flags = {name: flag for _, found in _flags(verb) for name, flag in found.items()}
+    return {n: flag.parse(text) for n, flag in flags.items() if (text := getattr(args, n))}
 
 
 def with_options(config, options, verb="transcribe"):
@@ -94,16 +92,12 @@ def with_options(config, options, verb="transcribe"):
     options = {name: value for name, value in options.items() if value not in ("", None, 0, ())}
     if not options:
         return config
-    system = get(config["task"])
-    own = system.options.get(verb)
-    unknown = [name for name in options if not own or name not in own.flags]
-    if unknown:
-        owners = [
-            s.name for s in every() if verb in s.options and unknown[0] in s.options[verb].flags
-        ]
+    system, flags = get(config["task"]), {s.name: found for s, found in _flags(verb)}
+    if unknown := [name for name in options if name not in flags[system.name]]:
+        owners = [name for name, found in flags.items() if unknown[0] in found]
         of = f"options of {' and '.join(owners)} models" if owners else "no option of any model"
         raise ValueError(f"{', '.join(unknown)}: {of}; this one is of {system.name}")
-    for dotted, value in own.changes(config, options).items():
+    for dotted, value in system.options[verb].changes(config, options).items():
         config = _changed(config, dotted.split("."), value)
     return config
 

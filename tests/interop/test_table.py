@@ -113,6 +113,34 @@ def test_a_row_that_cannot_be_inverted_says_so():
             table.invert((row,), {"x": np.zeros(1)})
 
 
+def test_a_model_that_keeps_torchs_names_needs_no_table_of_its_own():
+    paths = {
+        "params/stem_0/kernel": (3, 4, 5),
+        "params/stem_1/scale": (5,),
+        "batch_stats/stem_1/mean": (5,),
+        "params/layers_0/out/kernel": (2, 3),
+        "params/layers_11/out/kernel": (2, 3),
+        "params/layers_0/gate_2/bias": (3,),
+        "params/layers_0/w_left": (2, 2, 2),
+        "params/table/embedding": (7, 2),
+    }
+    goal = tree.unflatten({path: np.ones(shape, np.float32) for path, shape in paths.items()})
+    rows = table.torch_rows(goal, {"table": "words.table"})
+    shapes = {key: x.shape for key, x in table.invert(rows, goal).items()}
+    assert shapes == {
+        "stem.0.weight": (5, 4, 3),
+        "stem.1.weight": (5,),
+        "stem.1.running_mean": (5,),
+        "layers.0.out.weight": (3, 2),
+        "layers.11.out.weight": (3, 2),
+        "layers.0.gate.2.bias": (3,),
+        "layers.0.w_left": (2, 2, 2),
+        "words.table.weight": (7, 2),
+    }
+    given = {**table.invert(rows, goal), "stem.1.num_batches_tracked": np.array(7)}
+    tree.compare(goal, table.convert(rows, given, goal), dtype=True)
+
+
 # ---- several keys or several leaves --------------------------------------------------------------
 
 LM = (

@@ -8,7 +8,7 @@ import pytest
 from jasr.models.fastconformer import nemo_sections
 from jasr.models.fastconformer.nemo_sections import write_front_end
 from jasr.models.fastconformer.settings import FastConformerConfig
-from jasr.systems.fastconformer import nemo_problems
+from jasr.systems.fastconformer import nemo_weights
 
 
 def reader(read):
@@ -147,7 +147,7 @@ def test_the_settings_give_nemos_windows_and_filters(shared_dir):
         compared = [name for name in cases if f"{name}/fb" in z]
         assert len(compared) >= 3
         for name in compared:
-            buffers = nemo_problems.featurizer(front_end(cases[name]))
+            buffers = nemo_weights.featurizer(front_end(cases[name]))
             for key, (shape, compute) in buffers.items():
                 want = z[f"{name}/{key.rpartition('.')[2]}"]
                 assert shape == want.shape

@@ -30,44 +30,14 @@ from jasr.models.fastconformer.settings import (  # noqa: F401  (the model's pub
 )
 from jasr.models.fastconformer.subsampling import (
     ConvSubsampling,
-    ConvWeights,
     StackingSubsampling,
     linear,
+    weights,
 )
 
 
 def layer_norm(config, name):
     return nn.LayerNorm(1e-5, config.dtype, use_fast_variance=False, name=name)
-
-
-class GroupNorm(nn.Module):
-    """x [B,T,C] normalised over the frames and over C / groups channels, f32, for each utterance.
-
-    affine False has no parameters (with groups = C: torch's instance norm).
-    """
-
-    groups: int
-    affine: bool
-
-    @nn.compact
-    def __call__(self, x, mask):
-        """mask: bool[B,T,1] of the frames that count, or None for all."""
-        batch, frames, channels = x.shape
-        x = x.astype(jnp.float32)
-        weight = jnp.ones((batch, frames, 1)) if mask is None else mask.astype(jnp.float32)
-        count = jnp.maximum(jnp.sum(weight, axis=1), 1)  # [B,1]
-
-        def mean(y):  # [B,T,C] -> [B,1,C], the same within a group
-            y = jnp.sum(y * weight, axis=1) / count
-            y = jnp.mean(y.reshape(batch, self.groups, -1), axis=-1)
-            return jnp.repeat(y, channels // self.groups, axis=-1)[:, None]
-
-        x = x - mean(x)
-        x = x * jax.lax.rsqrt(mean(jnp.square(x)) + 1e-5)
-        if not self.affine:
-            return x
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        return x * scale + self.param("bias", nn.initializers.zeros, (channels,))
 
 
 class FeedForward(nn.Module):
@@ -93,24 +63,33 @@ class Convolution(nn.Module):
             return layer_norm(self.config, "batch_norm")(x)
         if kind == "batch_norm":
             return BatchNorm(name="batch_norm")(x, mask, train)
-        groups = x.shape[-1] if kind == "instance_norm" else int(kind.removeprefix("group_norm"))
-        return GroupNorm(groups, kind != "instance_norm", name="batch_norm")(x, mask)
+        affine, bare = kind != "instance_norm", kind.removeprefix("group_norm")
+        norm = nn.GroupNorm(
+            int(bare) if affine else x.shape[-1],
+            epsilon=1e-5,
+            use_scale=affine,
+            use_bias=affine,
+            use_fast_variance=False,
+            name="batch_norm",
+        )
+        if mask is not None:
+            # a row without frames has a mean, too
+            mask = jnp.broadcast_to(mask.at[:, :1].set(True), x.shape)
+        return norm(x.astype(jnp.float32), mask=mask)
 
     @nn.compact
     def __call__(self, x, mask, train):
         c = self.config
 
-        def weights(name, *shape):
-            return ConvWeights(shape, c.dtype, c.use_bias, name=name)()
-
         def pointwise(x, features, name):
-            kernel, bias = weights(name, 1, x.shape[-1], features)
+            kernel, bias = weights(name, (1, x.shape[-1], features), c.dtype, c.use_bias)
             y = x.reshape(-1, x.shape[-1]) @ kernel[0]  # one axis of rows, as in `linear`
             return (y if bias is None else y + bias).reshape(*x.shape[:-1], features)
 
         x, gate = jnp.split(pointwise(x, 2 * c.d_model, "pointwise_conv1"), 2, axis=-1)
         x = jnp.where(mask, x * jax.nn.sigmoid(gate), 0)
-        kernel, bias = weights("depthwise_conv", c.conv_kernel_size, 1, c.d_model)
+        shape = (c.conv_kernel_size, 1, c.d_model)
+        kernel, bias = weights("depthwise_conv", shape, c.dtype, c.use_bias)
         x = depthwise(x, kernel[:, 0], c.conv_context[0])
         x = x if bias is None else x + bias
         x = jax.nn.silu(self.norm(x, mask, train)).astype(c.dtype)
@@ -159,16 +138,8 @@ class Reduction(nn.Module):
         c = self.config
         factor = c.reduction_factor
         if c.reduction == "striding":
-            make = ConvSubsampling(
-                False,
-                factor,
-                c.d_model,
-                c.d_model,
-                False,
-                c.masked_subsampling,
-                name="reduction_enc",
-            )
-            return make(x, length)
+            sizes, masked = (factor, c.d_model, c.d_model), c.masked_subsampling
+            return ConvSubsampling(False, *sizes, False, masked, name="reduction_enc")(x, length)
         whole = x.shape[1] // factor * factor
         # one by one: the gradient of jnp.max is NaN where XLA computes x twice, a bit differently
         x = functools.reduce(jnp.maximum, [x[:, i:whole:factor] for i in range(factor)])
@@ -226,16 +197,10 @@ class FastConformer(nn.Module):
         """(frames [B,T',D], lengths) of pre_encode."""
         c = self.config
         if c.subsampling_factor > 1 and not c.subsampling.startswith("stacking"):
-            make = ConvSubsampling(
-                c.subsampling == "dw_striding",
-                c.subsampling_factor,
-                c.conv_channels,
-                c.d_model,
-                c.causal_downsampling,
-                c.masked_subsampling,
-                name="pre_encode",
-            )
-            return make(x, length)
+            sizes = c.subsampling_factor, c.conv_channels, c.d_model
+            how = *sizes, c.causal_downsampling, c.masked_subsampling
+            depthwise = c.subsampling == "dw_striding"
+            return ConvSubsampling(depthwise, *how, name="pre_encode")(x, length)
         after = subsampled_lengths(c, length, x.shape[1])
         if c.masked_subsampling:  # NeMo's features are zero there
             x = jnp.where(frame_mask(length, x.shape[1]), x, 0)
@@ -266,8 +231,7 @@ def sharding(config, prefix="encoder/"):
     Every parameter is covered and no rule is dead. Heads and the wide sides of the projections go
     to `tensor`, the other side to `fsdp`. prefix: regex of the path before the encoder's names.
     """
-    c = config
-    layer = rf"{prefix}layers_\d+"
+    c, layer = config, rf"{prefix}layers_\d+"
     up, down = ("fsdp", "tensor"), ("tensor", "fsdp")
     conv, mixer = f"{layer}/conv", MIXERS[c.self_attention_model]
     rules = [
@@ -276,37 +240,19 @@ def sharding(config, prefix="encoder/"):
         (rf"{conv}/pointwise_conv1/kernel", (None, *up)),
         (rf"{conv}/pointwise_conv2/kernel", (None, *down)),
         (rf"{conv}/depthwise_conv/kernel", ()),
-        (rf"{layer}/norm_\w+/(scale|bias)", ()),
         *mixer.sharding(mixer.settings(c), f"{layer}/self_attn"),
     ]
     if c.use_bias:
-        rules += [
-            (rf"{layer}/feed_forward[12]/linear1/bias", ("tensor",)),
-            (rf"{layer}/feed_forward[12]/linear2/bias", ()),
-            (rf"{conv}/pointwise_conv1/bias", ("tensor",)),
-            (rf"{conv}/(depthwise_conv|pointwise_conv2)/bias", ()),
-        ]
-    if c.conv_norm_type != "instance_norm":
-        rules.append((rf"{conv}/batch_norm/(scale|bias)", ()))
-    if c.subsampling_factor == 1:
-        rules += [(rf"{prefix}pre_encode/kernel", up), (rf"{prefix}pre_encode/bias", ())]
-    elif c.subsampling.startswith("stacking"):
-        rules.append((rf"{prefix}pre_encode/proj_out/kernel", up))
-        rules.append((rf"{prefix}pre_encode/proj_out/bias", ()))
-        if c.subsampling == "stacking_norm":
-            rules.append((rf"{prefix}pre_encode/pre_norm/(scale|bias)", ()))
+        rules.append((rf"{layer}/(feed_forward[12]/linear1|conv/pointwise_conv1)/bias", up[1:]))
+    convolutions = ["reduction_subsampling/reduction_enc"] if c.reduction == "striding" else []
+    convolutions = convolutions if c.has_reduction else []
+    if c.subsampling_factor == 1 or c.subsampling.startswith("stacking"):
+        rules.append((rf"{prefix}pre_encode/(proj_out/)?kernel", up))
     else:
-        rules += _conv_rules(f"{prefix}pre_encode")
-    if c.has_reduction and c.reduction == "striding":
-        rules += _conv_rules(f"{prefix}reduction_subsampling/reduction_enc")
+        convolutions.append("pre_encode")
+    for where in convolutions:
+        rules.append((rf"{prefix}{where}/conv_\d+/kernel", (None, None, None, "fsdp")))
+        rules.append((rf"{prefix}{where}/out/kernel", up))
     if c.out_dim != c.d_model:
-        rules += [(rf"{prefix}out_proj/kernel", ("fsdp", None)), (rf"{prefix}out_proj/bias", ())]
-    return tuple(rules)
-
-
-def _conv_rules(where):
-    return [
-        (rf"{where}/conv_\d+/kernel", (None, None, None, "fsdp")),
-        (rf"{where}/(conv_\d+|out)/bias", ()),
-        (rf"{where}/out/kernel", ("fsdp", "tensor")),
-    ]
+        rules.append((rf"{prefix}out_proj/kernel", ("fsdp", None)))
+    return (*rules, (rf"{prefix}.*/(bias|scale)", ()))

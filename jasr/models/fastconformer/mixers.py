@@ -95,16 +95,10 @@ class Attention(nn.Module):
 def attention_sharding(config, where):
     """Sharding rules of `Attention` at a regex of its path."""
     kernels = "linear_[qkv]" + "|global_[qkv]" * bool(config.global_attn_separate)
-    rules = [
+    return [
         (rf"{where}/({kernels})/kernel", ("fsdp", "tensor")),
         (rf"{where}/linear_out/kernel", ("tensor", "fsdp")),
-    ]
-    if config.use_bias:
-        rules += [
-            (rf"{where}/({kernels})/bias", ("tensor",)),
-            (rf"{where}/linear_out/bias", ()),
-        ]
-    return rules
+    ] + [(rf"{where}/({kernels})/bias", ("tensor",))] * bool(config.use_bias)
 
 
 def relative_sharding(config, where):

@@ -70,53 +70,48 @@ class FastConformerConfig:
     def __post_init__(self):
         for name in ("att_context_size", "att_context_probs", "conv_context_size"):
             object.__setattr__(self, name, _tuples(getattr(self, name)))
+        for name, good, wanted in self._rules():
+            if not good:
+                raise settings.SettingsError(
+                    f"FastConformerConfig.{name} must be {wanted}, got {getattr(self, name)!r}"
+                )
+
+    def _rules(self):
+        """(field, whether its value is good, what it must be); each may rely on those before."""
         known = self.subsampling in SUBSAMPLING or self.subsampling_factor == 1  # NeMo: unread then
-        self._check("subsampling", known, f"one of {SUBSAMPLING}")
-        self._check("d_model", self.d_model % self.n_heads == 0, "a multiple of n_heads")
-        self._check("d_model", self.d_model % 2 == 0, "even")
-        self._check("conv_kernel_size", self.conv_kernel_size % 2 == 1, "odd")
-        if self.has_reduction:
-            good = self.reduction_position in range(-1, self.n_layers)
-            self._check("reduction_position", good, "-1 or the number of a layer")
-        self._check_norm()
-        self._check_contexts()
-
-    def _check(self, name, good, wanted):
-        if not good:
-            raise settings.SettingsError(
-                f"FastConformerConfig.{name} must be {wanted}, got {getattr(self, name)!r}"
-            )
-
-    def _check_norm(self):
-        kind = self.conv_norm_type
-        if kind.startswith("group_norm") and kind[10:].isdigit():
-            good = int(kind[10:]) > 0 and self.d_model % int(kind[10:]) == 0
-            self._check("conv_norm_type", good, "group_normN with N a divisor of d_model")
+        yield "subsampling", known, f"one of {SUBSAMPLING}"
+        yield "d_model", self.d_model % self.n_heads == 0, "a multiple of n_heads"
+        yield "d_model", self.d_model % 2 == 0, "even"
+        yield "conv_kernel_size", self.conv_kernel_size % 2 == 1, "odd"
+        place = not self.has_reduction or self.reduction_position in range(-1, self.n_layers)
+        yield "reduction_position", place, "-1 or the number of a layer"
+        kind, norms = self.conv_norm_type, ("batch_norm", "layer_norm", "instance_norm")
+        groups = kind.removeprefix("group_norm")
+        if groups != kind and groups.isdigit():
+            good = int(groups) > 0 and self.d_model % int(groups) == 0
+            yield "conv_norm_type", good, "group_normN with N a divisor of d_model"
         else:
-            allowed = ("batch_norm", "layer_norm", "instance_norm")
-            self._check("conv_norm_type", kind in allowed, f"one of {allowed} or group_normN")
-
-    def _check_contexts(self):
+            yield "conv_norm_type", kind in norms, f"one of {norms} or group_normN"
         around = self.conv_context
         good = isinstance(around, tuple) and len(around) == 2 and min(around) >= 0
         good = good and sum(around) + 1 == self.conv_kernel_size
         wanted = "'causal', or (left, right) with left + right + 1 = conv_kernel_size"
-        self._check("conv_context_size", good, wanted)
+        yield "conv_context_size", good, wanted
         probs = self.att_context_probs
         good = not probs or (len(probs) == len(self.contexts) and abs(sum(probs) - 1) < 1e-6)
-        self._check("att_context_probs", good, "one probability per context, with sum 1")
-        local = self.is_local
+        yield "att_context_probs", good, "one probability per context, with sum 1"
         for context in self.contexts:
             good = len(context) == 2 and min(context) >= -1
-            self._check("att_context_size", good, "(left, right), each at least -1")
+            yield "att_context_size", good, "(left, right), each at least -1"
             left, right = context
-            if local:
+            if self.is_local:
                 good = min(left, right) >= 0 and max(left, right) > 0
-                self._check("att_context_size", good, "limited to both sides in local attention")
+                yield "att_context_size", good, "limited to both sides in local attention"
             elif self.att_context_style == "chunked_limited" and right >= 0 and left > 0:
                 wanted = "(left, right) with left a multiple of right + 1 in the chunked style"
-                self._check("att_context_size", left % (right + 1) == 0, wanted)
-        self._check("global_tokens", self.global_tokens == 0 or local, "0 without local attention")
+                yield "att_context_size", left % (right + 1) == 0, wanted
+        good = self.global_tokens == 0 or self.is_local
+        yield "global_tokens", good, "0 without local attention"
 
     @property
     def head_dim(self):

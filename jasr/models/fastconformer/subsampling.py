@@ -4,10 +4,13 @@ Parameter names are NeMo's: conv_{i} with i its place in torch's sequence (activ
 proj_out, pre_norm. Kernels are [time, frequency, in / groups, out]. Arrays are [B,T,F,C] inside.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jasr.layers.basic import Weights
 from jasr.models.fastconformer.settings import halved
 
 # Bytes of the first convolution's output that exist at once.
@@ -34,23 +37,12 @@ def linear(x, features, name, use_bias=True):
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
-class ConvWeights(nn.Module):
-    """kernel of `shape` [..., in / groups, out] and bias [out] (or None) of a convolution."""
-
-    shape: tuple
-    dtype: str
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self):
-        fan_in = 1
-        for n in self.shape[:-1]:
-            fan_in *= n
-        kernel = jnp.asarray(self.param("kernel", uniform(fan_in), self.shape), self.dtype)
-        if not self.use_bias:
-            return kernel, None
-        bias = self.param("bias", uniform(fan_in), self.shape[-1:])
-        return kernel, jnp.asarray(bias, self.dtype)
+def weights(name, shape, dtype, use_bias=True):
+    """kernel of `shape` [..., in / groups, out] and bias [out] (or None) under a name, for the
+    caller's compact method."""
+    init = uniform(math.prod(shape[:-1]))
+    made = Weights(shape, init, init if use_bias else None, name=name)()
+    return tuple(x if x is None else jnp.asarray(x, dtype) for x in made)
 
 
 def taps(x):
@@ -192,39 +184,28 @@ class ConvSubsampling(nn.Module):
     def __call__(self, x, length):
         """Args: x [B,T,F]; length i32[B]. Returns (frames [B,T',D], their lengths)."""
 
-        def weights(index, *shape):
-            shape = (*shape, self.channels)
-            return ConvWeights(shape, x.dtype, name=f"conv_{index}")()
+        def conv(index, *shape):
+            return weights(f"conv_{index}", (*shape, self.channels), x.dtype)
 
         times = self.factor.bit_length() - 1
-        first, rest = weights(0, 3, 3, 1), []
+        first, rest = conv(0, 3, 3, 1), []
         for stage in range(1, times):
             if self.depthwise:
-                inner = weights(3 * stage - 1, 3, 3, 1)
-                rest.append((*inner, *weights(3 * stage, 1, 1, self.channels)))
+                inner = conv(3 * stage - 1, 3, 3, 1)
+                rest.append((*inner, *conv(3 * stage, 1, 1, self.channels)))
             else:
-                rest.append(weights(2 * stage, 3, 3, self.channels))
+                rest.append(conv(2 * stage, 3, 3, self.channels))
         lengths, frames = ([n] for n in (length, x.shape[1]))
         for _ in range(times):
             lengths.append(halved(lengths[-1], 1, self.causal))
             frames.append(halved(frames[-1], 1, self.causal))
         y = convolve(x, lengths if self.masked else frames, first, rest, self.causal)
-        return Flatten(self.features, name="out")(y), lengths[-1]
-
-
-class Flatten(nn.Module):
-    """Projection of [B,T,F,C] to [B,T,D]; the kernel's rows are channel-major, c * F + f."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x):
-        batch, frames, bins, channels = x.shape
+        batch, frames, bins, channels = y.shape
         size = bins * channels
-        kernel = self.param("kernel", uniform(size), (size, self.features)).astype(x.dtype)
-        bias = self.param("bias", uniform(size), (self.features,)).astype(x.dtype)
+        kernel, bias = weights("out", (size, self.features), x.dtype)
+        # the kernel's rows are channel-major, c * F + f
         kernel = kernel.reshape(channels, bins, -1).swapaxes(0, 1).reshape(size, -1)
-        return x.reshape(batch, frames, size) @ kernel + bias
+        return y.reshape(batch, frames, size) @ kernel + bias, lengths[-1]
 
 
 class StackingSubsampling(nn.Module):

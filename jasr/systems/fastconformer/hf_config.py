@@ -8,6 +8,7 @@ no words for stands under "jasr". transformers itself is not needed.
 import dataclasses
 import functools
 
+from jasr import tree
 from jasr.audio.features import FrontEndConfig
 from jasr.interop import sections
 from jasr.interop.sections import MUST, UNSAID, Row, Table
@@ -234,17 +235,17 @@ def read(config, extractor):
     for field, value in found.items():
         section, _, name = field.rpartition(".")
         given.setdefault(section, {})[name] = value
+    size, loss = config["vocab_size"] - 1, given["loss"]
     given["front_end"] = {**front_end, **given["front_end"]}
     given["encoder"] |= FIXED
-    size = config["vocab_size"] - 1
-    names = ["front_end", "encoder"]
-    if kind != "ctc":
-        given["decoder"]["vocab_size"] = size
-        given["joint"]["encoder_hidden"] = given["encoder"]["d_model"]
-        given["joint"]["num_extra_outputs"] = len(given["loss"].get("durations", ()))
-        names += ["decoder", "joint"]
+    given["decoder"]["vocab_size"] = size
+    given["joint"] |= {
+        "encoder_hidden": given["encoder"]["d_model"],
+        "num_extra_outputs": len(loss.get("durations", ())),
+    }
+    names = ["front_end", "encoder"] + ["decoder", "joint"] * (kind != "ctc")
     made = {n: sections.complete(SECTIONS[n], given[n], n, problems) for n in names}
-    sections.complete(LossConfig, given["loss"], "loss", problems)
+    sections.complete(LossConfig, loss, "loss", problems)
     if problems:
         raise HfError("; ".join(problems))
     plain = {name: given[name] for name in ("loss", "decoding") if given[name]}
@@ -303,39 +304,27 @@ def foreign(model):
     return found
 
 
-def config(model, size, pad):
-    """config.json of a NemoModel with `size` pieces."""
-    values = {
-        f"{section}.{name}": value
-        for section, given in model.config.items()
-        for name, value in given.items()
-    }
-    ours = {section: {} for section in model.config}  # where nothing is unsaid, too
-    blank = {} if model.kind == "ctc" else {"blank_token_id": size}
-    return {
-        **sections.write(table(model.kind), values, {"jasr": ours}),
-        "vocab_size": size + 1,
-        "pad_token_id": pad,
-        **blank,
-    }
-
-
-def generation(model, size, pad):
-    """generation_config.json; a TDT's durations stand behind the tokens among its logits."""
-    config = {"pad_token_id": pad}
+def files(model, size, pad):
+    """{name: content} of the JSON files with the settings of a NemoModel with `size` pieces, whose
+    padding has the id `pad`."""
+    values = {path.replace("/", "."): value for path, value in tree.flatten(model.config).items()}
+    ours = {"jasr": {section: {} for section in model.config}}  # where nothing is unsaid, too
+    config = sections.write(table(model.kind), values, ours)
+    config |= {"vocab_size": size + 1, "pad_token_id": pad}
+    generation = {"pad_token_id": pad}
     if model.kind != "ctc":
-        config["decoder_start_token_id"] = size
-    if model.kind == "tdt":
-        count = len(model.config["loss"]["durations"])
-        config["suppress_tokens"] = list(range(size + 1, size + 1 + count))
-    return config
-
-
-def processor(model):
-    """processor_config.json."""
-    return {
+        config["blank_token_id"] = generation["decoder_start_token_id"] = size
+    if model.kind == "tdt":  # its durations stand behind the tokens among the logits
+        last = size + len(model.config["loss"]["durations"])
+        generation["suppress_tokens"] = list(range(size + 1, last + 1))
+    processor = {
         "processor_class": "ParakeetProcessor",
         "blank_token": "<blank>",
         "decoder_type": model.kind,
         "feature_extractor": sections.write(EXTRACTOR, model.config["front_end"]),
+    }
+    return {
+        "config.json": config,
+        "generation_config.json": generation,
+        "processor_config.json": processor,
     }

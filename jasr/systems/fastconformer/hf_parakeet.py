@@ -42,9 +42,9 @@ NAMES = (
 def is_parakeet(path):
     """Whether `path` is a directory with a Parakeet's config.json."""
     try:
-        text = (pathlib.Path(path) / "config.json").read_text("utf-8")
-        return json.loads(text)["model_type"] in [f"parakeet_{kind}" for kind in CLASSES]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        kind = _json(pathlib.Path(path) / "config.json").get("model_type")
+        return kind in [f"parakeet_{kind}" for kind in CLASSES]
+    except (OSError, HfError):
         return False
 
 
@@ -68,20 +68,15 @@ def mapped(directory):
     Raises:
       HfError: the path and everything that does not fit.
     """
-    directory = pathlib.Path(directory)
-    try:
+    directory, state = pathlib.Path(directory), {}
+    with nemo.errors(os.fspath(directory), kind=HfError):
         config = _json(directory / "config.json")
         kind, sections, size = hf_config.read(config, _extractor(directory))
         tokenizer = _tokenizer(directory, size)
-        settings = nemo_config.Settings(kind, sections)
-        state = {rename(key, NAMES): array for key, array in _weights(directory).items()}
-        return nemo.from_state(state, settings, tokenizer.to_bytes(), "the weights in NeMo's names")
-    except OSError as e:
-        raise HfError(f"{directory}: {e.filename or ''} cannot be read: {e.strerror}") from e
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as e:  # no check names it
-        raise HfError(f"{directory}: a file is malformed: {type(e).__name__} {e}") from e
-    except ValueError as e:
-        raise HfError(f"{directory}: {e}") from e
+        for path in weights_files(directory):
+            state |= {rename(k, NAMES): array for k, array in safetensors_file.read(path).items()}
+        settings, what = nemo_config.Settings(kind, sections), "the weights in NeMo's names"
+        return nemo.from_state(state, settings, tokenizer.to_bytes(), what)
 
 
 def _json(path):
@@ -120,14 +115,6 @@ def weights_files(directory):
     return tuple(directory / name for name in names)
 
 
-def _weights(directory):
-    """{name: array} of the weights' files."""
-    state = {}
-    for path in weights_files(directory):
-        state |= safetensors_file.read(path)
-    return state
-
-
 def _tokenizer(directory, size):
     path = directory / "tokenizer.model"
     if path.is_file():
@@ -145,43 +132,32 @@ def _tokenizer(directory, size):
 def write(directory, model):
     """Writes a NemoModel of kind "ctc", "rnnt" or "tdt" as a Parakeet directory.
 
-    transformers computes the front end and the subsampling of NeMo 2.5 and later; a model of an
-    older NeMo is refused until its settings say otherwise (front_end.kind "nemo",
-    encoder.masked_subsampling True), which changes the first and last frames of an utterance.
-
     A new directory appears whole or not at all; in one that exists, files of the same names are
     replaced after everything has been written beside it.
 
     Raises:
-      HfError: lists what transformers does not have.
+      HfError: lists what transformers does not have, such as what NeMo before 2.5 computed.
     """
-    foreign = hf_config.foreign(model)
-    if foreign:
+    if foreign := hf_config.foreign(model):
         raise HfError("transformers' Parakeet does not have: " + "; ".join(foreign))
     tokenizer = nemo.sentencepiece(model)
     size = len(tokenizer.pieces)
     back = [(b, a) for a, b in NAMES] + [("joint.joint_net.1.", "joint.head.")]
-    state = {
-        rename(key, back): array
-        for key, array in nemo.state_dict(model).items()
-        if not key.startswith("preprocessor.")
-    }
+    state = {rename(key, back): array for key, array in nemo.state_dict(model).items()}
+    state = {key: array for key, array in state.items() if not key.startswith("preprocessor.")}
     blank = "<pad>" if model.kind == "ctc" and "<pad>" not in tokenizer.texts else "<blank>"
     pad = "<pad>" if model.kind == "tdt" and "<pad>" in tokenizer.texts else blank
     ids = {**{text: i for i, text in enumerate(tokenizer.texts)}, blank: size}
+    unknown = next(p.text for p in tokenizer.pieces if p.type == sentencepiece_model.UNKNOWN)
     files = {
-        "config.json": hf_config.config(model, size, ids[pad]),
-        "generation_config.json": hf_config.generation(model, size, ids[pad]),
-        "processor_config.json": hf_config.processor(model),
+        **hf_config.files(model, size, ids[pad]),
         "tokenizer.json": tokenizer_json.to_json(tokenizer, (blank,)),
         "tokenizer_config.json": {
             "tokenizer_class": "ParakeetTokenizer",
             "backend": "tokenizers",
             "clean_up_tokenization_spaces": False,
             "pad_token": pad,
-            "unk_token": next(
-                p.text for p in tokenizer.pieces if p.type == sentencepiece_model.UNKNOWN
-            ),
+            "unk_token": unknown,
             "processor_class": "ParakeetProcessor",
         },
     }

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jasr import settings
+from jasr.layers.basic import Weights
 from jasr.models.fastconformer import encoder as fastconformer
 from jasr.models.fastconformer.settings import FastConformerConfig
 from jasr.systems.fastconformer.transducer import (
@@ -110,17 +111,9 @@ class CtcHead(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return _Pointwise(self.outputs, name="decoder_layers_0")(x)
-
-
-class _Pointwise(nn.Module):
-    outputs: int
-
-    @nn.compact
-    def __call__(self, x):
         shape = (1, x.shape[-1], self.outputs)  # that of a convolution of width 1
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        init = nn.initializers.xavier_uniform()
+        kernel, bias = Weights(shape, init, name="decoder_layers_0")()
         return jnp.matmul(x.astype(jnp.float32), kernel[0]) + bias
 
 
@@ -140,13 +133,13 @@ class Parakeet(nn.Module):
         self.decoder = Prediction(c.prediction_config)
         self.joint = Joint(c.joint_config)
 
-    def __call__(self, mel, mel_len, tokens):
+    def __call__(self, mel, mel_len):
         """Runs every part, so that all parameters are made."""
         x, _ = self.encode(mel, mel_len)
         if self.config.has_ctc:
             self.ctc_logits(x)
         if self.config.is_transducer:
-            self.joint(x[:, :1], self.decoder(tokens[:, :1]))
+            self.joint(x[:, :1], self.decoder(jnp.zeros((len(x), 1), jnp.int32)))
 
     def encode(self, mel, mel_len, train=False):
         """(frames [B,T',D], lengths i32[B]) of log-mel frames f32[B,T,F]."""

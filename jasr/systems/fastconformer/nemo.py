@@ -5,7 +5,7 @@ variables without running anything from them, and written so that NeMo restores 
     model.kind, model.config["encoder"]["d_model"], model.variables["params"]["encoder"]
     nemo.write("copy.nemo", model)
 
-Names are translated by `nemo_tables`, settings by `nemo_config`.
+Names are translated by `nemo_weights`, settings by `nemo_config`.
 """
 
 import base64
@@ -21,8 +21,8 @@ import numpy as np
 
 from jasr import tree
 from jasr.interop import lazy, nemo_archive, plain_yaml, table, torch_file
-from jasr.systems.fastconformer import nemo_config, nemo_problems
-from jasr.systems.fastconformer.nemo_tables import TRANSDUCERS, rows, shapes
+from jasr.systems.fastconformer import nemo_config, nemo_weights
+from jasr.systems.fastconformer.nemo_weights import TRANSDUCERS, rows, shapes
 from jasr.text import SentencePieceTokenizer, sentencepiece_model
 
 LIKE = "--like=model.nemo of convert, transcribe, evaluate and expand_vocab (like=... in Python)"
@@ -37,17 +37,12 @@ class NemoError(ValueError):
 class NemoModel:
     """A model as data.
 
-    kind: "ctc", "rnnt", "tdt", "hybrid" (a transducer with a CTC branch), or "encoder" (what is
-      read of Canary).
-    config: {"front_end", "encoder", "decoder", "joint", "loss", "decoding"} as plain dicts, those
-      that the kind has; see `nemo_config`.
-    tokenizer: what `text.from_dict` takes; None where the file has none (checkpoints) or has an
-      aggregate of several (Canary).
-    variables: {"params", "batch_stats"}, trees of f32 array-likes (`interop.lazy`), of numpy arrays
-      where `read` made them; a warning says where the file has another precision.
+    kind, config: those of nemo_config.Settings.
+    tokenizer: what `text.from_dict` takes; None where the file has none (checkpoints) or several.
+    variables: {"params", "batch_stats"} of f32 array-likes (`interop.lazy`).
     nemo_config: the config as it stood in the file.
-    buffers: {key: array} of the state dict's entries that are no variables: the front end's window
-      and filters, counts of batches. They are written back as they came.
+    buffers: {key: array} of the state dict's entries that are no variables, written back as they
+      came: the front end's window and filters, counts of batches.
     """
 
     kind: str
@@ -103,10 +98,9 @@ def mapped(path, *, like=None):
     Weights stay in the file until they are read. Of a gzip file that is a temporary one, which is
     gone by name already and whose room on the disk is free when the model is.
 
-    Args:
-      path: the file.
-      like: path of a .nemo, or of a model's config or recipe (.yaml), whose config and tokenizer
-        the weights belong to; for files that hold weights alone.
+    like: path of a .nemo, or of a model's config or recipe (.yaml), whose config and tokenizer the
+      weights belong to; for files that hold weights alone. A warning says where weights are of
+      another precision.
 
     Raises:
       NemoError: the path and everything that does not fit.
@@ -134,18 +128,19 @@ def from_state(state, config, tokenizer=None, what="the weights"):
 
 
 @contextlib.contextmanager
-def errors(path, done="read"):
-    """Context in which what goes wrong becomes a NemoError that names `path`."""
+def errors(path, done="read", kind=NemoError):
+    """Context in which what goes wrong becomes an error of a kind that names `path`."""
     try:
         yield
-    except NemoError:
-        raise
     except OSError as e:
         name = path if done == "written" else e.filename or path
-        raise NemoError(f"{name} cannot be {done}: {e.strerror or e}") from e
+        raise kind(f"{name} cannot be {done}: {e.strerror or e}") from e
     except ValueError as e:  # of the parts: archive, YAML, pickle, table, settings, tokenizer
-        text = str(e)
-        raise NemoError(text if path in text else f"{path}: {text}") from e
+        if isinstance(e, kind) and path in str(e):
+            raise
+        raise kind(str(e) if path in str(e) else f"{path}: {e}") from e
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as e:  # no check names it
+        raise kind(f"{path}: malformed: {type(e).__name__} {e}") from e
 
 
 @contextlib.contextmanager
@@ -222,19 +217,24 @@ def _tokenizer(archive, config):
 
 
 def _model(path, state, config, tokenizer):
+    joint = 1 if "joint.joint_net.1.weight" in state else 2  # joint_net's linear layer, see `rows`
+    biases = (f"joint.joint_net.{joint}.bias", "decoder.decoder_layers.0.bias")
+    head = next((state[key].size for key in biases if key in state), None)  # outputs
     if isinstance(config, nemo_config.Settings):
         model, nemo, config = config, {}, {}
     else:
-        model, nemo = nemo_config.parse(config, _head(state))
+        model, nemo = nemo_config.parse(config, head)
     buffers = {key: np.array(v) for key, v in state.items() if re.fullmatch(BUFFERS, key)}
-    vocab_size = _vocab_size(model, _head(state))
+    vocab_size = max(1, (head or 2) - 1)  # pieces: without the blank and the durations
+    if model.kind in TRANSDUCERS:
+        vocab_size = model.sections["decoder"]["vocab_size"]
     problems = [
-        *nemo_problems.layers(model.sections, state),
-        *nemo_problems.buffers(buffers, model.sections["front_end"]),
-        *nemo_problems.vocabulary(model.kind, nemo, tokenizer, vocab_size),
+        *nemo_weights.layers(model.sections, state),
+        *nemo_weights.buffers(buffers, model.sections["front_end"]),
+        *nemo_weights.vocabulary(model.kind, nemo, tokenizer, vocab_size),
     ]
     want, variables = shapes(model, vocab_size), None
-    names = rows(model, want, _joint_index(state))
+    names = rows(model, want, joint)
     try:
         variables = table.convert(names, state, want, what="the weights")
     except table.TableError as e:
@@ -271,24 +271,6 @@ def owned(model):
     return dataclasses.replace(model, variables=jax.tree.map(lazy.owned, model.variables))
 
 
-def _head(state):
-    """The number of outputs of the joint network, or of the CTC head; None without either."""
-    keys = (f"joint.joint_net.{_joint_index(state)}.bias", "decoder.decoder_layers.0.bias")
-    return next((state[key].size for key in keys if key in state), None)
-
-
-def _vocab_size(model, head):
-    """The number of pieces, without the blank and the durations; 1 where nothing says it."""
-    if model.kind in TRANSDUCERS:
-        return model.sections["decoder"]["vocab_size"]
-    return max(1, (head or 2) - 1)
-
-
-def _joint_index(state):
-    """Where joint_net's linear layer stands: 2 behind a dropout, else 1."""
-    return 1 if "joint.joint_net.1.weight" in state else 2
-
-
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -311,16 +293,13 @@ def write(path, model):
         if "encoder" not in base and isinstance(base.get("model"), dict):
             base = base["model"]
         config = nemo_config.write(settings, tokenizer.texts, base)
-        artefacts = {
-            "model_path": ("tokenizer.model", tokenizer.to_bytes()),
-            "vocab_path": ("vocab.txt", sentencepiece_model.vocab_txt(tokenizer).encode()),
-            "spe_tokenizer_vocab": (
-                "tokenizer.vocab",
-                sentencepiece_model.vocab_tsv(tokenizer).encode(),
-            ),
-        }
+        vocab_txt, vocab_tsv = sentencepiece_model.vocab_txt, sentencepiece_model.vocab_tsv
         members, section = {}, {"dir": "", "type": "bpe"}
-        for key, (name, content) in artefacts.items():
+        for key, name, content in (
+            ("model_path", "tokenizer.model", tokenizer.to_bytes()),
+            ("vocab_path", "vocab.txt", vocab_txt(tokenizer).encode()),
+            ("spe_tokenizer_vocab", "tokenizer.vocab", vocab_tsv(tokenizer).encode()),
+        ):
             member = nemo_archive.fresh_name(name)
             members[member], section[key] = content, f"nemo:{member}"
         _check_artefacts(config)
@@ -334,13 +313,9 @@ def write(path, model):
 
 
 def _check_artefacts(config):
-    """Nothing, if the config refers to no artefact of the file it was read from but tokenizers."""
+    """Raises where the config refers to artefacts of its file that are no tokenizers."""
     for path, value in tree.flatten(config).items():
-        if (
-            isinstance(value, str)
-            and value.startswith("nemo:")
-            and not path.startswith("tokenizer/")
-        ):
+        if str(value).startswith("nemo:") and not path.startswith("tokenizer/"):
             raise NemoError(
                 f"the config refers to {value!r} in {path.replace('/', '.')}, a file that is not "
                 "kept with the model; set it to None in nemo_config"
@@ -365,13 +340,10 @@ def state_dict(model):
     tree.compare(want, model.variables, what=what)
     index = 1 if not model.config.get("joint", {}).get("dropout", 1) else 2
     state = table.invert(rows(settings, want, index), model.variables, what=what)
-    buffers = {
-        key: make()
-        for key, (_, make) in nemo_problems.featurizer(model.config["front_end"]).items()
-    }
-    buffers |= {
-        key.replace("running_mean", "num_batches_tracked"): np.array(0, np.int64)
-        for key in state
-        if key.endswith(".running_mean")
-    }
+    made = nemo_weights.featurizer(model.config["front_end"])
+    buffers = {key: make() for key, (_, make) in made.items()}
+    for key in state:
+        if key.endswith(".running_mean"):
+            count = key.replace("running_mean", "num_batches_tracked")
+            buffers[count] = np.array(0, np.int64)
     return {**state, **{key: model.buffers.get(key, value) for key, value in buffers.items()}}

@@ -141,6 +141,12 @@ def loss_table(name, aux=False):
     return _OPEN._replace(rows=(*rows, *(AUXILIARY if aux else ())))
 
 
+def loss_fields(kind, loss):
+    """The fields of LossConfig that a model of this kind has in NeMo, whose loss is `loss`."""
+    table = loss_table("tdt" if loss == "tdt" else USUAL_LOSS, kind == "hybrid")
+    return ["kind", *(row.field for row in (CTC_LOSS if kind == "ctc" else table).rows)]
+
+
 def _most_symbols(both, _):
     """NeMo looks at max_symbols_per_step where max_symbols is null, and without both it is 10."""
     said = [most for most in both if most is not UNSAID]
@@ -193,10 +199,8 @@ def parse(config, head=None):
         raise ConfigError(f"the config's target is {name}; known are {', '.join(known)}")
     kind, legacy, problems = kinds[0], is_legacy(nemo.get("nemo_version")), []
     encoder = read_encoder(nemo.get("encoder"), legacy, problems)
-    sections = {
-        "front_end": read_front_end(nemo.get("preprocessor"), legacy, problems),
-        "encoder": encoder,
-    }
+    front_end = read_front_end(nemo.get("preprocessor"), legacy, problems)
+    sections = {"front_end": front_end, "encoder": encoder}
     if kind == "ctc":
         read(CTC_DECODER, nemo.get("decoder"), problems)
         sections["loss"] = {"kind": "ctc", **(read(CTC_LOSS, nemo, problems) or {})}
@@ -256,9 +260,8 @@ def _networks(nemo, head, width, loss, problems):
 def _decoding(nemo, problems):
     """The decoding section: NeMo's strategy, and of a beam search its numbers."""
     found = read(DECODING, nemo, problems)
-    if found is None or found["strategy"] in GREEDY:
-        return found
-    return {**found, **(read(BEAM, nemo, problems) or {})}
+    beam = read(BEAM, nemo, problems) if found and found["strategy"] not in GREEDY else None
+    return found and {**found, **(beam or {})}
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -279,16 +282,15 @@ def write(model, pieces, base=None):
     if kind not in ("ctc", "rnnt", "tdt", "hybrid"):
         raise ConfigError(f"a model of kind {kind!r} is not written")
     front_end, encoder = sections["front_end"], sections["encoder"]
-    if (front_end["kind"] == "nemo_legacy") == encoder["masked_subsampling"]:
+    legacy = not encoder["masked_subsampling"]
+    if (front_end["kind"] == "nemo_legacy") != legacy:
         raise ConfigError(
             "NeMo's versions have both front_end.kind 'nemo' and masked_subsampling (2.5 and "
             "later), or neither"
         )
-    legacy = not encoder["masked_subsampling"]
     name = TARGETS[kind].rpartition(".")[2]
-    is_same = base is not None and str(base.get("target")).endswith(f".{name}")
-    base = copy.deepcopy(base) if is_same else {}
-    version = base.get("nemo_version")
+    base = base if base and str(base.get("target")).endswith(f".{name}") else {}
+    base, version = copy.deepcopy(base), base.get("nemo_version")
     if version is None or is_legacy(version) != legacy:
         version = "2.4.0" if legacy else VERSION
     new = {
@@ -310,10 +312,8 @@ def write(model, pieces, base=None):
     if kind == "hybrid":
         rest = {} if "aux_ctc" in base else {"use_cer": False, "decoding": {"strategy": "greedy"}}
         new["aux_ctc"] |= {"decoder": head, **rest}
-    if "labels" in base:
-        new["labels"] = list(pieces)
-    target = base.pop("target", TARGETS[kind])
-    base.pop("nemo_version", None)
+    new |= {"labels": list(pieces)} if "labels" in base else {}
+    target = base.get("target", TARGETS[kind])
     return {**merge(base, new), "target": target, "nemo_version": version}
 
 
@@ -325,10 +325,11 @@ def _transducer_sections(sections, pieces, base):
             f"joint.num_classes {joint['num_classes']}"
         )
     how, was = dict(sections["decoding"]), base.get("decoding") or {}
+    # from which NeMo's constructors fill in the joint network's sizes
+    sizes = {"enc_hidden": joint["encoder_hidden"]}
+    sizes |= {name: joint[name] for name in ("pred_hidden", "joint_hidden")}
     new = {
-        # from which NeMo's constructors fill in the joint network's sizes
-        "model_defaults": {"enc_hidden": joint["encoder_hidden"]}
-        | {name: joint[name] for name in ("pred_hidden", "joint_hidden")},
+        "model_defaults": sizes,
         "decoder": section_of(PREDICTION, decoder),
         "joint": section_of(JOINT, joint, base.get("joint")) | {"vocabulary": list(pieces)},
     }
@@ -336,7 +337,7 @@ def _transducer_sections(sections, pieces, base):
         how["strategy"] = was["strategy"] if was.get("strategy") in BEAMS else "maes"
         new = section_of(BEAM, how, new)
     new = section_of(DECODING, how, new)
-    if _SYMBOLS[1].rpartition(".")[2] not in (was.get("greedy") or {}):
+    if "max_symbols_per_step" not in (was.get("greedy") or {}):
         del new["decoding"]["greedy"]["max_symbols_per_step"]
     name = "tdt" if loss["kind"] == "tdt" else USUAL_LOSS
     new = section_of(loss_table(name, "ctc_weight" in loss), loss, new)

@@ -8,10 +8,12 @@ import base64
 import os
 import re
 
+from jasr import tree
 from jasr.interop import plain_yaml
 from jasr.systems import catalogue, source
 from jasr.systems.fastconformer import nemo_recipe_keys
 from jasr.systems.fastconformer.nemo_recipe_keys import KEYS
+from jasr.systems.fastconformer.task import nemo_section
 from jasr.training import schedules
 
 
@@ -61,12 +63,9 @@ def _model(read, path, config):
     return found | {"model.encoder.dtype": "bfloat16" if half else "float32"}
 
 
-def _flat(where, value):
-    if not isinstance(value, dict):
-        return {where: _tuples(value)}
-    return {
-        k: v for name, inner in value.items() for k, v in _flat(f"{where}.{name}", inner).items()
-    }
+def _flat(where, section):
+    flat = tree.flatten({where: section})
+    return {path.replace("/", "."): _tuples(value) for path, value in flat.items()}
 
 
 def _tuples(value):
@@ -117,9 +116,8 @@ def _augment(read, meta):
     if all(read[name] == KEYS[name].default for name in keys):
         if "spec_augment" in meta["config"]:
             return _flat("spec_augment", meta["config"]["spec_augment"])
-        kept = meta.get("nemo", {}).get("config", {})
-        section = kept.get("spec_augment") or (kept.get("model") or {}).get("spec_augment") or {}
-        read, _ = nemo_recipe_keys.read({"model": {"spec_augment": section}})
+        kept = {"spec_augment": nemo_section(meta, "spec_augment")}
+        read, _ = nemo_recipe_keys.read({"model": kept})
     found = {name.removeprefix("model."): read[name] for name in keys}
     width, masks = read[f"{where}.time_width"], read[f"{where}.time_masks"]
     width = 10 if width is None else width

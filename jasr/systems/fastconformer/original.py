@@ -10,10 +10,11 @@ import warnings
 import numpy as np
 
 from jasr import settings, text, tree
-from jasr.interop import lazy
+from jasr.interop import lazy, sections
 from jasr.seam import Original
 from jasr.systems.fastconformer import hf_parakeet, nemo, nemo_config
 from jasr.systems.fastconformer.model import JointSettings, PredictionSettings
+from jasr.systems.fastconformer.nemo_config import BEAM, DECODING
 from jasr.systems.fastconformer.task import build
 
 WEIGHTS = "model.safetensors"
@@ -62,7 +63,7 @@ def _meta(path, like="", tokens=True):
 
 
 def _leaves(path, like=""):
-    return {p: x for p, x in tree.flatten(_read(path, like).variables).items()}
+    return tree.flatten(_read(path, like).variables)
 
 
 def _write(write):
@@ -91,8 +92,8 @@ def meta_of(model, path, tokens=True):
       nemo.NemoError: no tokenizer, unless `tokens` is False, or no recogniser of its own.
     """
     buffers = {key: _kept(array) for key, array in model.buffers.items()}
-    meta = {"config": run_config(model), "step": 0, "task": "fastconformer"}
-    meta["nemo"] = {"config": model.nemo_config, "buffers": buffers}
+    kept = {"config": model.nemo_config, "buffers": buffers}
+    meta = {"config": run_config(model), "step": 0, "task": "fastconformer", "nemo": kept}
     if tokens:
         if model.tokenizer is None:
             raise nemo.NemoError(
@@ -109,20 +110,19 @@ def run_config(model):
     Raises:
       nemo.NemoError: a kind that is not a recogniser of its own (Canary's encoder).
     """
-    sections = model.config
+    given = model.config
     if model.kind == "encoder":
         raise nemo.NemoError("only the encoder of this model is known, and it gives no text alone")
-    parts = {"encoder": dict(sections["encoder"])}
+    parts = {"encoder": dict(given["encoder"])}
     for name, cls in (("decoder", PredictionSettings), ("joint", JointSettings)):
-        if name in sections:  # sizes that follow from tokenizer and encoder are left out
+        if name in given:  # sizes that follow from tokenizer and encoder are left out
             fields = {f.name for f in dataclasses.fields(cls)}
-            parts[name] = {k: v for k, v in sections[name].items() if k in fields}
-    loss = dict(sections["loss"])
+            parts[name] = {k: v for k, v in given[name].items() if k in fields}
     return {
         "task": "fastconformer",
         "model": {"kind": model.kind, **parts},
-        "front_end": dict(sections["front_end"]),
-        "loss": loss,
+        "front_end": dict(given["front_end"]),
+        "loss": dict(given["loss"]),
         "decoding": _decoding(model),
     }
 
@@ -131,21 +131,20 @@ def _decoding(model):
     """The run's config.decoding of a NemoModel; a warning says what is done in another way."""
     how = dict(model.config.get("decoding", {}))
     theirs = model.nemo_config.get("model", model.nemo_config).get("decoding") or {}
-    strategy = how.get("strategy") or theirs.get("strategy") or "greedy"
-    if model.kind == "ctc" and strategy not in nemo_config.GREEDY:
+    strategy, known = how.get("strategy") or theirs.get("strategy") or "greedy", nemo_config.GREEDY
+    if model.kind == "ctc" and strategy not in known:
         _note(f"decoding.strategy {strategy!r} of a CTC model: decoded greedily here")
         how.pop("strategy", None)
     elif strategy in nemo_config.BEAMS:
         how["strategy"] = "beam"
         if strategy not in ("maes", "beam"):
             _note(f"decoding.strategy {strategy!r}: decoded by a beam search like 'maes' here")
-    elif strategy not in nemo_config.GREEDY:
+    elif strategy not in known:
         _note(f"decoding.strategy {strategy!r} is not known: decoded greedily here")
         how = {"max_symbols": how.get("max_symbols", 10)}
     for name in ("greedy", "beam"):
         part = theirs.get(name) or {}
-        helpers = [part.get("ngram_lm_model"), (part.get("boosting_tree") or {}).get("model_path")]
-        if any(helpers):
+        if part.get("ngram_lm_model") or (part.get("boosting_tree") or {}).get("model_path"):
             _note(f"decoding.{name} of the file has a language model or phrases: not used here")
     if how.get("max_symbols", 10) is None:
         how["max_symbols"] = 0
@@ -161,25 +160,18 @@ def model_of(meta, leaves):
     the file that it was read from."""
     task = build(meta["config"], text.from_dict(meta["tokenizer"]), 1)
     c = task.config
-    loss = {k: v for k, v in settings.to_dict(task.loss_config).items() if k != "ramp_steps"}
-    unread = ["durations", "sigma", "omega"] if loss["kind"] != "tdt" else []
-    unread += ["fastemit_lambda", "clamp"] if loss["kind"] == "ctc" else []
-    unread += ["ctc_weight", "ctc_reduction"] if c.kind != "hybrid" else []
+    loss, how = settings.to_dict(task.loss_config), settings.to_dict(task.decoding)
     config = {
         "front_end": settings.to_dict(task.front_end),
         "encoder": settings.to_dict(c.encoder),
-        "loss": {k: v for k, v in loss.items() if k not in unread},
+        "loss": {name: loss[name] for name in nemo_config.loss_fields(c.kind, loss["kind"])},
     }
     if c.is_transducer:
         config["decoder"] = settings.to_dict(c.prediction_config)
         config["joint"] = settings.to_dict(c.joint_config)
-        config["decoding"] = {
-            "strategy": task.decoding.strategy,
-            "max_symbols": task.decoding.max_symbols or None,
-        }
-        if task.decoding.strategy == "beam":
-            names = ("beam", "expansion_gamma", "length_normalised")
-            config["decoding"] |= {name: getattr(task.decoding, name) for name in names}
+        rows = (*DECODING.rows, *(BEAM.rows if how["strategy"] == "beam" else ()))
+        config["decoding"] = {row.field: how[row.field] for row in rows}
+        config["decoding"]["max_symbols"] = how["max_symbols"] or None
     kept = meta.get("nemo", {})
     variables = tree.unflatten({p: lazy.cast(x, np.float32) for p, x in leaves.items()})
     variables = {"params": {}, "batch_stats": {}, **variables}
@@ -205,24 +197,21 @@ def exported(model, branch="", modern_front_end=False):
       nemo.NemoError: no such branch.
     """
     changes = []
+    if branch == "transducer" and model.kind == "ctc":
+        raise nemo.NemoError("a model of kind 'ctc' has no branch 'transducer'")
     if branch:
-        if branch == "transducer" and model.kind == "ctc":
-            raise nemo.NemoError("a model of kind 'ctc' has no branch 'transducer'")
         model = nemo.branch(model, "ctc" if branch == "ctc" else model.config["loss"]["kind"])
     if modern_front_end:
-        config = dict(model.config)
-        for section, key, value in (
-            ("front_end", "kind", "nemo"),
-            ("encoder", "masked_subsampling", True),
-        ):
-            if (old := config[section][key]) != value:
-                changes.append(f"{section}.{key} {old!r} -> {value!r}")
-                config[section] = {**config[section], key: value}
-        model = dataclasses.replace(model, config=config)
-        if changes:
-            changes.append("the frames at an utterance's ends are not those of its training")
-        else:
-            changes.append("front end and subsampling are those of NeMo 2.5 already")
+        new = {"front_end": {"kind": "nemo"}, "encoder": {"masked_subsampling": True}}
+        for section, values in new.items():
+            for key, value in values.items():
+                if (old := model.config[section][key]) != value:
+                    changes.append(f"{section}.{key} {old!r} -> {value!r}")
+        model = dataclasses.replace(model, config=sections.merge(model.config, new))
+        ends = "the frames at an utterance's ends are not those of its training"
+        changes.append(
+            ends if changes else "front end and subsampling are those of NeMo 2.5 already"
+        )
     return model, changes
 
 

@@ -2,40 +2,32 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jasr import audio, settings
+from jasr import settings
 from jasr.audio import augment, inputs
-from jasr.data import AudioText, DataConfig
 from jasr.decoding import transducer as decoding
 from jasr.decoding.beam import beam_search
 from jasr.decoding.ctc import ctc_greedy
-from jasr.losses import transducer as losses
-from jasr.losses.ctc import ctc_loss, frames_needed, has_path
-from jasr.losses.reduction import contribution, scale_and_count
+from jasr.losses import ctc, transducer
+from jasr.losses.reduction import scale_and_count
 from jasr.models.fastconformer.settings import output_lengths
-from jasr.systems.fastconformer import decoding as decoding_verbs
+from jasr.seam import WindowDecoder
 from jasr.systems.fastconformer import times
 from jasr.systems.fastconformer.model import Parakeet, ParakeetConfig, sharding
 from jasr.systems.fastconformer.settings import DecodingConfig, LossConfig
-from jasr.training import validators
+from jasr.training.audio_task import AudioTask, window_seconds
+
+LOCAL_SECONDS = 600.0  # the window of local attention
 
 
 @dataclasses.dataclass(frozen=True)
-class ParakeetTask:
+class ParakeetTask(AudioTask):
     """Training and inference of one of NeMo's recognisers; see `build`."""
 
-    tokenizer: Any
-    model: Any
-    front_end: audio.FrontEndConfig
-    spec_augment: augment.SpecAugmentConfig
-    wave_augment: augment.WaveAugmentConfig
-    loss_config: LossConfig
-    decoding: DecodingConfig
-    data: DataConfig = DataConfig()
+    decoding: DecodingConfig = DecodingConfig()
     groups: int = 1  # devices that a batch is split over: see `losses.joint`
 
     # What a vocabulary gives its meaning to.
@@ -54,8 +46,8 @@ class ParakeetTask:
         """
         tokenizer = tokenizer.with_blank()
         model = settings.build(ParakeetConfig, config["model"], "config.model")
-        loss = settings.build(LossConfig, config.get("loss", {}), "config.loss")
-        given = inputs.sections(config)
+        given = cls.sections(config, LossConfig)
+        loss = given["loss_config"]
         if tokenizer.blank_id != tokenizer.vocab_size - 1:
             raise ValueError(
                 "these models need the blank as the last id: config.text.kind = 'sentencepiece', "
@@ -84,20 +76,7 @@ class ParakeetTask:
             vocab_size=tokenizer.vocab_size - 1,
             joint=dataclasses.replace(model.joint, num_extra_outputs=extra),
         )
-        return cls(
-            tokenizer=tokenizer,
-            model=Parakeet(model),
-            **given,
-            loss_config=loss,
-            decoding=how,
-            data=settings.build(DataConfig, config.get("data", {}), "config.data"),
-            groups=ways,
-        )
-
-    @property
-    def config(self):
-        """The model's settings."""
-        return self.model.config
+        return cls(tokenizer, Parakeet(model), **given, decoding=how, groups=ways)
 
     @property
     def sharding(self):
@@ -110,106 +89,51 @@ class ParakeetTask:
         One for a transducer, but more for a TDT whose tokens all take time.
         """
         if self.config.kind == "ctc":
-            return frames_needed(tokens)
+            return ctc.frames_needed(tokens)
         if self.loss_config.kind == "rnnt":
             return 1
         durations = self.loss_config.durations
         return len(tokens) * min(durations) + min(d for d in durations if d > 0)
 
     @property
-    def seconds_per_frame(self):
-        """Seconds between two encoder frames."""
-        front = self.front_end
-        return front.hop * self.config.frame_rate_divisor / front.sample_rate
-
-    @property
-    def layout(self):
-        """One recording a row, or several joined, and their text."""
-        return AudioText(
-            self.data,
-            self.front_end.sample_rate,
-            self.tokenizer.encode,
-            self.frames_needed,
-            self.seconds_per_frame,
-        )
-
-    def check(self, shapes):
-        """Raises ValueError for buckets (B, S, L) that could not be trained on: there are none."""
-
-    def features(self, batch):
-        """Log-mel frames f32[B,T,F] and their lengths i32[B] of a batch's audio."""
-        return inputs.features(self, batch)
-
-    def init(self, rng, batch):
-        """Fresh variables {"params", "batch_stats"} for a batch's shapes."""
-        mel, mel_len = self.features(batch)
-        variables = self.model.init({"params": rng}, mel, mel_len, batch["tokens"])
-        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    def frame(self):
+        """Samples between two encoder frames."""
+        return self.front_end.hop * self.config.frame_rate_divisor
 
     def terms(self, batch):
-        """{"transducer" and/or "ctc": (share of the loss, f32[B] factor of each row's loss, f32[B]
-        its part of the divisor)}, from data alone. A hybrid's CTC loss counts where a CTC path
-        exists, the transducer's where one of its own."""
+        """See `AudioTask.divisors`: "transducer" and/or "ctc". A hybrid's CTC loss counts where a
+        CTC path exists, the transducer's where one of its own."""
         c, loss = self.config, self.loss_config
         width, mel_len = inputs.mel_shape(self, batch)
         length = output_lengths(c.encoder, mel_len, width)
         tokens, token_len = batch["tokens"], batch["token_len"]
-        present = batch["audio_len"] > 0
+        present, hybrid = batch["audio_len"] > 0, c.kind == "hybrid"
         found = {}
         if c.is_transducer:
             durations = loss.durations if loss.kind == "tdt" else None
             sizes = dict(frames=output_lengths(c.encoder, width, width), tokens=tokens.shape[1])
-            good = losses.has_path(length, token_len, durations, **sizes)
-            share = 1 - loss.ctc_weight if c.kind == "hybrid" else 1.0
+            good = transducer.has_path(length, token_len, durations, **sizes)
+            share = 1 - loss.ctc_weight if hybrid else 1.0
             found["transducer"] = share, *scale_and_count(token_len, present & good, loss.reduction)
         if c.has_ctc:
-            hybrid = c.kind == "hybrid"
-            good = has_path(length, tokens, token_len)
+            good = ctc.has_path(length, tokens, token_len)
             reduction = loss.ctc_reduction if hybrid else loss.reduction
             share = loss.ctc_weight if hybrid else 1.0
             found["ctc"] = share, *scale_and_count(token_len, present & good, reduction)
         return found
 
-    def divisors(self, batch):
-        """{name of a loss: f32[]}: what its sum over a whole batch is divided by."""
-        return {name: jnp.sum(count) for name, (_, _, count) in self.terms(batch).items()}
-
-    def loss(self, variables, batch, divisors, keys, step):
-        """A micro-batch's share of the training loss; see `seam.Task.loss`.
-
-        Returns:
-          (f32[], (batch_stats, metrics)); metrics are counts or sums over utterances.
-        """
-        mel, mel_len = inputs.augmented_features(self, batch, keys["augment"], step)
-        dropout, joint_key, omega_key = jax.random.split(keys["dropout"], 3)
-        run = functools.partial(self.model.apply, rngs={"dropout": dropout})
-        (x, length), changed = run(
-            variables, mel, mel_len, train=True, method="encode", mutable=["batch_stats"]
-        )
-        noise = dict(
-            dropout=self.config.joint.dropout,
-            key=augment.row_keys(joint_key, batch["index"]),
-        )
-        if self.loss_config.omega:
-            noise["omega"] = losses.sampled_omega(omega_key, self.loss_config.omega)
-        found = self.scored(functools.partial(run, variables), x, length, batch, True, noise)
-        total = jnp.float32(0.0)
-        for name, (share, scale, _) in self.terms(batch).items():
-            total += share * contribution(found[name][0], scale, divisors[name])
-        feasible = functools.reduce(jnp.logical_and, [good for _, good in found.values()])
-        metrics = inputs.counts(self, batch, feasible)
-        return total, (changed.get("batch_stats", {}), metrics)
-
-    def scored(self, run, x, length, batch, train, noise):
-        """{"transducer" and/or "ctc": (f32[B] losses, bool[B] whether there is a path)}.
-
-        Args:
-          run: the model's methods on its variables; x, length: what `encode` gives.
-          noise: dropout and key of the joint network, omega of this batch; {} in evaluation, where
-            the loss is the one without omega.
-        """
-        c, loss = self.config, self.loss_config
+    def losses(self, variables, batch, frames, keys):
+        """See `AudioTask.loss`; that of evaluation is the one without omega."""
+        c, loss, noise, train = self.config, self.loss_config, {}, keys is not None
         tokens, token_len = batch["tokens"], batch["token_len"]
+        run = functools.partial(self.model.apply, variables)
+        if train:
+            dropout, joint_key, omega_key = jax.random.split(keys["dropout"], 3)
+            run = functools.partial(run, rngs={"dropout": dropout})
+            noise = dict(dropout=c.joint.dropout, key=augment.row_keys(joint_key, batch["index"]))
+            if loss.omega and loss.kind == "tdt":
+                noise["omega"] = transducer.sampled_omega(omega_key, loss.omega)
+        (x, length), changed = run(*frames, train=train, method="encode", mutable=["batch_stats"])
         found = {}
         if c.is_transducer:
             parts = run(x, tokens, train=train, method="joint_parts")
@@ -221,41 +145,15 @@ class ParakeetTask:
                 activation=c.joint.activation,
                 **noise,
             )
-            score = losses.rnnt_loss
+            score = transducer.rnnt_loss
             if loss.kind == "tdt":
-                score = losses.tdt_loss
+                score = transducer.tdt_loss
                 options |= dict(durations=loss.durations, sigma=loss.sigma)
-            else:
-                options.pop("omega", None)
             found["transducer"] = score(*parts, length, tokens, token_len, **options)
         if c.has_ctc:
             logits = run(x, method="ctc_logits")
-            found["ctc"] = ctc_loss(logits, length, tokens, token_len, blank=c.blank)
-        return found
-
-    def row_losses(self, variables, batch):
-        """{name: (f32[B] value, f32[B] count)}: the loss of validation is the sum over the names of
-        the sum of values by that of counts."""
-        run = functools.partial(self.model.apply, variables)
-        x, length = run(*self.features(batch), method="encode")
-        found = self.scored(run, x, length, batch, False, {})
-        return {
-            name: (share * jnp.where(scale > 0, found[name][0] * scale, 0.0), count)
-            for name, (share, scale, count) in self.terms(batch).items()
-        }
-
-    @property
-    def validators(self):
-        """What a set can be measured by."""
-        return {
-            "wer": validators.transcripts(self.tokenizer, self.text, self.predict),
-            "loss": validators.loss(self.row_losses),
-        }
-
-    @staticmethod
-    def line(sums, seconds):
-        """Columns of the training log: audio a second, infeasible rows."""
-        return inputs.line(sums, seconds)
+            found["ctc"] = ctc.ctc_loss(logits, length, tokens, token_len, blank=c.blank)
+        return found, changed.get("batch_stats", {}), {}
 
     def frames(self, variables, batch):
         """Encoder frames f[B,T,D] to decode and their lengths i32[B], of each row as if alone.
@@ -339,7 +237,7 @@ class ParakeetTask:
         return self.loss_config.kind
 
     def text(self, tokens):
-        """The text of tokens as NeMo writes it; see `nemo_times.text`."""
+        """The text of tokens as NeMo writes it; see `times.text`."""
         return times.text(tokens, self.tokenizer)
 
     @property
@@ -351,8 +249,68 @@ class ParakeetTask:
 
     @property
     def verbs(self):
-        """What the model can be asked for."""
-        return {"transcribe": decoding_verbs.window_decoder(self)}
+        """What the model can be asked for: windows decoded greedily or by a beam, with NeMo's
+        timestamps on request."""
+        timed, front = self.decodes != "ctc", self.front_end
+
+        def decode(variables, batch):
+            found = self.predict(variables, batch)
+            return {**found, "heard": heard(found) if timed else found["logit_len"]}
+
+        def prepare(variables):
+            return {**variables, "tables": jax.jit(self.tables)(variables)}
+
+        def window(meta, trained):
+            if self.config.encoder.is_local:
+                return LOCAL_SECONDS
+            longest = nemo_section(meta, "train_ds").get("max_duration")
+            if trained or not isinstance(longest, (int, float)):
+                return window_seconds(trained)
+            return min(60.0, max(8.0, longest))
+
+        def nemo_times(tokens, start_frame, end_frame, durations=None, *, meta):
+            given = nemo_section(meta, "decoding")
+            separators = given.get("segment_seperators")  # NeMo's spelling
+            return times.timestamps(
+                self.decodes,
+                tokens,
+                start_frame,
+                end_frame,
+                self.tokenizer,
+                durations=durations if self.decodes == "tdt" else None,
+                window_stride=front.hop / front.sample_rate,
+                subsampling=self.config.frame_rate_divisor,
+                separators=tuple(separators) if isinstance(separators, list) else times.SEPARATORS,
+                segment_gap=given.get("segment_gap_threshold"),
+            )
+
+        decoder = WindowDecoder(
+            sample_rate=front.sample_rate,
+            frame=self.frame,
+            tokenizer=self.tokenizer,
+            decode=decode,
+            prepare=prepare,
+            window=window,
+            text=self.text,
+            marks=times.punctuation(self.tokenizer),
+            columns=("durations",) if timed else (),
+            extras={"nemo": nemo_times},
+        )
+        return {"transcribe": decoder}
+
+
+def heard(found):
+    """i32[B] frames that a transducer has decoded: a row that is full stopped at its last token."""
+    last = jnp.maximum(found["token_len"] - 1, 0)[:, None]
+    end = jnp.take_along_axis(found["end_frame"], last, axis=1)[:, 0]
+    return jnp.where(found["full"] & (found["token_len"] > 0), end, found["logit_len"])
+
+
+def nemo_section(meta, name):
+    """A section of the NeMo config that a model came with; {} without one."""
+    config = meta.get("nemo", {}).get("config", {})
+    found = config.get(name) or (config.get("model") or {}).get(name)
+    return found if isinstance(found, dict) else {}
 
 
 build = ParakeetTask.build

@@ -160,25 +160,16 @@ def word_offsets(tokens, chars, tokenizer, marks):
 
 def segment_offsets(words, separators=SEPARATORS, gap=None):
     """[{"segment", "start_offset", "end_offset"}] of word items; words joined by spaces."""
-    segments, group = [], []
-
-    def close():
-        if group:
-            span = group[0]["start_offset"], group[-1]["end_offset"]
-            segments.append(_item("segment", " ".join(w["word"] for w in group), *span))
-
+    groups = [[]]
     for i, item in enumerate(words):
-        word = item["word"]
-        if gap and group:
-            if item["start_offset"] - words[i - 1]["end_offset"] >= gap:
-                close()
-                group = []
-            group = [*group, item]
-        elif word and (word[-1] in separators or word in separators):
-            group = [*group, item]
-            close()
-            group = []
-        else:
-            group = [*group, item]
-    close()
-    return segments
+        word, within = item["word"], bool(gap and groups[-1])
+        if within and item["start_offset"] - words[i - 1]["end_offset"] >= gap:
+            groups.append([])
+        groups[-1].append(item)
+        if not within and word and (word[-1] in separators or word in separators):
+            groups.append([])
+    return [
+        _item("segment", " ".join(w["word"] for w in g), g[0]["start_offset"], g[-1]["end_offset"])
+        for g in groups
+        if g
+    ]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jasr import settings
-from jasr.layers.basic import record
+from jasr.layers.basic import Weights, record
 from jasr.layers.lstm import gates_of, lstm, lstm_step
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh, "sigmoid": nn.sigmoid}
@@ -72,56 +72,44 @@ def uniform(bound):
     return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
+LSTM = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # torch.nn.LSTM's names
+
+
 class _Recurrence(nn.Module):
     """`dec_rnn`: the layers' weights under torch.nn.LSTM's names."""
 
     config: PredictionConfig
 
     def setup(self):
-        self.lstm = self.param("lstm", _lstm_init(self.config))
+        self.lstm = self.param("lstm", self.drawn)
 
     def layers(self):
         """Of each layer weight_ih, weight_hh, both [4P, P], and the sum of its two biases."""
         for i in range(self.config.pred_rnn_layers):
-            w_ih, w_hh, b_ih, b_hh = (
-                self.lstm[f"{name}_l{i}"]
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            )
+            w_ih, w_hh, b_ih, b_hh = (self.lstm[f"{name}_l{i}"] for name in LSTM)
             yield w_ih, w_hh, b_ih + b_hh
 
-
-def _lstm_init(config):
-    """key -> torch.nn.LSTM's arrays with NeMo's initial values."""
-    c, P = config, config.pred_hidden
-    draw = uniform(P**-0.5)
-
-    def init(key):
-        weights = {}
+    def drawn(self, key):
+        """All arrays with NeMo's initial values."""
+        c, P, arrays = self.config, self.config.pred_hidden, {}
+        draw = uniform(P**-0.5)
         for i in range(c.pred_rnn_layers):
             keys = jax.random.split(jax.random.fold_in(key, i), 4)
-            weights |= {
-                f"weight_ih_l{i}": draw(keys[0], (4 * P, P)),
-                f"weight_hh_l{i}": draw(keys[1], (4 * P, P)),
-                f"bias_ih_l{i}": _bias(c, "ih", keys[2], draw),
-                f"bias_hh_l{i}": _bias(c, "hh", keys[3], draw),
-            }
-        return jax.tree.map(lambda x: x * c.weights_init_scale, weights)
-
-    return init
-
-
-def _bias(config, name, key, draw):
-    P = config.pred_hidden
-    if config.t_max is not None:  # chrono initialisation (Tallec and Ollivier, 2018)
-        forget = jnp.log(jax.random.uniform(key, (P,), minval=1.0, maxval=config.t_max - 1.0))
-        return jnp.concatenate([-forget, forget, jnp.zeros(2 * P)])
-    bias = draw(key, (4 * P,))
-    if config.forget_gate_bias is None:
-        return bias
-    gate = slice(P, 2 * P)
-    if name == "ih":
-        return bias.at[gate].set(config.forget_gate_bias)
-    return bias.at[gate].multiply(config.hidden_hidden_bias_scale)
+            for name, key_of in zip(LSTM, keys, strict=True):
+                if name.startswith("weight"):
+                    made = draw(key_of, (4 * P, P))
+                elif c.t_max is not None:  # chrono initialisation (Tallec and Ollivier, 2018)
+                    drawn = jax.random.uniform(key_of, (P,), minval=1.0, maxval=c.t_max - 1.0)
+                    made = jnp.concatenate([-jnp.log(drawn), jnp.log(drawn), jnp.zeros(2 * P)])
+                else:
+                    made = draw(key_of, (4 * P,))
+                    forget = made.at[P : 2 * P]  # the bias of the forget gate
+                    if c.forget_gate_bias is not None and name == "bias_ih":
+                        made = forget.set(c.forget_gate_bias)
+                    elif c.forget_gate_bias is not None:
+                        made = forget.multiply(c.hidden_hidden_bias_scale)
+                arrays[f"{name}_l{i}"] = made * c.weights_init_scale
+        return arrays
 
 
 class _Network(nn.Module):
@@ -131,9 +119,12 @@ class _Network(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed = nn.Embed(
-            c.vocab_size + c.blank_as_pad, c.pred_hidden, embedding_init=_table_init(c)
-        )
+
+        def table(key, shape, dtype):  # the blank's row is zeros
+            drawn = jax.random.normal(key, shape, dtype)
+            return drawn.at[c.blank].set(0.0) if c.blank_as_pad else drawn
+
+        self.embed = nn.Embed(c.vocab_size + c.blank_as_pad, c.pred_hidden, embedding_init=table)
         self.dec_rnn = _Recurrence(c)
         self.drop = nn.Dropout(c.dropout)
 
@@ -142,14 +133,6 @@ class _Network(nn.Module):
         is_token = tokens != self.config.blank
         rows = self.embed(jnp.where(is_token, tokens, 0))
         return jnp.where(is_token[..., None], rows, 0.0).astype(self.config.dtype)
-
-
-def _table_init(config):
-    def init(key, shape, dtype=jnp.float32):
-        table = jax.random.normal(key, shape, dtype)
-        return table.at[config.blank].set(0.0) if config.blank_as_pad else table
-
-    return init
 
 
 class Prediction(nn.Module):
@@ -211,20 +194,9 @@ class Prediction(nn.Module):
         return x, (jnp.stack(h), jnp.stack(c))
 
 
-class _Linear(nn.Module):
-    """torch.nn.Linear, initial values included; kernel and bias can be read."""
-
-    inputs: int
-    features: int
-    dtype: str
-
-    def setup(self):
-        draw = uniform(1 / math.sqrt(self.inputs))
-        self.kernel = self.param("kernel", draw, (self.inputs, self.features))
-        self.bias = self.param("bias", draw, (self.features,))
-
-    def __call__(self, x):
-        return x.astype(self.dtype) @ self.kernel.astype(self.dtype) + self.bias.astype(self.dtype)
+def _linear(x, weights, dtype):
+    kernel, bias = weights()
+    return x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
 
 
 class Joint(nn.Module):
@@ -239,9 +211,14 @@ class Joint(nn.Module):
 
     def setup(self):
         c = self.config
-        self.enc = _Linear(c.encoder_hidden, c.joint_hidden, c.dtype)
-        self.pred = _Linear(c.pred_hidden, c.joint_hidden, c.dtype)
-        self.joint_net = _Linear(c.joint_hidden, c.outputs, c.dtype)
+
+        def weights(*shape):  # with torch's initial values
+            draw = uniform(1 / math.sqrt(shape[0]))
+            return Weights(shape, draw, draw)
+
+        self.enc = weights(c.encoder_hidden, c.joint_hidden)
+        self.pred = weights(c.pred_hidden, c.joint_hidden)
+        self.joint_net = weights(c.joint_hidden, c.outputs)
         self.drop = nn.Dropout(c.dropout)
 
     def __call__(self, f, g, train=False):
@@ -250,22 +227,22 @@ class Joint(nn.Module):
 
     def encoder_part(self, f):
         """[..., D] -> [..., J]."""
-        x = self.enc(f)
+        x = _linear(f, self.enc, self.config.dtype)
         record(self, "enc_proj", x)
         return x
 
     def prediction_part(self, g):
         """[..., P] -> [..., J]."""
-        x = self.pred(g)
+        x = _linear(g, self.pred, self.config.dtype)
         record(self, "pred_proj", x)
         return x
 
     def output(self, x, train=False):
         """Logits [..., V + 1 + E] of the sum of the two parts [..., J]: activation, dropout and
         the output layer, as NeMo's `joint_net`."""
-        hidden = ACTIVATIONS[self.config.activation](x)
-        return self.joint_net(self.drop(hidden, deterministic=not train))
+        hidden = self.drop(ACTIVATIONS[self.config.activation](x), deterministic=not train)
+        return _linear(hidden, self.joint_net, self.config.dtype)
 
     def output_layer(self):
         """kernel f32[J, V + 1 + E] and bias f32[V + 1 + E] of the output layer."""
-        return self.joint_net.kernel, self.joint_net.bias
+        return self.joint_net()

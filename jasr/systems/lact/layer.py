@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jasr.layers import fast_weights as fw
 from jasr.layers.attention import rope, rotary_attention
-from jasr.layers.basic import RMSNorm
+from jasr.layers.basic import RMSNorm, Weights
 from jasr.systems.lact.settings import LactConfig
 
 # What ends a residual branch.
@@ -49,29 +49,11 @@ class LowRank(nn.Module):
 
     @nn.compact
     def __call__(self):
-        left = self.param(
-            "w_left",
-            nn.initializers.normal(self.gain / self.rank**0.5),
-            (self.heads, self.rows, self.rank),
-        )
-        right = self.param(
-            "w_right",
-            nn.initializers.normal(self.gain / self.columns**0.5),
-            (self.heads, self.rank, self.columns),
-        )
+        normal, gain = nn.initializers.normal, self.gain
+        left, right = (self.heads, self.rows, self.rank), (self.heads, self.rank, self.columns)
+        left = self.param("w_left", normal(gain / self.rank**0.5), left)
+        right = self.param("w_right", normal(gain / self.columns**0.5), right)
         return left @ right + 0.5 * jnp.eye(self.rows, self.columns)
-
-
-class Projection(nn.Module):
-    """Only the kernel and bias of a linear map, for products that are taken together."""
-
-    features: int
-    init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self, fan_in):
-        kernel = self.param("kernel", self.init, (fan_in, self.features))
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
 
 def heads(x, num):
@@ -185,11 +167,13 @@ class LactLayer(nn.Module):
         f32 product for the three."""
         c = self.config
         nh = c.num_lact_heads
-        parts = [Projection(3 * nh, kernel_init(c), name="lr_proj")(c.hidden_size)]
-        if c.use_momentum:
-            parts.append(Projection(nh, kernel_init(c), name="momentum_proj_0")(c.hidden_size))
-        if c.learnable_ttt_scale:
-            parts.append(Projection(nh, kernel_init(c), name="ttt_scale_proj")(c.hidden_size))
+        wide = {"lr_proj": 3 * nh}
+        wide |= {"momentum_proj_0": nh} if c.use_momentum else {}
+        wide |= {"ttt_scale_proj": nh} if c.learnable_ttt_scale else {}
+        parts = [
+            Weights((c.hidden_size, size), kernel_init(c), name=name)()
+            for name, size in wide.items()
+        ]
         kernel, bias = (jnp.concatenate(p, axis=-1) for p in zip(*parts, strict=True))
         y = jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST) + bias
         # head-major: (w0, w1, w2) rates of head 0, then of head 1, ...

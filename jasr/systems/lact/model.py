@@ -5,10 +5,10 @@ The original is NeverWL/LaCT's lact_asr; every parameter keeps its name, with to
 slashes and list indices joined by "_" ("model.layers.0.attn.qkv.weight" is
 "model/layers_0/attn/qkv/kernel"):
 
-    model/audio_feature_extractor/conv_layers_{4i}/{kernel,bias}      convolution i, kernel [3, in,
-    out] model/audio_feature_extractor/conv_layers_{4i+1}/{scale,bias}     its batch norm;
-    batch_stats: {mean,var} model/layers_{n}/{attn_norm,mlp_norm}/scale
-    model/layers_{n}/attn/...                                         see lact_layer.py
+    model/audio_feature_extractor/conv_layers_{4i}/{kernel,bias}      convolution i, [3, in, out]
+    model/audio_feature_extractor/conv_layers_{4i+1}/{scale,bias}     its batch norm
+    model/layers_{n}/{attn_norm,mlp_norm}/scale
+    model/layers_{n}/attn/...                                         see layer.py
     model/layers_{n}/mlp/{gate_proj,up_proj,down_proj}/kernel
     model/norm/scale, ctc_head/kernel
     model/layers_{n}/conv/...                                         ours, when conv_kernel > 0
@@ -18,7 +18,6 @@ slashes and list indices joined by "_" ("model.layers.0.attn.qkv.weight" is
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jasr.layers.attention import rope_table
 from jasr.layers.basic import BatchNorm, Dropout, RMSNorm, depthwise, frame_mask
@@ -36,10 +35,8 @@ from jasr.systems.lact.settings import (  # noqa: F401  (the model's public name
 
 def sinusoids(frames, dim):
     """f32[T,D] sinusoidal positions: sin in even channels, cos in odd ones, base 10000."""
-    angle = np.outer(np.arange(frames), 10000.0 ** (-np.arange(0, dim, 2) / dim))
-    return jnp.asarray(
-        np.stack([np.sin(angle), np.cos(angle)], -1).reshape(frames, -1)[:, :dim], jnp.float32
-    )
+    cos, sin = rope_table(frames, dim, 10000.0)
+    return jnp.stack([sin, cos], -1).reshape(frames, -1)[:, :dim]
 
 
 class Conv(nn.Module):
@@ -58,12 +55,9 @@ class Conv(nn.Module):
         batch, frames, dim = x.shape
         kernel = self.param("kernel", kernel_init(self.config), (3, dim, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = x.astype(self.config.dtype)
-        out = -(-frames // self.stride)
-        x = jnp.pad(x, ((0, 0), (1, 1 + out * self.stride - frames), (0, 0)))
-        x = jnp.concatenate(
-            [x[:, i : i + out * self.stride : self.stride] for i in range(3)], axis=-1
-        )
+        end = -(-frames // self.stride) * self.stride
+        x = jnp.pad(x.astype(self.config.dtype), ((0, 0), (1, 1 + end - frames), (0, 0)))
+        x = jnp.concatenate([x[:, i : i + end : self.stride] for i in range(3)], axis=-1)
         return x @ kernel.reshape(3 * dim, -1).astype(x.dtype) + bias.astype(x.dtype)
 
 
@@ -117,11 +111,8 @@ class ConvModule(nn.Module):
         c = self.config
         x, gate = jnp.split(linear(c, 2 * c.hidden_size, "pointwise_conv1")(x), 2, axis=-1)
         x = jnp.where(mask, x * jax.nn.sigmoid(gate), 0)
-        kernel = self.param(
-            "depthwise_conv",
-            nn.initializers.normal(c.conv_kernel**-0.5),
-            (c.conv_kernel, c.hidden_size),
-        )
+        init = nn.initializers.normal(c.conv_kernel**-0.5)
+        kernel = self.param("depthwise_conv", init, (c.conv_kernel, c.hidden_size))
         before = c.conv_kernel - 1 if c.causal else (c.conv_kernel - 1) // 2
         x = depthwise(x, kernel.astype(x.dtype), before)
         x = jax.nn.silu(RMSNorm(c.norm_eps, name="norm")(x))
@@ -238,41 +229,30 @@ def sharding(config):
     Every parameter is covered and no rule is dead. Heads of the fast weights and the wide sides of
     the projections go to `tensor`, the other side to `fsdp`.
     """
-    blocks = range(config.num_hidden_layers)
-    fast = any(map(config.has_lact, blocks))
     layer, attn = r"model/layers_\d+", r"model/layers_\d+/attn"
     down, up = ("tensor", "fsdp"), ("fsdp", "tensor")
     rules = [
-        (r"model/audio_feature_extractor/conv_layers_\d+/kernel", (None, "fsdp", "tensor")),
-        (r"model/audio_feature_extractor/conv_layers_\d+/(bias|scale)", ()),
+        (r"model/audio_feature_extractor/conv_layers_\d+/kernel", (None, *up)),
         (rf"{attn}/qkv/kernel", up),
         (rf"{attn}/o_proj/kernel", down),
         (rf"{layer}/mlp/(gate|up)_proj/kernel", up),
         (rf"{layer}/mlp/down_proj/kernel", down),
         (r"ctc_head/kernel", ("fsdp", None)),
     ]
-    if config.elementwise_affine:
-        rules.append((r"model/(layers_\d+/(attn|mlp|conv)_)?norm/scale", ()))
     if config.qkv_bias:
         rules.append((rf"{attn}/qkv/bias", ("tensor",)))
-    if config.attn_qk_norm:
-        rules.append((rf"{attn}/[qk]_norm/scale", ()))
-    if fast:
-        low_rank = "/w_(left|right)" if config.w0_w2_low_rank > 0 else ""
+    if config.any_lact:
         rules += [
-            (rf"{attn}/w1", ("tensor", "fsdp", None)),
-            (rf"{attn}/w[02]{low_rank}", ("tensor", "fsdp", None)),
+            (rf"{attn}/w[012](/w_(left|right))?", ("tensor", "fsdp", None)),
             (rf"{attn}/qk_(scale|offset)", ()),
-            (rf"{attn}/ttt_norm/scale", ()),
             (rf"{attn}/(lr_proj|momentum_proj_0|ttt_scale_proj)/kernel", ("fsdp", None)),
-            (rf"{attn}/(lr_proj|momentum_proj_0|ttt_scale_proj)/bias", ()),
         ]
     if config.conv_kernel:
         rules += [
             (rf"{layer}/conv/pointwise_conv1/kernel", up),
             (rf"{layer}/conv/pointwise_conv2/kernel", down),
-            (rf"{layer}/conv/(depthwise_conv|norm/scale)", ()),
+            (rf"{layer}/conv/depthwise_conv", ()),
         ]
     if config.self_conditioning and config.intermediate_ctc:
         rules.append((r"model/self_condition/kernel", (None, "fsdp")))
-    return tuple(rules)
+    return (*rules, (r"model/.*/(bias|scale)", ()))

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from jasr import settings, tree
-from jasr.audio import FrontEndConfig
+from jasr.audio import HTK, FrontEndConfig, features
 from jasr.interop import lazy, table, torch_file
 from jasr.interop.table import Row
 from jasr.seam import Original
-from jasr.systems.lact.model import LactConfig, LactCtc
+from jasr.systems.lact.model import LactConfig, LactCtc, sinusoids
 from jasr.text import CharTokenizer, from_dict
 
 BLANK = "<blank>"
@@ -40,14 +40,13 @@ class LactFileError(ValueError):
 def is_lact(path):
     """Whether `path` looks like the original's: a .pt file or a directory of its own."""
     path = pathlib.Path(path)
-    if path.is_file():
-        return path.suffix in (".pt", ".pth", ".bin")
+    if not path.is_dir():
+        return path.is_file() and path.suffix in (".pt", ".pth", ".bin")
     try:
-        if json.loads((path / "config.json").read_text("utf-8"))["model_type"] == "lact_asr":
-            return True
+        kind = json.loads((path / "config.json").read_text("utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return path.is_dir() and find_weights(path) is not None
+        kind = None
+    return kind == "lact_asr" or find_weights(path) is not None
 
 
 def find_weights(directory):
@@ -66,37 +65,34 @@ def find_weights(directory):
 
 def read_lact(path):
     """(LactConfig, variables {"params", "batch_stats"} of numpy arrays, vocabulary) of the
-    original.
+    original: the characters by token id, of the file beside the weights.
 
     path: a run's directory, or one of its .pt files (with model_state_dict, state_dict, or bare).
-    The settings are the checkpoint's own, else config.json's beside it; the vocabulary is vocab.txt
-    beside it: a list of characters by token id, with "<blank>" at the blank's.
+      The settings are the checkpoint's own, else config.json's beside it.
 
     Raises:
       LactFileError, torch_file.TorchFileError, table.TableError: what is missing, damaged or does
-        not fit, with the file's name and what to do. A vocabulary whose length differs from the
-        CTC head's is refused.
+        not fit, with the file's name and what to do.
     """
     config, variables = read_weights(path)
     return config, variables, _vocabulary(weights_file(path), config)
 
 
 def _vocabulary(weights, config):
-    for name in VOCABULARY_FILES:
-        if (weights.parent / name).is_file():
-            vocabulary = read_vocabulary(weights.parent / name, config.ctc_vocab_size)
-            break
-    else:
+    folder = weights.parent
+    path = next((folder / name for name in VOCABULARY_FILES if (folder / name).is_file()), None)
+    if path is None:
         raise LactFileError(
-            f"{weights.parent}: no vocabulary ({' or '.join(VOCABULARY_FILES)}). Write vocab.txt, "
-            'one character a line in the order of the training run\'s log ("Vocabulary: [...]"). '
-            "For the original's LibriSpeech runs: python -c \"from jasr.interop import lact; "
-            f"lact.write_vocabulary('{weights.parent}/vocab.txt', lact.LIBRISPEECH)\""
+            f"{folder}: no vocabulary ({' or '.join(VOCABULARY_FILES)}). Write vocab.txt, one "
+            'character a line in the order of the training run\'s log ("Vocabulary: [...]"). For '
+            "the original's LibriSpeech runs: python -c \"from jasr.systems.lact import original "
+            f"as lact; lact.write_vocabulary('{folder}/vocab.txt', lact.LIBRISPEECH)\""
         )
-    if vocabulary.index(BLANK) != config.ctc_blank_id:
+    vocabulary = read_vocabulary(path, config.ctc_vocab_size)
+    if (blank := vocabulary.index(BLANK)) != config.ctc_blank_id:
         raise LactFileError(
-            f"{weights.parent / name}: {BLANK} is token {vocabulary.index(BLANK)}, but the model's "
-            f"ctc_blank_id is {config.ctc_blank_id}"
+            f"{path}: {BLANK} is token {blank}, but the model's ctc_blank_id is "
+            f"{config.ctc_blank_id}"
         )
     return vocabulary
 
@@ -132,13 +128,10 @@ def weights_file(path):
     """The weights file at `path`, a run's directory or the file itself."""
     path = pathlib.Path(path)
     weights = find_weights(path) if path.is_dir() else path
-    if weights is None or not weights.is_file():
-        raise LactFileError(
-            f"{path}: no best_model.pt, latest_checkpoint.pt or checkpoint-step-N.pt in it"
-            if path.is_dir()
-            else f"{path}: no such file"
-        )
-    return weights
+    if weights and weights.is_file():
+        return weights
+    names = "best_model.pt, latest_checkpoint.pt or checkpoint-step-N.pt in it"
+    raise LactFileError(f"{path}: no {names if path.is_dir() else 'such file'}")
 
 
 def _open(path):
@@ -155,10 +148,8 @@ def _open(path):
 def _state_dict(saved, path):
     """{name: array} of what was saved, without the prefixes of torch.compile and data parallel."""
     if isinstance(saved, dict):
-        for name in ("model_state_dict", "state_dict", "model"):
-            if isinstance(saved.get(name), dict):
-                saved = saved[name]
-                break
+        names = ("model_state_dict", "state_dict", "model")
+        saved = next((saved[n] for n in names if isinstance(saved.get(n), dict)), saved)
     if not isinstance(saved, dict) or not all(isinstance(v, np.ndarray) for v in saved.values()):
         raise LactFileError(
             f"{path}: neither a state_dict nor a dict with model_state_dict or state_dict in it"
@@ -195,12 +186,9 @@ def parse_config(mapping, where="config.json", vocab_size=0):
             f"{where}: use_fused_kernel with use_muon orthogonalises two weights jointly, which is "
             "another model"
         )
-    values = {
-        name: mapping[name]
-        for name in _FIELDS
-        if name not in OURS and mapping.get(name) is not None
-    }
-    if "window_size" in mapping and mapping["window_size"] is None:
+    theirs = [name for name in _FIELDS if name not in OURS and mapping.get(name) is not None]
+    values = {name: mapping[name] for name in theirs}
+    if mapping.get("window_size", 0) is None:
         values["window_size"] = 0  # all keys
     if mapping.get("hidden_ratio", 0) is None and values.get("intermediate_size"):
         values["hidden_ratio"] = 0  # not used; 4 where both are null
@@ -212,18 +200,10 @@ def parse_config(mapping, where="config.json", vocab_size=0):
 
 def reference_config(model):
     """The run's config (task, model, front_end) of the original's settings, from the model's."""
-    front_end = dict(
-        kind="htk",
-        sample_rate=model["sample_rate"],
-        n_mels=model["n_mels"],
-        n_fft=model["n_fft"],
-        win=model["win_length"],
-        hop=model["hop_length"],
-        mel_norm="none",
-        preemph=0.0,
-        log_guard=1e-8,
-        normalize="none",
-    )
+    front_end = {name: model[name] for name in ("sample_rate", "n_mels", "n_fft")}
+    front_end |= {"win": model["win_length"], "hop": model["hop_length"]}
+    for name in ("kind", "mel_norm", "preemph", "log_guard", "normalize"):
+        front_end[name] = getattr(HTK, name)
     return {"task": "lact", "model": dict(model), "front_end": front_end}
 
 
@@ -264,20 +244,17 @@ def read_vocabulary(path, size=0):
         entries = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
         if entries.count("") == 1 and " " not in entries:
             entries[entries.index("")] = " "
-    if len(set(entries)) != len(entries) or "" in entries:
-        twice = sorted({e for e in entries if entries.count(e) > 1 or not e})
+    if twice := sorted({e for e in entries if entries.count(e) > 1 or not e}):
         raise LactFileError(
             f"{path}: entries that are empty or stand there more than once: {twice}"
         )
     if BLANK not in entries:
         raise LactFileError(f"{path}: no {BLANK}")
     if size and len(entries) != size:
-        hint = (
-            "" if " " in entries else " The line with the space is missing: its place decides ids."
-        )
+        hint = " The line with the space is missing: its place decides ids."
         raise LactFileError(
             f"{path} has {len(entries)} entries, the model's CTC head {size} rows; with another "
-            f"vocabulary every text would be wrong.{hint}"
+            f"vocabulary every text would be wrong.{'' if ' ' in entries else hint}"
         )
     return entries
 
@@ -298,37 +275,24 @@ def write_lact(directory, config, variables, vocabulary, step=0):
       LactFileError: settings that the original does not have, all in one error.
       table.TableError, tree.TreeError: parameters that it does not have, or that are missing.
     """
-    foreign = {
-        name: getattr(config, name)
-        for name, same in {
-            "subsampling": (1,),
-            "conv_kernel": (0,),
-            "lact_every": (1,),
-            "lact_mode": ("reference", "causal"),
-            "lact_updates": ("on",),
-            "positions": ("sinusoidal",),
-            "self_conditioning": (False,),
-            "fw_base_lr": (LactConfig.fw_base_lr,),
-        }.items()
-        if getattr(config, name) not in same
-    }
-    if foreign or len(vocabulary) != config.ctc_vocab_size:
+    changing = (  # what computes something else than the original, where it is not the default
+        "subsampling conv_kernel lact_every lact_updates positions self_conditioning fw_base_lr"
+    ).split()
+    foreign = {n: v for n in changing if (v := getattr(config, n)) != getattr(LactConfig, n)}
+    if config.lact_mode not in ("reference", "causal"):
+        foreign["lact_mode"] = config.lact_mode
+    if foreign:
+        raise LactFileError(f"the original has no {foreign}")
+    if len(vocabulary) != config.ctc_vocab_size:
         raise LactFileError(
-            f"the original has no {foreign}"
-            if foreign
-            else f"{len(vocabulary)} characters for a CTC head of {config.ctc_vocab_size} rows"
+            f"{len(vocabulary)} characters for a CTC head of {config.ctc_vocab_size} rows"
         )
     variables = {name: variables[name] for name in ("params", "batch_stats")}
     want, what = shapes(config), "the model to be written"
     tree.compare(want, variables, what=what)
     state = table.invert(rows(want), variables, what=what)
-    mapping = export_config(config)
-    saved = {
-        "global_step": step,
-        "epoch": 0,
-        "model_state_dict": {**state, **_buffers(config)},
-        "config": mapping,
-    }
+    mapping, state = export_config(config), {**state, **_buffers(config)}
+    saved = {"global_step": step, "epoch": 0, "model_state_dict": state, "config": mapping}
     directory = pathlib.Path(directory)
     os.makedirs(directory, exist_ok=True)
     torch_file.write(directory / "best_model.pt", saved)
@@ -356,20 +320,13 @@ def export_config(config):
 def _buffers(config):
     """What the original keeps in its state_dict besides weights, for its strict loading."""
     extractor = "model.audio_feature_extractor"
-    frames, dim, bins = config.max_position_embeddings, config.hidden_size, config.n_fft // 2 + 1
-    angle = np.outer(np.arange(frames), 10000.0 ** (-np.arange(0, dim, 2) / dim))
-    positions = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(frames, -1)[None, :, :dim]
-    window = np.hanning(config.win_length + 1)[:-1]
-    top = 2595 * np.log10(1 + config.sample_rate / 2 / 700)
-    edges = 700 * (10 ** (np.linspace(0, top, config.n_mels + 2) / 2595) - 1)
-    hertz = np.linspace(0, config.sample_rate / 2, bins)[:, None]
-    rise = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    fall = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
+    front_end = FrontEndConfig(**reference_config(settings.to_dict(config))["front_end"])
+    positions = sinusoids(config.max_position_embeddings, config.hidden_size)
     mel = f"{extractor}.mel_extractor.mel_spectrogram"
     buffers = {
-        f"{extractor}.positional_encoding.pe": positions.astype(np.float32),
-        f"{mel}.spectrogram.window": window.astype(np.float32),
-        f"{mel}.mel_scale.fb": np.maximum(0, np.minimum(rise, fall)).astype(np.float32),
+        f"{extractor}.positional_encoding.pe": np.asarray(positions)[None],
+        f"{mel}.spectrogram.window": np.hanning(config.win_length + 1)[:-1].astype(np.float32),
+        f"{mel}.mel_scale.fb": features.filter_bank(front_end, config.n_fft).T,
     }
     for i in range(config.audio_encoder_layers):
         norm = f"{extractor}.conv_layers.{4 * i + 1}"
@@ -397,9 +354,8 @@ def _write(path, meta, leaves, options):
     sizes = {"ctc_vocab_size": tokenizer.vocab_size, "ctc_blank_id": tokenizer.blank_id}
     config = settings.build(LactConfig, {**meta["config"]["model"], **sizes}, "config.model")
     theirs = reference_config(settings.to_dict(config))["front_end"]
-    ours = settings.to_dict(
-        settings.build(FrontEndConfig, meta["config"].get("front_end", {}), "config.front_end")
-    )
+    given = meta["config"].get("front_end", {})
+    ours = settings.to_dict(settings.build(FrontEndConfig, given, "config.front_end"))
     if other := {k: ours[k] for k in theirs if ours[k] != theirs[k]}:
         raise LactFileError(f"the original's front end has no {other}")
     variables = {"params": {}, "batch_stats": {}, **tree.unflatten(leaves)}

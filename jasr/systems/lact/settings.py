@@ -84,10 +84,9 @@ class LactConfig:
 
     def __post_init__(self):
         for name in ("num_attn_heads", "num_lact_heads"):
-            if self.hidden_size % getattr(self, name):
+            if self.hidden_size % (size := getattr(self, name)):
                 raise ValueError(
-                    f"LactConfig.hidden_size {self.hidden_size} is not a multiple of "
-                    f"{name} {getattr(self, name)}"
+                    f"LactConfig.hidden_size {self.hidden_size} is not a multiple of {name} {size}"
                 )
         if self.head_dim % 2:
             raise ValueError(
@@ -98,10 +97,11 @@ class LactConfig:
                 f"LactConfig.subsampling {self.subsampling} needs one convolution per factor of 2; "
                 f"audio_encoder_layers is {self.audio_encoder_layers}"
             )
-        if any(not 0 < n < self.num_hidden_layers for n in self.intermediate_ctc):
+        last = self.num_hidden_layers - 1
+        if any(not 0 < n <= last for n in self.intermediate_ctc):
             raise ValueError(
                 f"LactConfig.intermediate_ctc {self.intermediate_ctc} must lie between 1 and "
-                f"num_hidden_layers - 1 = {self.num_hidden_layers - 1}"
+                f"num_hidden_layers - 1 = {last}"
             )
 
     @property
@@ -128,6 +128,10 @@ class LactConfig:
         """Whether block number `block` (from 0) has the fast-weight branch."""
         return self.lact_every > 0 and (block + 1) % self.lact_every == 0
 
+    @property
+    def any_lact(self):
+        return 0 < self.lact_every <= self.num_hidden_layers
+
 
 @settings.section
 class CtcLossConfig:
@@ -153,13 +157,10 @@ def encoder_frames(config, frames):
 def num_updates(config, mel_len):
     """Fast-weight updates of each layer for utterances of i32[B] mel frames: i32[B]."""
     order = {"bidirectional": "full", "block": "block"}.get(config.lact_mode, "shifted")
-    if config.lact_updates != "on" or not any(
-        map(config.has_lact, range(config.num_hidden_layers))
-    ):
+    if config.lact_updates != "on" or not config.any_lact:
         order = "off"
-    return fast_weights.count_updates(
-        encoder_frames(config, mel_len), config.lact_chunk_size, order
-    )
+    length = encoder_frames(config, mel_len)
+    return fast_weights.count_updates(length, config.lact_chunk_size, order)
 
 
 def check_updates(config, frames):
@@ -173,12 +174,10 @@ def check_updates(config, frames):
     Raises:
       ValueError: no update would happen, with the largest chunk that makes at least one.
     """
-    if config.lact_mode in ("reference", "bidirectional") or config.lact_updates != "on":
-        return
-    if not any(map(config.has_lact, range(config.num_hidden_layers))):
+    if config.lact_mode != "causal" or config.lact_updates != "on" or not config.any_lact:
         return
     length = encoder_frames(config, frames)
-    if config.lact_mode == "causal" and length <= config.lact_chunk_size:
+    if length <= config.lact_chunk_size:
         raise ValueError(
             f"lact_chunk_size {config.lact_chunk_size} is not below the longest utterance "
             f"({length} encoder frames from {frames} mel frames): the fast weights would "

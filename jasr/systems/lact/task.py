@@ -2,33 +2,29 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 
-from jasr import audio, settings
-from jasr.audio import augment, inputs
-from jasr.data import AudioText, DataConfig
+from jasr import settings
+from jasr.audio import inputs
 from jasr.decoding.ctc import ctc_greedy
-from jasr.losses.ctc import ctc_loss, frames_needed, has_path
-from jasr.losses.reduction import contribution, scale_and_count
-from jasr.systems.lact.decoding import window_decoder
+from jasr.losses import ctc
+from jasr.losses.reduction import scale_and_count
+from jasr.seam import WindowDecoder
 from jasr.systems.lact.model import LactConfig, LactCtc, check_updates, encoder_frames, sharding
 from jasr.systems.lact.settings import CtcLossConfig
-from jasr.training import validators
+from jasr.training.audio_task import AudioTask, window_seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class CtcTask:
+class CtcTask(AudioTask):
     """Training and inference of a CTC model; see `build`."""
 
-    tokenizer: Any
-    model: Any
-    front_end: audio.FrontEndConfig
-    spec_augment: augment.SpecAugmentConfig
-    wave_augment: augment.WaveAugmentConfig
-    loss_config: CtcLossConfig
-    data: DataConfig = DataConfig()
+    # What a vocabulary gives its meaning to.
+    token_parameters = r"ctc_head/.*|model/self_condition/.*"
+    heads = ((), ())  # its vocabulary is one of characters, which is not expanded
+    means = ("updates",)
+    frames_needed = staticmethod(ctc.frames_needed)
 
     @classmethod
     def build(cls, config, tokenizer, ways):
@@ -40,7 +36,7 @@ class CtcTask:
         """
         tokenizer = tokenizer.with_blank()
         model = settings.build(LactConfig, config["model"], "config.model")
-        given = inputs.sections(config)
+        given = cls.sections(config, CtcLossConfig)
         front_end = given["front_end"]
         model = dataclasses.replace(
             model,
@@ -53,21 +49,7 @@ class CtcTask:
                 f"config.model.audio_feature_dim {model.audio_feature_dim} differs from "
                 f"config.front_end.n_mels {front_end.n_mels}"
             )
-        return cls(
-            tokenizer=tokenizer,
-            model=LactCtc(model),
-            **given,
-            loss_config=settings.build(CtcLossConfig, config.get("loss", {}), "config.loss"),
-            data=settings.build(DataConfig, config.get("data", {}), "config.data"),
-        )
-
-    # What a vocabulary gives its meaning to.
-    token_parameters = r"ctc_head/.*|model/self_condition/.*"
-
-    @property
-    def config(self):
-        """The model's settings."""
-        return self.model.config
+        return cls(tokenizer, LactCtc(model), **given)
 
     @property
     def sharding(self):
@@ -75,115 +57,51 @@ class CtcTask:
         return sharding(self.config)
 
     @property
-    def seconds_per_frame(self):
-        """Seconds between two output frames."""
-        return self.front_end.hop * self.config.subsampling / self.front_end.sample_rate
-
-    @property
-    def layout(self):
-        """One recording a row, or several joined, and their text."""
-        return AudioText(
-            self.data,
-            self.front_end.sample_rate,
-            self.tokenizer.encode,
-            frames_needed,
-            self.seconds_per_frame,
-        )
+    def frame(self):
+        """Samples between two output frames."""
+        return self.front_end.hop * self.config.subsampling
 
     def check(self, shapes):
         """Raises ValueError if no bucket (B, S, L) would ever get a fast-weight update."""
         longest = max(samples for _, samples, _ in shapes)
         check_updates(self.config, longest // self.front_end.hop)
 
-    def features(self, batch):
-        """Log-mel frames f32[B,T,F] and their lengths i32[B] of a batch's audio."""
-        return inputs.features(self, batch)
-
-    def init(self, rng, batch):
-        """Fresh variables {"params", "batch_stats"} for a batch's shapes."""
-        mel, mel_len = self.features(batch)
-        variables = self.model.init({"params": rng}, mel, mel_len, train=False)
-        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-
     def terms(self, batch):
-        """{name: (f32[B] factor of each row's loss, f32[B] its part of the divisor)}, from data
-        alone: rows without audio (padding) and rows that no CTC path fits count nothing."""
+        """See `AudioTask.divisors`."""
         _, mel_len = inputs.mel_shape(self, batch)
-        good = has_path(
-            encoder_frames(self.config, mel_len), batch["tokens"], batch["token_len"]
-        ) & (batch["audio_len"] > 0)
-        return {"ctc": scale_and_count(batch["token_len"], good, self.loss_config.reduction)}
+        length, tokens, token_len = (
+            encoder_frames(self.config, mel_len),
+            batch["tokens"],
+            batch["token_len"],
+        )
+        good = ctc.has_path(length, tokens, token_len) & (batch["audio_len"] > 0)
+        return {"ctc": (1.0, *scale_and_count(token_len, good, self.loss_config.reduction))}
 
-    def divisors(self, batch):
-        """{"ctc": f32[]}: what the sum of the losses of a whole batch is divided by."""
-        return {name: jnp.sum(count) for name, (_, count) in self.terms(batch).items()}
-
-    def loss(self, variables, batch, divisors, keys, step):
-        """A micro-batch's share of the training loss; see `seam.Task.loss`.
-
-        Returns:
-          (f32[], (batch_stats, metrics)); metrics are counts or sums over utterances.
-        """
-        mel, mel_len = inputs.augmented_features(self, batch, keys["augment"], step)
+    def losses(self, variables, batch, frames, keys):
+        """See `AudioTask.loss`."""
         out, changed = self.model.apply(
             variables,
-            mel,
-            mel_len,
-            train=True,
-            rngs={"dropout": keys["dropout"]},
+            *frames,
+            train=keys is not None,
+            rngs=keys and {"dropout": keys["dropout"]},
             mutable=["batch_stats"],
         )
-        scale, _ = self.terms(batch)["ctc"]
-        losses, feasible = self.ctc(out, batch)
-        present = batch["audio_len"] > 0
-        metrics = {
-            **inputs.counts(self, batch, feasible),
-            "updates": jnp.sum(jnp.where(present, out["updates"], 0)).astype(jnp.float32),
-        }
-        total = contribution(losses, scale, divisors["ctc"])
-        return total, (changed.get("batch_stats", {}), metrics)
-
-    def ctc(self, out, batch):
-        """(f32[B] losses, bool[B] whether there is a path) of the model's output."""
         rows = (out["logit_len"], batch["tokens"], batch["token_len"])
-        score = functools.partial(ctc_loss, blank=self.tokenizer.blank_id)
+        score = functools.partial(ctc.ctc_loss, blank=self.tokenizer.blank_id)
         losses, feasible = score(out["logits"], *rows)
         if out["intermediate"]:
             share = self.loss_config.intermediate_weight
             inner = [score(x, *rows)[0] for x in out["intermediate"]]
             losses = (1 - share) * losses + share * sum(inner) / len(inner)
-        return losses, feasible
-
-    def row_losses(self, variables, batch):
-        """{"ctc": (f32[B] value, f32[B] count)}: the loss of validation is the sum of the values
-        by that of the counts."""
-        out = self.model.apply(variables, *self.features(batch), train=False)
-        scale, count = self.terms(batch)["ctc"]
-        losses, _ = self.ctc(out, batch)
-        return {"ctc": (jnp.where(scale > 0, losses * scale, 0.0), count)}
-
-    @property
-    def validators(self):
-        """What a set can be measured by."""
-        return {
-            "wer": validators.transcripts(
-                self.tokenizer, self.tokenizer.decode, self.predict, ("updates",)
-            ),
-            "loss": validators.loss(self.row_losses),
-        }
+        updates = jnp.sum(jnp.where(batch["audio_len"] > 0, out["updates"], 0))
+        more = {"updates": updates.astype(jnp.float32)}
+        return {"ctc": (losses, feasible)}, changed.get("batch_stats", {}), more
 
     @staticmethod
     def line(sums, seconds):
         """Columns of the training log: audio a second, fast-weight updates, infeasible rows."""
         updates = {"updates_per_utt": sums["updates"] / max(sums["utterances"], 1.0)}
         return inputs.line(sums, seconds) | updates
-
-    heads = ((), ())  # its vocabulary is one of characters, which is not expanded
-
-    @property
-    def verbs(self):
-        """What the model can be asked for."""
-        return {"transcribe": window_decoder(self)}
 
     def predict(self, variables, batch):
         """Greedy CTC of a batch, to be jitted.
@@ -192,19 +110,35 @@ class CtcTask:
           dict of tokens i32[B,T'], token_len i32[B], start_frame and end_frame i32[B,T'] (output
           frames), logit_len i32[B], updates i32[B] (fast-weight updates of each utterance).
         """
-        mel, mel_len = self.features(batch)
-        out = self.model.apply(variables, mel, mel_len, train=False)
-        tokens, token_len, start, end = ctc_greedy(
-            out["logits"], out["logit_len"], blank=self.tokenizer.blank_id
+        out = self.model.apply(variables, *self.features(batch))
+        blank = self.tokenizer.blank_id
+        found = ctc_greedy(out["logits"], out["logit_len"], blank=blank)
+        names = ("tokens", "token_len", "start_frame", "end_frame")
+        return {name: out[name] for name in ("logit_len", "updates")} | dict(zip(names, found))
+
+    def text(self, tokens):
+        """The text of token ids."""
+        return self.tokenizer.decode(tokens)
+
+    @property
+    def verbs(self):
+        """What the model can be asked for: greedy CTC of windows."""
+
+        def decode(variables, batch):
+            found = self.predict(variables, batch)
+            return {**found, "heard": found["logit_len"]}
+
+        decoder = WindowDecoder(
+            sample_rate=self.front_end.sample_rate,
+            frame=self.frame,
+            tokenizer=self.tokenizer,
+            decode=decode,
+            prepare=lambda variables: variables,
+            window=lambda meta, trained: window_seconds(trained),
+            text=self.text,
+            totals={"updates": "fast-weight updates an utterance and layer"},
         )
-        return {
-            "tokens": tokens,
-            "token_len": token_len,
-            "start_frame": start,
-            "end_frame": end,
-            "logit_len": out["logit_len"],
-            "updates": out["updates"],
-        }
+        return {"transcribe": decoder}
 
 
 def _front_end_fields(model, front_end):

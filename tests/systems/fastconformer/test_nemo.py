@@ -18,7 +18,7 @@ from jasr.interop import nemo_archive, plain_yaml, table, torch_file
 from jasr.models.fastconformer.encoder import FastConformer
 from jasr.models.fastconformer.nemo_sections import read_encoder
 from jasr.models.fastconformer.settings import FastConformerConfig
-from jasr.systems.fastconformer import nemo, nemo_config, nemo_tables
+from jasr.systems.fastconformer import nemo, nemo_config, nemo_weights
 from jasr.systems.fastconformer.nemo import NemoError
 from jasr.systems.fastconformer.transducer import Joint, JointConfig, Prediction, PredictionConfig
 from jasr.text import sentencepiece_model
@@ -201,7 +201,7 @@ def test_the_encoders_of_all_variants_fit(shared_dir):
         want = jax.eval_shape(init, {"params": jax.random.key(0)}, mel, length)
         want = {key: {"encoder": want[key]} for key in ("params", "batch_stats") if key in want}
         sections = {"encoder": settings.to_dict(config)}
-        rows = nemo_tables.rows(nemo_config.Settings("encoder", sections), want)
+        rows = nemo_weights.rows(nemo_config.Settings("encoder", sections), want)
         got = table.convert(rows, state, want, what=name)
         back = table.invert(rows, got)
         for key, array in back.items():

@@ -14,7 +14,7 @@ from jasr import tree
 from jasr.models.fastconformer.encoder import FastConformer, FastConformerConfig
 from jasr.recognition.recognizer import Recognizer, from_pretrained, trained_seconds
 from jasr.systems import catalogue, loading
-from jasr.systems.fastconformer import decoding, nemo, nemo_config, original, times
+from jasr.systems.fastconformer import nemo, nemo_config, original, task, times
 from jasr.systems.fastconformer import options as options_lib
 from tests.experiments.test_cli import babbling
 from tests.recognition import test_recognizer
@@ -112,7 +112,7 @@ class Durations(test_recognizer.Levels):
         out |= {"durations": out["end_frame"] - out["start_frame"], "logit_len": out["heard"]}
         return {
             **out,
-            "heard": decoding.heard({**out, "full": batch["audio_len"] < self.full * 10**9}),
+            "heard": task.heard({**out, "full": batch["audio_len"] < self.full * 10**9}),
         }
 
     @staticmethod
