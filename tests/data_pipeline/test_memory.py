@@ -83,17 +83,17 @@ def test_a_run_without_the_packages_of_files(tmp_path):
                      "bucket_batch_size": (4,)},
             "text": {"vocabulary": ("a", "b")},
             "model": model,
-            "train": {"steps": int(sys.argv[2]), "validate": ("loss",), "log_every": 1},
+            "train": {"validate": ("loss",), "log_every": 1},
             "checkpoint": {"metric": "val_loss"},
         }
-        found = loop.train(config, sys.argv[1])
-        assert np.isfinite(found["val_loss"])
-        print(loading.load(sys.argv[1])[2]["step"])
+        for steps in (1, 2):
+            config["train"]["steps"] = steps
+            found = loop.train(config, sys.argv[1])
+            assert np.isfinite(found["val_loss"])
+            assert loading.load(sys.argv[1])[2]["step"] == steps
     """
-    for steps in ("1", "2"):
-        command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), steps]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split()[-1] == steps
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows if "grad_norm" in row] == [1, 2]
