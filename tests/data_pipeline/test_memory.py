@@ -68,7 +68,7 @@ def test_a_run_without_the_packages_of_files(tmp_path):
 
         rng = np.random.default_rng(0)
         lines = [
-            {"audio_filepath": rng.normal(size=9000).astype(np.float32) / 10, "text": "ab" * (n % 2)}
+            {"audio_filepath": rng.normal(size=9000).astype(np.float32), "text": "ab" * (n % 2)}
             for n in range(8)
         ]
         model = dict(
