@@ -1,7 +1,7 @@
 """Recordings in memory as a source of data, for machines and tests without files or decoders.
 
-    words = memory.hold("words", [{"audio_filepath": samples, "text": "one two"}, ...])
-    config["data"]["train"] = (words,)
+words = memory.hold("words", [{"audio_filepath": samples, "text": "one two"}, ...])
+config["data"]["train"] = (words,)
 """
 
 import numpy as np
