@@ -7,27 +7,30 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common
-from experiments import average, evaluate
+from configs import common, foreign
+from experiments import average, convert, evaluate
+from experiments.checks import numerics
 from experiments.train import train
-from jasr import checkpoint, data, sharding
+from jasr import checkpoint, data, settings, sharding, text, tree
+from jasr.interop import safetensors_file
 from jasr.recognition import generation
 from jasr.recognition.recognizer import Recognizer
 from jasr.systems import catalogue, loading
+from tests import tiny, toy
 from tests.tiny import DATA
 
 ANSWERS = ("one", "four six")
 
 
 @pytest.fixture(autouse=True)
-def toy(monkeypatch):
+def row(monkeypatch):
     """One more row of the catalogue."""
     monkeypatch.setitem(catalogue.SYSTEMS, "toy", "tests.toy:SYSTEM")
 
 
 @pytest.fixture(scope="module")
 def dialogues(tmp_path_factory):
-    """A source of eight lines with two turns each."""
+    """A source of eight lines with two turns each, and beside it a LaCT run, "lact"."""
     rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
     path = tmp_path_factory.mktemp("dialogues") / "train.jsonl"
     lines = []
@@ -40,11 +43,22 @@ def dialogues(tmp_path_factory):
         turns = [{**heard, "text": answer} for answer in ANSWERS]
         lines.append(json.dumps({"id": f"d{n}", "turns": turns}))
     path.write_text("\n".join(lines) + "\n")
+    lact, tokenizer = json.loads(tiny.get_config().to_json()), common_tokenizer()
+    task = loading.build(lact, tokenizer)
+    drawn = jax.jit(task.init)(jax.random.key(3), task.layout.empty((1, 16000, 4)))
+    meta = {"config": lact, "task": "lact", "tokenizer": tokenizer.to_dict()}
+    loading.save(path.with_name("lact"), meta, drawn)
     return path
+
+
+def common_tokenizer():
+    return text.CharTokenizer((text.BLANK, *sorted(set("".join(ANSWERS)))))
 
 
 def config(dialogues, **train):
     c = common.default("toy")
+    c.model.ears.update(tiny.get_config().model)
+    c.init.update(path=f"ears={dialogues.with_name('lact')}", freeze=("ears/.*",))
     c.data.update(train=(str(dialogues),), valid=(f"same={dialogues}",), num_threads=0)
     c.data.update(
         concat=2, concat_duration=12.0, num_buckets=1, bucket_batch_size=(4,), token_multiple=4
@@ -54,7 +68,7 @@ def config(dialogues, **train):
         lr=0.05, schedule="constant", warmup_steps=0, ema=0.5, decay_rules=((".*", 0.0),)
     )
     c.train.update(steps=6, log_every=1, eval_every=3, **train)
-    c.checkpoint.update(metric="val_perplexity", keep_latest=5)
+    c.checkpoint.update(metric="val_perplexity", keep_latest=5, export=("pair",))
     c.mesh.update(
         data=4 if jax.device_count() == 8 else 1, tensor=2 if jax.device_count() == 8 else 1
     )
@@ -100,12 +114,6 @@ def test_rows_hold_two_items_of_two_pieces_and_a_draw(dialogues):
     greeted = np.concatenate([(b["tokens"] == task.ids[0]).sum(1) for b in seen])
     assert set(ends) <= {0, 1, 2} and 2 in ends and len(set(greeted)) > 1
     assert all(b["level"].shape[1] >= 4 for b in seen)
-
-
-def common_tokenizer():
-    from jasr import text
-
-    return text.CharTokenizer((text.BLANK, *sorted(set("".join(ANSWERS)))))
 
 
 def test_it_resumes_bit_for_bit(run, dialogues, tmp_path):
@@ -162,6 +170,66 @@ def test_it_is_averaged_and_its_old_name_is_read(run, tmp_path, capsys):
     assert average.main([*given, f"--output={made}"]) == 0
     assert loading.load(made)[0].model.config.width == 8
     assert catalogue.get("plaything").name == "toy"
+
+
+def flat(path):
+    return tree.flatten(loading.load(path)[1])
+
+
+def test_its_ears_are_a_lact_runs_and_are_named_instead_of_written(run, dialogues):
+    given = tree.flatten(loading.load(dialogues.with_name("lact"))[1]["params"]["model"])
+    found = {p: x for p, x in flat(run).items() if p.startswith("params/ears/")}
+    assert found
+    for path, leaf in found.items():
+        theirs = path.replace("params/ears", "audio_feature_extractor")
+        np.testing.assert_array_equal(leaf, given[theirs])
+    step = checkpoint.find_step(run)
+    (origin,) = [checkpoint.load_meta(step)["frozen_from"]]
+    assert {f"params/{p}" for p in origin["leaves"]} == set(found)
+    assert not (step / "frozen").exists() and (run / "frozen_from-ears").is_dir()
+
+
+def test_its_original_is_two_files_that_stack_cut_and_tie(run, dialogues, tmp_path, capsys):
+    (exported,) = checkpoint.find_step(run).glob("export/*")
+    words, cell = (safetensors_file.read(exported / name) for name in toy.FILES)
+    np.testing.assert_array_equal(words["embed.weight"], words["head.weight"])
+    ours = flat(run)
+    np.testing.assert_array_equal(cell["sides.1.weight"], ours["params/loudness"][1])
+    whole = np.concatenate([ours["params/mix"], ours["params/listen"]]).T
+    np.testing.assert_array_equal(cell["cell.weight"], whole)
+    back, again = tmp_path / "back", tmp_path / "again_pair"
+    assert convert.main([str(exported), str(back)]) == 0
+    assert convert.main([str(back), str(again)]) == 0
+    assert capsys.readouterr().out.endswith("again_pair: a pair of files\n")
+    for path in (exported, back, again):
+        found = flat(path)
+        assert found.keys() == ours.keys()
+        for name, leaf in ours.items():
+            np.testing.assert_array_equal(found[name], leaf)
+    other = {**words, "head.weight": words["head.weight"] + 1}
+    safetensors_file.write(again / toy.FILES[0], other)
+    with pytest.raises(ValueError, match="head.weight .* differs from embed.weight"):
+        loading.load(again)
+
+
+def test_its_numbers_are_checked(run):
+    task, variables, _ = loading.load(run)
+    batch = numerics.make_batch(task, numerics.probes(toy.RATE, 0.5)[:3], toy.RATE)
+    check = numerics.checked(task, train=True)
+    assert check(variables, batch)[0] == ""
+    variables["params"]["mix"] = np.full_like(variables["params"]["mix"], np.nan)
+    assert check(variables, batch)[0].startswith("nan generated by primitive")
+
+
+def test_a_recipe_of_its_toolkit_is_a_config(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("plaything:\n  width: 6\n  rate: 0.5\n")
+    with pytest.warns(UserWarning, match="nothing else is read"):
+        made = foreign.get_config(path)
+    assert (made.task, made.model.width, made.optim.lr) == ("toy", 6, 0.5)
+    path.write_text("plaything:\n  depth: 6\n")
+    with pytest.raises(settings.RecipeError, match="recipe.yaml: plaything.depth is not known"):
+        foreign.get_config(path)
 
 
 def test_the_mesh_changes_no_loss(run, dialogues, tmp_path):

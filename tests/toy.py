@@ -4,11 +4,15 @@ Dialogues: a line of a source has turns, each an item of two recordings (the two
 is answered. Rows hold up to two turns and have three axes; a draw puts a word before an answer; the
 cost of a row is quadratic in its tokens. The model is a recurrent language model on the loudness of
 the two recordings; its loss is a sum of two ratios with divisors of their own; its tokenizer has no
-blank. It is validated by perplexity and by generation, and transcribes without times.
+blank. It is validated by perplexity and by generation, and transcribes without times. It listens
+with the convolutions of a LaCT model, which a LaCT run can give it; its original is a directory of
+two files, whose weights are stacked, cut and tied.
 """
 
 import dataclasses
 import functools
+import json
+import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -16,11 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jasr import audio, seam, settings
+from jasr import audio, seam, settings, text, tree
 from jasr.data import recording
 from jasr.data.config import DataError, ItemError
+from jasr.interop import safetensors_file, table
 from jasr.losses.reduction import contribution
 from jasr.recognition import generation
+from jasr.systems.lact.model import AudioFeatureExtractor
+from jasr.systems.lact.settings import LactConfig
 from jasr.training import validators
 
 RATE, FRAME, MOST = 16000, 1600, 12  # Hz; samples of a window's frame; tokens that are generated
@@ -32,6 +39,7 @@ class ToyConfig:
 
     width: int = settings.field(8, least=1)
     noise: float = settings.field(0.0, least=0.0, meaning=False)
+    ears: LactConfig = LactConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Dialogues:
 
 
 class Recurrent(nn.Module):
-    """h' = tanh(h mix + table[token] + loudness listen), logits = h table' (tied)."""
+    """h' = tanh(h mix + table[token] + ears(loudness) listen), logits = h table' (tied)."""
 
     config: ToyConfig
     vocab: int
@@ -106,12 +114,15 @@ class Recurrent(nn.Module):
         width, draw = self.config.width, nn.initializers.normal(0.3)
         self.table = self.param("table", draw, (self.vocab, width))
         self.mix = self.param("mix", draw, (width, width))
-        self.listen = self.param("listen", draw, (2, width))
-        self.loudness = self.param("loudness", nn.initializers.zeros, (width,))
+        self.ears = AudioFeatureExtractor(self.config.ears)
+        self.listen = self.param("listen", draw, (self.config.ears.hidden_size, width))
+        self.loudness = self.param("loudness", nn.initializers.zeros, (2, width))
 
     def heard(self, level):
-        """f32[B,D] of the first two loudnesses f32[B,A]."""
-        return level[:, :2] @ self.listen
+        """f32[B,D] of the loudnesses f32[B,A], each of which is a frame of equal bands."""
+        mel = jnp.repeat(level[..., None], self.config.ears.n_mels, -1)
+        length = jnp.full(level.shape[0], level.shape[1], jnp.int32)
+        return self.ears(mel, length, False)[0].mean(1) @ self.listen
 
     def step(self, h, token, heard):
         """(h f32[B,D], logits f32[B,V]) after one more token i32[B]."""
@@ -119,13 +130,13 @@ class Recurrent(nn.Module):
         return h, h @ self.table.T
 
     def __call__(self, level, tokens):
-        """(logits f32[B,L,V] of each next token, loudness f32[B] that is expected)."""
+        """(logits f32[B,L,V] of each next token, loudness f32[B,2] that is expected)."""
         heard, before = self.heard(level), jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
         h, logits = jnp.zeros_like(heard), []
         for n in range(tokens.shape[1]):
             h, out = self.step(h, before[:, n], heard)
             logits.append(out)
-        return jnp.stack(logits, 1), heard @ self.loudness
+        return jnp.stack(logits, 1), heard @ self.loudness.T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +164,7 @@ class ToyTask:
 
     def init(self, key, batch):
         variables = self.model.init(key, batch["level"], batch["tokens"])
-        return {"params": variables["params"], "batch_stats": {}}
+        return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
 
     def counts(self, batch):
         rows = batch["index"] >= 0
@@ -170,7 +181,7 @@ class ToyTask:
         real = jnp.arange(own.shape[1]) < batch["token_len"][:, None]
         values = {
             "tokens": -jnp.sum(jnp.where(real, own, 0), 1),
-            "rows": jnp.square(loudness - batch["level"][:, 0]),
+            "rows": jnp.square(loudness - batch["level"][:, :2]).sum(1),
         }
         return {
             k: (values[k] * (n > 0), n.astype(jnp.float32)) for k, n in self.counts(batch).items()
@@ -183,7 +194,10 @@ class ToyTask:
         noisy = {**batch, "level": batch["level"] + self.model.config.noise * noise}
         found = self.row_losses(variables, noisy)
         total = sum(contribution(v, n > 0, divisors[k]) for k, (v, n) in found.items())
-        return total, ({}, {"turns": jnp.sum(batch["index"] >= 0).astype(jnp.float32)})
+        return total, (
+            variables["batch_stats"],
+            {"turns": jnp.sum(batch["index"] >= 0).astype(jnp.float32)},
+        )
 
     def line(self, sums, seconds):
         return {"turns_per_s": sums["turns"] / seconds}
@@ -264,13 +278,73 @@ def build(config, tokenizer, ways):
     return ToyTask(tokenizer, Recurrent(model, tokenizer.vocab_size + 2))
 
 
+# ---- its original --------------------------------------------------------------------------------
+
+FILES = ("words.safetensors", "cell.safetensors")
+ROWS = (
+    table.Row((r"embed\.weight", r"head\.weight"), "params/table"),
+    table.Row(r"cell\.weight", ("params/mix", "params/listen"), "linear"),
+    table.Row(r"sides\.(\d+)\.weight", "params/loudness"),
+    table.Row(r"ears\.(.+)", r"params/ears/\1"),
+    table.Row(r"ears_stats\.(.+)", r"batch_stats/ears/\1"),
+)
+
+
+def files(path, like=""):
+    found = tuple(str(pathlib.Path(path) / name) for name in FILES)
+    return found if pathlib.Path(found[0]).exists() else ()
+
+
+def meta(path, like="", with_tokens=True):
+    found = json.loads((pathlib.Path(path) / "toy.json").read_text())
+    return {"config": {"task": "toy", **found["config"]}, "tokenizer": found["tokenizer"]}
+
+
+def leaves(path, like=""):
+    found = meta(path)
+    task = build(found["config"], text.from_dict(found["tokenizer"]), 1)
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), task.layout.empty((1, 0, 1, 2))))
+    given = {k: x for file in files(path) for k, x in safetensors_file.read(file).items()}
+    return tree.flatten(table.convert(ROWS, given, shapes, what=str(path)))
+
+
+def write(path, meta, leaves, options):
+    path = pathlib.Path(path)
+    path.mkdir()
+    weights = {k: np.asarray(x) for k, x in table.invert(ROWS, leaves).items()}
+    words = [name for name in weights if name.startswith(("embed", "head"))]
+    safetensors_file.write(path / FILES[0], {name: weights.pop(name) for name in words})
+    safetensors_file.write(path / FILES[1], weights)
+    kept = {"config": {"model": meta["config"]["model"]}, "tokenizer": meta["tokenizer"]}
+    (path / "toy.json").write_text(json.dumps(kept))
+    return ["a pair of files"]
+
+
+PAIR = seam.Original("pair", ("_pair",), files, meta, leaves, write)
+
+
+def recipe(mapping):
+    """{"plaything": {"width", "rate"}} as a config."""
+    if "plaything" not in mapping:
+        return None
+    names = {"width": "model.width", "rate": "optim.lr"}
+    given = mapping["plaything"]
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"plaything.{unknown[0]} is not known")
+    return {names[name]: value for name, value in given.items()}, ["nothing else is read"]
+
+
 SYSTEM = seam.System(
     name="toy",
     old_names=("plaything",),
     sections={"model": "tests.toy:ToyConfig"},
     task="tests.toy:build",
-    originals={},
-    parts={},
+    originals={"pair": "tests.toy:PAIR"},
+    parts={
+        "ears": seam.Part(
+            "ears", "model.ears", {"lact": ("model/audio_feature_extractor", "model")}
+        )
+    },
     options={},
-    recipe=lambda mapping: None,
+    recipe=recipe,
 )

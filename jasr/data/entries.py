@@ -12,6 +12,7 @@ import os
 import sys
 from typing import NamedTuple
 
+from jasr.data import memory
 from jasr.data.config import DataError
 from jasr.seam import Item, Piece
 
@@ -72,6 +73,8 @@ def lines_of(source):
     """Yields a Line or Bad for each line of a source, whose kind is seen from itself."""
     from jasr.data import shar
 
+    if source.startswith(memory.PREFIX):
+        return (Line(source, n, line) for n, line in enumerate(memory.lines(source), 1))
     if os.path.isdir(source):
         return shar.shar_lines(source)
     if not os.path.isfile(source):
@@ -228,6 +231,8 @@ def folder_of(list_path):
 
 def in_folder(list_path, file):
     """The path of an audio file named in a list."""
+    if file.startswith(memory.PREFIX):
+        return file
     return os.path.normpath(os.path.join(folder_of(list_path), file))
 
 

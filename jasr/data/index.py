@@ -323,7 +323,7 @@ def _check_audio(index, ok, cfg):
         kind = "header" if len(index) <= HEADER_CHECK_ROWS else "files"
     if kind == "files":
         for row in np.flatnonzero(ok):
-            if not all(os.path.isfile(p.source) for p in index.pieces_of(row)):
+            if not all(map(recording.is_there, index.pieces_of(row))):
                 ok[row] = False
                 index.bad.append(index.bad_row(row, "missing file"))
     index.exact = kind in ("header", "decode")

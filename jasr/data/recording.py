@@ -7,6 +7,7 @@ import numpy as np
 
 from jasr import audio
 from jasr.audio import resample
+from jasr.data import memory
 
 
 def audio_file(piece):
@@ -27,8 +28,11 @@ def read(piece, sample_rate):
 
     An array in memory is f32[S] at that rate already.
     """
-    if isinstance(piece.source, np.ndarray):
-        return piece.source
+    held = in_memory(piece)
+    if held is not None:
+        first = round(max(piece.start, 0.0) * sample_rate)
+        count = round(piece.seconds * sample_rate) if piece.start >= 0 else len(held)
+        return held[first : first + count]
     try:
         file = audio_file(piece)
         if piece.start < 0 and piece.channel < 0:
@@ -37,6 +41,17 @@ def read(piece, sample_rate):
         return read_part(file, max(piece.start, 0.0), seconds, piece.channel, sample_rate)
     except OSError as e:
         raise audio.AudioError(named(piece), e.strerror or str(e)) from e
+
+
+def in_memory(piece):
+    """f32[S] where a piece's recording is in memory, else None."""
+    is_array = isinstance(piece.source, np.ndarray)
+    return piece.source if is_array else memory.samples(piece.source)
+
+
+def is_there(piece):
+    """Whether a piece's recording is in memory or a file."""
+    return in_memory(piece) is not None or os.path.isfile(piece.source)
 
 
 def read_checked(piece, sample_rate, tolerance):
@@ -84,7 +99,9 @@ def read_part(file, start, duration, channel, sample_rate):
 def header_seconds(piece, cfg):
     """Seconds of the piece by its file's header, or (str) the reason why it cannot be used."""
     try:
-        seconds = audio.info(audio_file(piece))[0]
+        held = in_memory(piece)
+        found = len(held) / cfg.sample_rate if held is not None else None
+        seconds = audio.info(audio_file(piece))[0] if found is None else found
     except audio.AudioError as e:
         return reason_of(e)
     except OSError as e:

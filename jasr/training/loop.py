@@ -34,13 +34,13 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     """Runs a recipe to its end (or until `stop()`); returns the last validation metrics.
 
     Args:
-      config: ConfigDict or plain dict of a recipe.
+      config: ConfigDict or plain dict of a recipe; what is left out has its default.
       workdir: directory of the run.
       stop: function that is asked after every step whether to save and leave.
       allow_data_change: resume although the data or its batching changed.
     """
     started = time.monotonic()
-    run = prepare(settings.plain(config), pathlib.Path(workdir))
+    run = prepare(complete(settings.plain(config)), pathlib.Path(workdir))
     state, position, done = begin(run, allow_data_change)
     if done is not None:
         return done
@@ -393,6 +393,12 @@ def summed(window):
         sums[k] = float(np.mean([m[k] for m in good])) if good else float("nan")
     sums["bad_in_row"] = max(int(m["bad_in_row"]) for m in host)
     return sums
+
+
+def complete(config):
+    """A plain config with an empty mapping for each section that it leaves out."""
+    names = [*GENERAL, *catalogue.sections(catalogue.get(config["task"]))]
+    return {**dict.fromkeys(names, {}), "seed": 0, **config}
 
 
 def check_keys(config):

@@ -1,0 +1,99 @@
+"""Recordings in memory as a source, without the packages that read files."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from jasr.data import AudioText, DataConfig, DataError, memory, open_train
+from tests.children import environment
+
+RNG = np.random.default_rng(0)
+
+
+def spoken(count, rate=16000):
+    """Lines whose recordings are noise of 0.5 s and more."""
+    sizes = [rate // 2 + 800 * n for n in range(count)]
+    return [
+        {"audio_filepath": RNG.normal(size=s, scale=0.1).astype(np.float32), "text": f"t{s}"}
+        for s in sizes
+    ]
+
+
+def test_lines_in_memory_are_batches():
+    lines = spoken(3)
+    cfg = DataConfig(train=(memory.hold("lines", lines),), num_buckets=1, bucket_batch_size=(3,))
+    trained = open_train(cfg, AudioText(cfg, 16000, lambda text: [len(text)]), seed=0)
+    _, _, batch = next(trained.iterate())
+    for row, number in enumerate(batch["index"]):
+        heard = batch["audio"][row, : batch["audio_len"][row]]
+        np.testing.assert_allclose(heard, lines[number]["audio_filepath"], atol=2**-15)
+
+
+def test_a_segment_of_a_recording_in_memory():
+    samples = RNG.normal(size=16000, scale=0.1).astype(np.float32)
+    line = {"audio_filepath": samples, "text": "a", "offset": 0.25, "duration": 0.5}
+    cfg = DataConfig(train=(memory.hold("part", [line]),), num_buckets=1, bucket_batch_size=(1,))
+    trained = open_train(cfg, AudioText(cfg, 16000, lambda text: [1]), seed=0)
+    _, _, batch = next(trained.iterate())
+    np.testing.assert_allclose(batch["audio"][0, :8000], samples[4000:12000], atol=2**-15)
+
+
+def test_what_is_not_held_is_named():
+    cfg = DataConfig(train=("memory://nothing",))
+    with pytest.raises(DataError, match="memory://nothing is not held by this process"):
+        open_train(cfg, AudioText(cfg, 16000, lambda text: [1]), seed=0)
+    with pytest.raises(DataError, match=r"1.audio_filepath is float64\[8\]; samples are f32\[S\]"):
+        memory.hold("doubles", [{"audio_filepath": np.zeros(8), "text": ""}])
+    memory.hold("gone", spoken(1))
+    memory.hold("gone", [])
+    with pytest.raises(DataError, match="memory://gone/1.audio_filepath is not held"):
+        memory.samples("memory://gone/1.audio_filepath")
+
+
+def test_a_run_without_the_packages_of_files(tmp_path):
+    """The library trains and resumes where soundfile, lhotse, grain, jiwer and ml_collections are
+    not installed, from a plain dict that names what differs from the defaults."""
+    code = """
+        import sys
+        for name in ("soundfile", "lhotse", "grain", "jiwer", "ml_collections", "torch"):
+            sys.modules[name] = None
+        import numpy as np
+        from jasr.data import memory
+        from jasr.training import loop
+        from jasr.systems import loading
+
+        rng = np.random.default_rng(0)
+        lines = [
+            {"audio_filepath": rng.normal(size=9000).astype(np.float32), "text": "ab" * (n % 2)}
+            for n in range(8)
+        ]
+        model = dict(
+            hidden_size=16, num_hidden_layers=1, num_attn_heads=2, num_lact_heads=2,
+            intermediate_size=16, audio_encoder_layers=2, subsampling=4, lact_mode="bidirectional",
+            positions="none",
+        )
+        source = memory.hold("noise", lines)
+        config = {
+            "task": "lact",
+            "data": {"train": (source,), "valid": (source,), "min_tokens": 0, "num_buckets": 1,
+                     "bucket_batch_size": (4,)},
+            "text": {"vocabulary": ("a", "b")},
+            "model": model,
+            "train": {"validate": ("loss",), "log_every": 1},
+            "checkpoint": {"metric": "val_loss"},
+        }
+        for steps in (1, 2):
+            config["train"]["steps"] = steps
+            found = loop.train(config, sys.argv[1])
+            assert np.isfinite(found["val_loss"])
+            assert loading.load(sys.argv[1])[2]["step"] == steps
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows if "grad_norm" in row] == [1, 2]
