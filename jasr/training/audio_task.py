@@ -4,10 +4,12 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from jasr import audio, settings
-from jasr.audio import augment, inputs
+from jasr.audio import augment
+from jasr.audio.features import mel_lengths
 from jasr.data import AudioText, DataConfig
 from jasr.losses.reduction import contribution
 from jasr.training import validators
@@ -43,11 +45,15 @@ class AudioTask:
         Raises:
           settings.SettingsError: a misspelt key or a value of the wrong kind.
         """
-        return {
-            **inputs.sections(config),
-            "loss_config": settings.build(loss, config.get("loss", {}), "config.loss"),
-            "data": settings.build(DataConfig, config.get("data", {}), "config.data"),
+        kinds = {
+            "front_end": audio.FrontEndConfig,
+            "spec_augment": augment.SpecAugmentConfig,
+            "wave_augment": augment.WaveAugmentConfig,
+            "loss": loss,
+            "data": DataConfig,
         }
+        found = {n: settings.build(c, config.get(n, {}), f"config.{n}") for n, c in kinds.items()}
+        return found | {"loss_config": found.pop("loss")}
 
     @property
     def config(self):
@@ -75,7 +81,28 @@ class AudioTask:
 
     def features(self, batch):
         """Log-mel frames f32[B,T,F] and their lengths i32[B] of a batch's audio."""
-        return inputs.features(self, batch)
+        return audio.log_mel(batch["audio"], batch["audio_len"], self.front_end)
+
+    def augmented(self, batch, rng, step):
+        """As `features`, with noise, gain and SpecAugment; row r knows only (rng, index[r]).
+
+        The augmentation's strength rises over the first `loss_config.ramp_steps` steps.
+        """
+        ramp = self.loss_config.ramp_steps
+        scale = jnp.minimum(1.0, (step + 1) / ramp) if ramp else jnp.float32(1.0)
+        keys = augment.row_keys(rng, batch["index"])
+        split = jax.vmap(lambda k: jax.random.split(k, 3))(keys)
+        wave_keys, mel_keys, dither_keys = jnp.unstack(split, axis=1)
+        wave = augment.augment_waveform(
+            batch["audio"], batch["audio_len"], wave_keys, self.wave_augment, scale
+        )
+        mel, mel_len = audio.log_mel(wave, batch["audio_len"], self.front_end, keys=dither_keys)
+        return augment.spec_augment(mel, mel_len, mel_keys, self.spec_augment, scale), mel_len
+
+    def mel_shape(self, batch):
+        """(width of the features of a batch's audio, their lengths i32[B]), without computing."""
+        mel, _ = jax.eval_shape(lambda b: self.features(b), batch)
+        return mel.shape[1], mel_lengths(batch["audio_len"], self.front_end)
 
     def init(self, rng, batch):
         """Fresh variables {"params", "batch_stats"} for a batch's shapes."""
@@ -100,13 +127,20 @@ class AudioTask:
         Returns:
           (f32[], (batch_stats, metrics)); metrics are counts or sums over utterances.
         """
-        frames = inputs.augmented_features(self, batch, keys["augment"], step)
+        frames = self.augmented(batch, keys["augment"], step)
         found, stats, more = self.losses(variables, batch, frames, keys)
         total = jnp.float32(0.0)
         for name, (share, scale, _) in self.terms(batch).items():
             total += share * contribution(found[name][0], scale, divisors[name])
         feasible = functools.reduce(jnp.logical_and, [good for _, good in found.values()])
-        return total, (stats, {**inputs.counts(self, batch, feasible), **more})
+        present = batch["audio_len"] > 0
+        seconds = jnp.sum(batch["audio_len"]).astype(jnp.float32) / self.front_end.sample_rate
+        metrics = {
+            "utterances": jnp.sum(present).astype(jnp.float32),
+            "infeasible": jnp.sum(present & ~feasible).astype(jnp.float32),
+            "audio_seconds": seconds,
+        }
+        return total, (stats, {**metrics, **more})
 
     def row_losses(self, variables, batch):
         """{name: (f32[B] value, f32[B] count)}: the loss of validation is the sum over the names of
@@ -126,4 +160,5 @@ class AudioTask:
     @staticmethod
     def line(sums, seconds):
         """Columns of the training log: audio a second, infeasible rows."""
-        return inputs.line(sums, seconds)
+        columns = {"audio_s_per_s": sums["audio_seconds"] / seconds}
+        return columns | ({"infeasible": int(sums["infeasible"])} if sums["infeasible"] else {})

@@ -16,8 +16,8 @@ REDUCED = (*REDUCTIONS, "sum")
 class LossConfig:
     """NeMo's losses and how utterance losses become one number.
 
-    reduction: see `inputs.reduced`; NeMo's default is mean_batch. sigma and omega: see `tdt_loss`;
-    omega is drawn once a step, as NeMo does. ctc_weight: a hybrid's loss is (1 - weight) times the
+    reduction: see `losses.reduction`; NeMo's is mean_batch. sigma and omega: see `tdt_loss`; omega
+    is drawn once a step, as NeMo does. ctc_weight: a hybrid's loss is (1 - weight) times the
     transducer's plus weight times CTC's.
     """
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jasr import settings
-from jasr.audio import augment, inputs
+from jasr.audio import augment
 from jasr.decoding import transducer as decoding
 from jasr.decoding.beam import beam_search
 from jasr.decoding.ctc import ctc_greedy
@@ -104,7 +104,7 @@ class ParakeetTask(AudioTask):
         """See `AudioTask.divisors`: "transducer" and/or "ctc". A hybrid's CTC loss counts where a
         CTC path exists, the transducer's where one of its own."""
         c, loss = self.config, self.loss_config
-        width, mel_len = inputs.mel_shape(self, batch)
+        width, mel_len = self.mel_shape(batch)
         length = output_lengths(c.encoder, mel_len, width)
         tokens, token_len = batch["tokens"], batch["token_len"]
         present, hybrid = batch["audio_len"] > 0, c.kind == "hybrid"

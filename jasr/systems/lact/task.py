@@ -6,7 +6,6 @@ import functools
 import jax.numpy as jnp
 
 from jasr import settings
-from jasr.audio import inputs
 from jasr.decoding.ctc import ctc_greedy
 from jasr.losses import ctc
 from jasr.losses.reduction import scale_and_count
@@ -68,7 +67,7 @@ class CtcTask(AudioTask):
 
     def terms(self, batch):
         """See `AudioTask.divisors`."""
-        _, mel_len = inputs.mel_shape(self, batch)
+        _, mel_len = self.mel_shape(batch)
         length, tokens, token_len = (
             encoder_frames(self.config, mel_len),
             batch["tokens"],
@@ -101,7 +100,7 @@ class CtcTask(AudioTask):
     def line(sums, seconds):
         """Columns of the training log: audio a second, fast-weight updates, infeasible rows."""
         updates = {"updates_per_utt": sums["updates"] / max(sums["utterances"], 1.0)}
-        return inputs.line(sums, seconds) | updates
+        return AudioTask.line(sums, seconds) | updates
 
     def predict(self, variables, batch):
         """Greedy CTC of a batch, to be jitted.
