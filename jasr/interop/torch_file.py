@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jasr.interop import pickles, torch_zip
+from jasr.interop.files import replacing
 from jasr.interop.lazy import Lazy
 from jasr.interop.torch_zip import Damage
 
@@ -128,12 +129,12 @@ class _Archive:
         return {
             "collections.OrderedDict": _ordered_dict,
             "_codecs.encode": _bytes,
-            "torch.Size": _size,
+            "torch.Size": tuple,
             "torch._utils._rebuild_tensor": self.tensor,
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_tensor_v3": self.tensor_v3,
-            "torch._utils._rebuild_parameter": _data,
-            "torch._utils._rebuild_parameter_with_state": _data,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
         }
 
     def storage(self, pid):
@@ -180,14 +181,6 @@ def _bytes(text, encoding):
     if encoding != "latin1":  # how protocol 2 writes bytes
         raise Damage("bytes as text in another encoding than latin1")
     return text.encode("latin1")
-
-
-def _size(shape=()):
-    return tuple(shape)
-
-
-def _data(tensor, *_):
-    return tensor
 
 
 def _view(flat, offset, size, stride):
@@ -237,19 +230,13 @@ def write(path, tree):
     out = bytearray(b"\x80\x02")
     _emit(out, tree, storages, names, "")
     out += b"."
-    partial = f"{os.fspath(path)}.partial"
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            _add(archive, "archive/data.pkl", bytes(out))
-            _add(archive, "archive/byteorder", b"little")
-            for number, array in storages.values():
-                flat = np.ascontiguousarray(array).reshape(-1)  # one copy at a time
-                _add(archive, f"archive/data/{number}", memoryview(flat.view(np.uint8)))
-            _add(archive, "archive/version", b"3\n")
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, "archive/data.pkl", bytes(out))
+        _add(archive, "archive/byteorder", b"little")
+        for number, array in storages.values():
+            flat = np.ascontiguousarray(array).reshape(-1)  # one copy at a time
+            _add(archive, f"archive/data/{number}", memoryview(flat.view(np.uint8)))
+        _add(archive, "archive/version", b"3\n")
 
 
 def _add(archive, name, data):

@@ -5,23 +5,16 @@ checked.
 import io
 import os
 import struct
-import typing
 import zipfile
 
 from jasr.interop import pickles
+from jasr.interop.files import Part, other_kind
 
 MOST_MEMBERS = 1_000_000
 
 
 class Damage(pickles.PickleError):
     """What is wrong, without the path."""
-
-
-class Part(typing.NamedTuple):
-    """Bytes of a file."""
-
-    start: int
-    size: int
 
 
 def part_of(path, start=0, size=None):
@@ -73,8 +66,7 @@ def members(path, part):
             ) from e
         if len(infos) > MOST_MEMBERS:
             raise Damage(f"the zip lists {len(infos)} members")
-        found = {}
-        done = 0
+        found, done = {}, 0
         infos = sorted(infos, key=lambda info: info.header_offset)
         if infos and infos[0].header_offset:
             raise Damage(f"{infos[0].header_offset} bytes of something else precede the zip")
@@ -112,10 +104,6 @@ def members(path, part):
 
 def _what_else(start):
     """What a file that is no zip seems to be, and what to do."""
-    if not start:
-        return "the file is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself; run `git lfs pull`"
     if start[:2] == b"\x80\x02" and b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in start:
         return (
             "a torch.save file of the old format (before torch 1.6, or "
@@ -127,6 +115,4 @@ def _what_else(start):
         return "a bare pickle, not a torch.save file; nothing of it was run"
     if start[:2] == b"\x1f\x8b" or b"ustar" in start:
         return "an archive (tar or gzip); extract it and give the weights file inside"
-    if start.lstrip()[:1] in (b"<", b"{"):
-        return "a text file (HTML or JSON), perhaps a failed download"
-    return f"not a torch.save file (it begins with {start[:8]!r})"
+    return other_kind(start, "torch.save file")
