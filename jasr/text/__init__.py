@@ -1,6 +1,5 @@
 """Tokenizers, text normalisation and SentencePiece vocabularies."""
 
-from jasr.text.scores import text_scores
 from jasr.text.tokenizers import (
     BLANK,
     NORMALISATIONS,
@@ -10,6 +9,7 @@ from jasr.text.tokenizers import (
     from_dict,
     normalise,
     spellings_file,
+    text_scores,
     whisper_english,
 )
 

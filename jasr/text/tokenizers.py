@@ -19,6 +19,9 @@ import re
 import unicodedata
 import warnings
 
+from jasr import metrics
+from jasr.text.sentencepiece_model import duplicates
+
 BLANK = "<blank>"
 NORMALISATIONS = ("none", "lower", "whisper_english")
 
@@ -93,6 +96,20 @@ def spellings_file():
     return None
 
 
+def text_scores(refs, hyps, normalisation="none"):
+    """Word and character error rates of hypotheses.
+
+    Args:
+      refs, hyps: lists of texts of equal length.
+      normalisation: one of the NORMALISATIONS, through which both sides go.
+
+    Returns:
+      (what `metrics.wer` says, normalised refs, normalised hyps).
+    """
+    refs, hyps = ([normalise(text, normalisation) for text in side] for side in (refs, hyps))
+    return metrics.wer(refs, hyps), refs, hyps
+
+
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer:
     """Characters as tokens; `vocabulary[id]` is the character, or "<blank>" for the blank."""
@@ -102,8 +119,7 @@ class CharTokenizer:
 
     def __post_init__(self):
         object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
-        if len(set(self.vocabulary)) != len(self.vocabulary):
-            twice = [c for c, n in collections.Counter(self.vocabulary).items() if n > 1]
+        if twice := duplicates(self.vocabulary):
             raise TextError(f"the vocabulary holds {twice} more than once")
         if self.normalisation not in NORMALISATIONS:
             normalise("", self.normalisation)
@@ -165,11 +181,8 @@ class CharTokenizer:
 
     def to_dict(self):
         """JSON-able description for the checkpoint's meta."""
-        return {
-            "kind": "char",
-            "vocabulary": list(self.vocabulary),
-            "normalisation": self.normalisation,
-        }
+        vocabulary = list(self.vocabulary)
+        return {"kind": "char", "vocabulary": vocabulary, "normalisation": self.normalisation}
 
 
 @dataclasses.dataclass(frozen=True)
