@@ -89,8 +89,8 @@ def _open(file, name: str):
         raise AudioError(name, "a directory, not a recording")
     try:
         with open(file, "rb") as stream:
-            if os.fstat(stream.fileno()).st_size == 0:
-                raise AudioError(name, "empty file (0 bytes)")
+            if os.fstat(stream.fileno()).st_size == 0:  # which cannot be mapped
+                return _open_data(b"", None, name)
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _open_data(data, os.fspath(file), name)
     except FileNotFoundError as error:
@@ -119,16 +119,16 @@ def _open_data(data, source, name: str):
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: *.raw, which has no header
         cause = getattr(error, "error_string", "raw samples without a header")
         raise AudioError(name, f"cannot be decoded: {cause}") from error
+    reason, rate = "", sound.samplerate
     if sound.format == "RAW":  # libsndfile's guess for an unknown file named *.au or *.snd
+        reason = "cannot be decoded: Format not recognised."
+    elif length <= 0:
+        reason = "header only: no samples"
+    elif not _RATES[0] <= rate <= _RATES[1]:
+        reason = f"sampling rate of {rate} Hz is outside {_RATES[0]} to {_RATES[1]}"
+    if reason:
         sound.close()
-        raise AudioError(name, "cannot be decoded: Format not recognised.")
-    if length <= 0:
-        sound.close()
-        raise AudioError(name, "header only: no samples")
-    if not _RATES[0] <= sound.samplerate <= _RATES[1]:
-        rate = sound.samplerate
-        sound.close()
-        raise AudioError(name, f"sampling rate of {rate} Hz is outside {_RATES[0]} to {_RATES[1]}")
+        raise AudioError(name, reason)
     return sound, length
 
 
