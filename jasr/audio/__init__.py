@@ -10,20 +10,3 @@ from jasr.audio.augment import (
 )
 from jasr.audio.features import HTK, NEMO, FrontEndConfig, log_mel
 from jasr.audio.files import AudioError, info, read, read_blocks
-
-__all__ = [
-    "AudioError",
-    "FrontEndConfig",
-    "HTK",
-    "NEMO",
-    "SpecAugmentConfig",
-    "WaveAugmentConfig",
-    "augment_waveform",
-    "info",
-    "log_mel",
-    "read",
-    "read_blocks",
-    "row_keys",
-    "spec_augment",
-    "speed",
-]

@@ -12,16 +12,3 @@ from jasr.text.tokenizers import (
     text_scores,
     whisper_english,
 )
-
-__all__ = [
-    "BLANK",
-    "CharTokenizer",
-    "NORMALISATIONS",
-    "SentencePieceTokenizer",
-    "TextError",
-    "from_dict",
-    "normalise",
-    "spellings_file",
-    "text_scores",
-    "whisper_english",
-]
