@@ -55,17 +55,8 @@ DTYPES = {
     "ComplexFloat": np.complex64,
     "ComplexDouble": np.complex128,
 }
-NAMED = {
-    f"torch.{name}": np.dtype(dtype)
-    for name, dtype in {
-        **{np.dtype(t).name: t for t in DTYPES.values()},
-        "uint16": np.uint16,
-        "uint32": np.uint32,
-        "uint64": np.uint64,
-        "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-        "float8_e5m2": ml_dtypes.float8_e5m2,
-    }.items()
-}
+_OTHERS = (np.uint16, np.uint32, np.uint64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+NAMED = {f"torch.{np.dtype(t).name}": np.dtype(t) for t in (*DTYPES.values(), *_OTHERS)}
 STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in DTYPES.items()}
 UNTYPED = {"torch.UntypedStorage": None, "torch.storage.UntypedStorage": None}
 
@@ -97,7 +88,7 @@ def read(path, *, opaque=(), start=0, size=None):
         archive = _Archive(path, part, members, pickle_name)
         return pickles.loads(
             archive.bytes("data.pkl"),
-            functions=archive.functions(),
+            functions=_FUNCTIONS,
             values={**NAMED, **STORAGES, **UNTYPED},
             opaque=(*OPAQUE, *opaque),
             persistent=archive.storage,
@@ -124,19 +115,6 @@ class _Archive:
         start, size = self.members[self.prefix + name]
         return self.map[start : start + size].tobytes()
 
-    def functions(self):
-        """What the pickle may call, by torch's names."""
-        return {
-            "collections.OrderedDict": _ordered_dict,
-            "_codecs.encode": _bytes,
-            "torch.Size": tuple,
-            "torch._utils._rebuild_tensor": self.tensor,
-            "torch._utils._rebuild_tensor_v2": self.tensor,
-            "torch._utils._rebuild_tensor_v3": self.tensor_v3,
-            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-            "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
-        }
-
     def storage(self, pid):
         """The storage of a persistent id ("storage", type, key, location, number of elements)."""
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
@@ -157,18 +135,20 @@ class _Archive:
         part = self.map[where.start : where.start + where.size]
         return _Storage(part if dtype is None else part.view(dtype))
 
-    def tensor(self, storage, offset, size, stride, *_):
-        """The view of a storage, if its elements lie inside and are distinct."""
-        if not isinstance(storage, _Storage):
-            raise Damage("a tensor of something that is not a storage")
-        return _view(storage.array, offset, size, stride)
 
-    def tensor_v3(self, storage, offset, size, stride, grad, hooks, dtype, *_):
-        if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
-            raise Damage("a tensor of something that is not a storage, or of an unknown dtype")
-        if storage.array.nbytes % dtype.itemsize:
-            raise Damage(f"a storage of {storage.array.nbytes} bytes cannot hold {dtype}")
-        return _view(storage.array.view(dtype), offset, size, stride)
+def _tensor(storage, offset, size, stride, *_):
+    """The view of a storage, if its elements lie inside and are distinct."""
+    if not isinstance(storage, _Storage):
+        raise Damage("a tensor of something that is not a storage")
+    return _view(storage.array, offset, size, stride)
+
+
+def _tensor_v3(storage, offset, size, stride, grad, hooks, dtype, *_):
+    if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
+        raise Damage("a tensor of something that is not a storage, or of an unknown dtype")
+    if storage.array.nbytes % dtype.itemsize:
+        raise Damage(f"a storage of {storage.array.nbytes} bytes cannot hold {dtype}")
+    return _view(storage.array.view(dtype), offset, size, stride)
 
 
 def _ordered_dict(*args):
@@ -193,22 +173,33 @@ def _view(flat, offset, size, stride):
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > 32 or any(type(n) is not int for n in numbers):
         raise Damage("a tensor whose shape and strides are not as many whole numbers, at most 32")
-    if min(numbers) < 0:
-        raise Damage(f"a tensor with negative numbers: shape {size}, strides {stride}, {offset}")
     shown = f"a tensor of shape {size}, strides {stride}, offset {offset}"
+    if min(numbers) < 0:
+        raise Damage(f"{shown}: negative numbers")
     if 0 in size:
         return np.zeros(size, flat.dtype)
-    last = sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if offset + last >= flat.size:
-        raise Damage(f"{shown} lies outside its storage of {flat.size} elements")
-    reach = 0
+    reach = 0  # of the elements so far, beyond the first one
     for step, n in sorted((s, n) for n, s in zip(size, stride, strict=True) if n > 1):
         if step <= reach:
             raise Damage(f"{shown} has elements that share memory; save it as .contiguous()")
         reach += (n - 1) * step
-    flat = flat[offset : offset + last + 1]
+    if offset + reach >= flat.size:
+        raise Damage(f"{shown} lies outside its storage of {flat.size} elements")
+    flat = flat[offset : offset + reach + 1]
     strides = tuple(s * flat.itemsize if n > 1 else flat.itemsize for n, s in zip(size, stride))
     return np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
+
+
+_FUNCTIONS = {  # what the pickle may call, by torch's names
+    "collections.OrderedDict": _ordered_dict,
+    "_codecs.encode": _bytes,
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+}
 
 
 # ---- writing -------------------------------------------------------------------------------------

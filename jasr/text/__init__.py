@@ -8,7 +8,6 @@ from jasr.text.tokenizers import (
     TextError,
     from_dict,
     normalise,
-    spellings_file,
     text_scores,
     whisper_english,
 )
