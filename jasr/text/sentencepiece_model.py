@@ -258,7 +258,7 @@ class Model:
         """Lines about duplicate and empty pieces and a missing <unk>."""
         twice = duplicates(self.texts)
         if twice:
-            yield f"pieces given more than once: {', '.join(map(repr, twice))}"
+            yield f"pieces given more than once: {some([*map(repr, twice)])}"
         empty = [i for i, p in enumerate(self.pieces) if not p.text]
         if empty:
             yield f"empty pieces at ids {empty}"
@@ -287,6 +287,12 @@ class Model:
 def duplicates(texts):
     """The strings that occur more than once, in order of their first occurrence."""
     return [text for text, n in collections.Counter(texts).items() if n > 1]
+
+
+def some(texts, shown=20, between=", "):
+    """The first of the texts in a line, and how many more there are."""
+    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
+    return between.join(texts[:shown]) + more
 
 
 # ---- NeMo's tokenizer directory ----------------------------------------------------------------

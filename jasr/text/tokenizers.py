@@ -20,7 +20,7 @@ import unicodedata
 import warnings
 
 from jasr import metrics
-from jasr.text.sentencepiece_model import duplicates
+from jasr.text.sentencepiece_model import duplicates, some
 
 BLANK = "<blank>"
 NORMALISATIONS = ("none", "lower", "whisper_english")
@@ -165,9 +165,8 @@ class CharTokenizer:
         text = normalise(text, self.normalisation)
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
-            named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:10])
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise TextError(f"characters not in the vocabulary: {named}{more} in {text!r:.80}")
+            named = some([f"{c!r} (U+{ord(c):04X})" for c in unknown], 10)
+            raise TextError(f"characters not in the vocabulary: {named} in {text!r:.80}")
         return [self.ids[c] for c in text]
 
     def piece(self, token):
@@ -238,7 +237,7 @@ class SentencePieceTokenizer:
         if unknown in ids:
             pieces = self.processor.encode(text, out_type=str)
             named = sorted({p for p, i in zip(pieces, ids) if i == unknown})
-            raise TextError(f"not in the vocabulary: {', '.join(map(repr, named))} in {text!r:.80}")
+            raise TextError(f"not in the vocabulary: {some([*map(repr, named)])} in {text!r:.80}")
         return ids
 
     def piece(self, token):

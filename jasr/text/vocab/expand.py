@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jasr import tree
-from jasr.text.sentencepiece_model import duplicates
+from jasr.text.sentencepiece_model import duplicates, some
 
 HEADS = ("ctc", "rnnt", "tdt")
 RULES = ("normal", "zero_bias", "mean", "low")
@@ -218,15 +218,14 @@ def _generator(key, path):
 def _vocabulary_problems(old, new, replace=False):
     problems = []
     for name, pieces in (("old", old), ("new", new)):
-        twice = duplicates(pieces)
-        if twice:
-            problems.append(f"the {name} vocabulary holds pieces more than once: {_some(twice)}")
+        if twice := [repr(piece) for piece in duplicates(pieces)]:
+            problems.append(f"the {name} vocabulary holds pieces more than once: {some(twice)}")
         if not len(pieces):
             problems.append(f"the {name} vocabulary is empty")
-    missing = [] if replace else sorted(set(old) - set(new))
+    missing = [] if replace else [repr(piece) for piece in sorted(set(old) - set(new))]
     if missing:
         problems.append(
-            f"the new vocabulary lacks {len(missing)} of the old pieces: {_some(missing)} (merge "
+            f"the new vocabulary lacks {len(missing)} of the old pieces: {some(missing)} (merge "
             "the tokenizers, or replace the vocabulary)"
         )
     return problems
@@ -252,8 +251,3 @@ def _tensor_problems(wanted, flat, size):
     for path in sorted(every & set(flat) - {t.path for t in wanted}):
         problems.append(f"{path} belongs to a head that was not named")
     return problems
-
-
-def _some(pieces, shown=20):
-    more = f" and {len(pieces) - shown} more" if len(pieces) > shown else ""
-    return ", ".join(map(repr, pieces[:shown])) + more

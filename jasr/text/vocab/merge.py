@@ -64,7 +64,7 @@ class Merged:
             ("dropped, special pieces", self.special),
         ):
             if pieces:
-                lines.append(f"{len(pieces)} {words}: {_some(pieces, shown)}")
+                lines.append(f"{len(pieces)} {words}: {spm.some(pieces, shown, ' ')}")
         return [*lines, *self.notes]
 
 
@@ -121,7 +121,8 @@ def merge(
     if drop_unreachable and dead:
         model = model.with_pieces(p for p in model.pieces if p.text not in dead)
     elif dead:
-        notes.append(f"{len(dead)} appended pieces can never be produced: {_some(sorted(dead))}")
+        named = spm.some(sorted(dead), between=" ")
+        notes.append(f"{len(dead)} appended pieces can never be produced: {named}")
     return Merged(
         model=model,
         base_size=len(base.pieces),
@@ -177,7 +178,8 @@ def _judge(base, new, allow_other_normalizer):
     ours = [(p.text, p.type) for p in new.pieces if p.type in _OWN]
     special = [text for text, kind in ours if types.get(text, kind) not in (spm.NORMAL, kind)]
     if special:
-        notes.append(f"in the base these are special pieces and stay so: {_some(special)}")
+        named = spm.some(special, between=" ")
+        notes.append(f"in the base these are special pieces and stay so: {named}")
     if problems:
         raise MergeError("the models cannot be merged: " + "; ".join(problems))
     return notes
@@ -185,11 +187,6 @@ def _judge(base, new, allow_other_normalizer):
 
 def _brief(value):
     return f"of {len(value)} bytes" if isinstance(value, bytes) else repr(value)
-
-
-def _some(pieces, shown=20):
-    more = f" and {len(pieces) - shown} more" if len(pieces) > shown else ""
-    return " ".join(pieces[:shown]) + more
 
 
 def unreachable(model, start=0):
