@@ -213,9 +213,8 @@ def init_distributed(coordinator="", num_processes=0, process_id=-1, env=None):
 
     The order is: explicit values, torchrun-style variables (RANK, WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT), Open MPI's with MASTER_ADDR, then what JAX detects by itself (Slurm, Open MPI 4).
-    Without any of these this is a single process and nothing is started. Where variables tell of
-    several processes on a host, each takes the accelerator of its local rank; others are chosen
-    with JAX_LOCAL_DEVICE_IDS (e.g. "0,1").
+    Without any of these nothing is started. Where variables tell of several processes on a host,
+    each takes the accelerator of its local rank, or those of JAX_LOCAL_DEVICE_IDS (e.g. "0,1").
 
     Raises:
       ValueError: some but not all of the explicit values are given.

@@ -14,7 +14,6 @@ import os
 import re
 import tarfile
 import tempfile
-import uuid
 import zlib
 
 from jasr.interop.files import Part, other_kind, replacing
@@ -222,11 +221,6 @@ def _plain(name):
 
 
 # ---- writing -------------------------------------------------------------------------------------
-
-
-def fresh_name(name):
-    """The member that an artefact is written as: a fresh prefix and its own name."""
-    return f"{uuid.uuid4().hex}_{name}"
 
 
 def write(path, members):

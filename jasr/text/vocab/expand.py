@@ -37,13 +37,11 @@ class NewRows:
         bias; CTC kernel Xavier-uniform at the new size, bias U(+-1/sqrt D). New tokens may win
         before any training.
       "zero_bias": "normal", with biases of zero.
-      "mean": the mean of the old pieces' rows. A new token's logit is then the mean of the old
-        ones', which the largest of them reaches or exceeds whatever the input.
+      "mean": the mean of the old pieces' rows, so that new logits are the mean of old ones.
       "low": "mean", with biases lower by `margin`: every new logit is at least `margin` below the
-        largest old one whatever the input (rounding and noise apart), so that no new token can
-        win before training and greedy transcripts stay as they were, but for ties within the last
-        bits. Those of a beam search may change: the new tokens have a share in the probabilities,
-        another one in every frame.
+        largest old one whatever the input (rounding and noise apart), so that greedy transcripts
+        stay as they were before training. Those of a beam search may change: the new tokens have a
+        share in the probabilities.
     noise: for "mean" and "low": rows of kernels and embedding are spread around the mean by this
       share of the old rows' standard deviation. At 0 all new rows are equal until trained.
     margin: of "low", in natural-logarithm logits.
@@ -115,11 +113,9 @@ def moves(old, new):
       old, new: the pieces in order of their ids, without the blank.
 
     Raises:
-      VocabularyError: pieces that occur twice (as keys of a dict they collapse, and every id
-        behind them shifts), or old pieces that the new vocabulary lacks; all in one error.
+      VocabularyError: pieces that occur twice or that the new vocabulary lacks; all in one error.
     """
-    problems = _vocabulary_problems(old, new)
-    if problems:
+    if problems := _vocabulary_problems(old, new):
         raise VocabularyError("the vocabularies do not fit: " + "; ".join(problems))
     ids = {piece: i for i, piece in enumerate(new)}
     return np.array([ids[piece] for piece in old], np.int32)
@@ -132,7 +128,7 @@ def expand(params, heads, old, new, *, durations=(), rows="low", key=None, repla
       params: tree with the tensors of `tensors(heads, durations)`: kernels [..., rows], biases
         [rows], embedding [rows, P] (with or, blank_as_pad false, without a row for the blank), of
         any float dtype. A moving average of them will do as well.
-      heads, durations: see `tensors`; they are the same before and after.
+      heads, durations: see `tensors`.
       old, new: pieces in order of their ids, without the blank, which is the id behind the last.
       rows: NewRows, or the name of its rule.
       key: jax PRNG key, where rows are drawn ("normal", "zero_bias", noise above 0).

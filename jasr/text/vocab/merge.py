@@ -6,10 +6,8 @@
     write_directory("en_hi", merged.model)
 
 What keeps the old language's segmentation is the filter, not the scores: an appended piece made
-only of characters that the base knows can fire in the base's texts whatever its score. (BPE joins
-the best pair whose concatenation is a piece, and sooner or later a pair is left that only the new
-piece joins.) Without such pieces no appended piece can occur in a text of the base's characters.
-Specification nemo.md 6.4.
+only of characters that the base knows can fire in the base's texts whatever its score, since BPE
+sooner or later has a pair left that only the new piece joins. Specification nemo.md 6.4.
 """
 
 import dataclasses
@@ -90,10 +88,9 @@ def merge(
         makes every new piece improbable and so prefers long ones: there "keep" cuts the new
         language as its own model did.
       filter_base_characters: leave out new NORMAL pieces all of whose characters occur in NORMAL
-        or USER_DEFINED pieces of the base. User-defined symbols are always taken: they are
-        whole words by intention.
+        or USER_DEFINED pieces of the base. User-defined symbols are always taken.
       drop_unreachable: leave out new pieces that the merged model can never produce, for instance
-        because the filter took the halves of their last merge. They would be dead rows.
+        because the filter took the halves of their last merge.
       allow_other_normalizer: normalise as the base does although `new` was trained otherwise.
 
     Raises:
@@ -235,12 +232,8 @@ class Segmentation:
 
 
 def segmentation(before, after, texts, keep=100):
-    """The Segmentation of sentences by two models, compared piece string by piece string.
-
-    With (base, merged, texts of the old language) it counts what the merge leaves alone; with
-    (new, merged, texts of the new one) what the new language loses. At most `keep` sentences that
-    differ are kept with their pieces.
-    """
+    """The Segmentation of sentences by two models, compared piece string by piece string. At most
+    `keep` sentences that differ are kept with their pieces."""
     sentences, kept, changed, unknown = 0, 0, [], [0, 0]
     for text in texts:
         cuts = []

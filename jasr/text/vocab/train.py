@@ -75,7 +75,13 @@ def train(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as e:
-        raise TrainError(_reason(e, vocab_size)) from e
+        few = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e))
+        if not few:
+            raise TrainError(f"sentencepiece cannot train a tokenizer: {e}") from e
+        raise TrainError(
+            f"vocab_size {vocab_size} is too low: the characters of the texts alone need "
+            f"{few[1]} pieces. Ask for more, or lower character_coverage"
+        ) from e
     trained = Model.from_bytes(model.getvalue())
     if len(trained.pieces) < vocab_size and not allow_smaller:
         raise TrainError(
@@ -84,14 +90,3 @@ def train(
             "smaller vocabulary"
         )
     return trained
-
-
-def _reason(error, vocab_size):
-    """sentencepiece's complaint in words that say what to do."""
-    few = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
-    if few:
-        return (
-            f"vocab_size {vocab_size} is too low: the characters of the texts alone need "
-            f"{few[1]} pieces. Ask for more, or lower character_coverage"
-        )
-    return f"sentencepiece cannot train a tokenizer: {error}"
