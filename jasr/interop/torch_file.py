@@ -82,10 +82,11 @@ def read(path, *, opaque=(), start=0, size=None):
       TorchFileError: with the path, what is wrong and what to do.
     """
     path = os.fspath(path)
-    part = torch_zip.part_of(path, start, size)
+    size = os.path.getsize(path) - start if size is None else size
     try:
-        members, pickle_name = torch_zip.members(path, part)
-        archive = _Archive(path, part, members, pickle_name)
+        # an empty file cannot be mapped
+        data = np.memmap(path, np.uint8, "r", start, size) if size else np.zeros(0, np.uint8)
+        archive = _Archive(np.asarray(data))
         return pickles.loads(
             archive.bytes("data.pkl"),
             functions=_FUNCTIONS,
@@ -104,11 +105,11 @@ class _Storage(typing.NamedTuple):
 class _Archive:
     """The storages and tensors of one file."""
 
-    def __init__(self, path, part, members, pickle_name):
-        self.members = members
-        self.prefix = pickle_name[: -len("data.pkl")]
-        self.map = np.asarray(np.memmap(path, np.uint8, "r", part.start, part.size))
-        if self.prefix + "byteorder" in members and self.bytes("byteorder") != b"little":
+    def __init__(self, data):
+        self.map = data
+        self.members, name = torch_zip.members(data)
+        self.prefix = name.removesuffix("data.pkl")
+        if self.prefix + "byteorder" in self.members and self.bytes("byteorder") != b"little":
             raise Damage("written on a big-endian machine; save it again on a little-endian one")
 
     def bytes(self, name):
