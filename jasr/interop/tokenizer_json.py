@@ -35,6 +35,7 @@ def to_json(model, added=()):
     tokens = [(i, p.text, p.type != spm.USER_DEFINED) for i, p in enumerate(pieces)
               if p.type in (spm.UNKNOWN, spm.CONTROL, spm.USER_DEFINED)]  # fmt: skip
     tokens += [(len(pieces) + i, text, True) for i, text in enumerate(added)]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     prefix = model.setting("add_dummy_prefix")
     # "always" adds no prefix to a text that begins with a space, which only stripping rules out
     before = prefix and model.setting("remove_extra_whitespaces")
@@ -42,7 +43,9 @@ def to_json(model, added=()):
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(*token) for token in tokens],
+        "added_tokens": [
+            {"id": i, "content": text, **flags, "special": special} for i, text, special in tokens
+        ],
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(model)},
         "pre_tokenizer": _metaspace("always" if before else "never"),
         "post_processor": None,
@@ -54,11 +57,6 @@ def to_json(model, added=()):
 def _metaspace(scheme):
     mark = spm.WORD_MARK
     return {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme, "split": True}
-
-
-def _added(number, text, special):
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": text, **flags, "special": special}
 
 
 def _normalizers(model):
