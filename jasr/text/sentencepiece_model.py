@@ -7,7 +7,7 @@ of which four fields matter here; everything else, known or not, is kept as the 
     [p.text for p in model.pieces], model.kind, model.setting("byte_fallback")
     model.to_bytes() == data          # for whatever protobuf's own writers wrote
 
-sentencepiece's own Python classes for this need the package protobuf, which it does not bring.
+sentencepiece's own Python classes for this refuse a protobuf older than they were made with.
 """
 
 import collections
