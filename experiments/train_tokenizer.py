@@ -34,10 +34,10 @@ def main(argv=None):
     parser.add_argument("--allow_smaller", action="store_true", help="take fewer pieces if need be")
     args = parser.parse_args(argv)
     from jasr.data.entries import sentences
+    from jasr.text.sentencepiece_model import write_directory
     from jasr.text.vocab import train
 
-    model = train.train_directory(
-        args.output,
+    model = train.train(
         sentences(args.sources),
         args.vocab_size,
         args.kind,
@@ -46,6 +46,7 @@ def main(argv=None):
         character_coverage=args.character_coverage,
         allow_smaller=args.allow_smaller,
     )
+    write_directory(args.output, model)
     shown = " ".join(model.texts[1:21])
     print(f"{args.output}/tokenizer.model: {len(model.pieces)} pieces: {shown} ...")
     return 0

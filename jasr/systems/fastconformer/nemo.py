@@ -14,6 +14,7 @@ import dataclasses
 import os
 import re
 import tempfile
+import uuid
 import warnings
 
 import jax
@@ -322,7 +323,7 @@ def write(path, model):
         }
         members, section = {}, {"dir": "", "type": "bpe"}
         for key, (name, content) in artefacts.items():
-            member = nemo_archive.fresh_name(name)
+            member = f"{uuid.uuid4().hex}_{name}"
             members[member], section[key] = content, f"nemo:{member}"
         _check_artefacts(config)
         config["tokenizer"] = section
