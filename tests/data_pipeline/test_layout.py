@@ -86,7 +86,7 @@ def test_three_axes_with_a_quadratic_cost_make_buckets_and_batches(lines):
     cfg, data = lines, open_train(dataclasses.replace(lines, concat=2), Turns(), 0)
     found = data.loader.index
     assert len(found) == 42 and [b.reason for b in found.bad] == ["missing key: question"]
-    pieces = tuple(Piece(found.piece(6 + k).source, seconds=2.0) for k in (0, 1))
+    pieces = tuple(Piece(p.source, seconds=2.0) for p in found.pieces_of(3))
     assert found.item(3) == Item("l1-b", pieces, {"question": "xb"})
     assert pieces[1].source.endswith("/1b")
     costs = Turns().cost(np.array(data.shapes)[:, 1:])
