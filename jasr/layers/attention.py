@@ -64,9 +64,8 @@ def softmax_attention(q, k, v, bias):
 
 
 def _product(equation, x, y, dtype):
-    return jnp.einsum(
-        equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
-    )
+    x, y = x.astype(dtype), y.astype(dtype)
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
 def _softmax_attention_forward(q, k, v, bias):
@@ -118,22 +117,19 @@ def _groups(frames, causal, window, chunk):
     edges = sorted({-(-blocks * n // 4) for n in range(5)}) if causal else [0, blocks]
     for first, last in itertools.pairwise(edges):
         high = last * QUERY_BLOCK
-        high = min(frames, -(-high // chunk) * chunk if chunk else high)
-        yield _Group(first, last, high if causal else frames, high if causal else frames)
+        high = min(frames, -(-high // chunk) * chunk if chunk else high) if causal else frames
+        yield _Group(first, last, high, high)
 
 
-def _whole_blocks(x):
-    """x [B,T,...] with zeros after it, to a whole number of query blocks."""
-    missing = -x.shape[1] % QUERY_BLOCK
-    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
+def _whole_blocks(x, axis=1):
+    """x [B,T,...] with zeros after it, to a whole number of query blocks; or a tree of such."""
 
+    def padded(x):
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (0, -x.shape[axis] % QUERY_BLOCK)
+        return jnp.pad(x, pads) if any(pads[axis]) else x
 
-def _whole_table(table):
-    """`table` with more frames, to a whole number of query blocks."""
-    if table is None:
-        return None
-    missing = -table[0].shape[0] % QUERY_BLOCK
-    return tuple(jnp.pad(t, ((0, missing), (0, 0))) for t in table)
+    return jax.tree.map(padded, x)
 
 
 def _rows(x, begin, count):
@@ -193,7 +189,7 @@ def blocked_attention(qkv, table, key_mask, limits):
 
 def _blocked_forward(qkv, table, key_mask, limits):
     frames, dtype = qkv.shape[1], qkv.dtype
-    padded, turns = _whole_blocks(qkv), _whole_table(table)
+    padded, turns = _whole_blocks(qkv), _whole_blocks(table, 0)
     outs, logs = [], []
     for group in _groups(frames, *limits):
 
@@ -218,7 +214,7 @@ def _blocked_backward(limits, kept, d_out):
     qkv, table, key_mask, out, log = kept
     frames, dtype = qkv.shape[1], qkv.dtype
     scale = 1 / np.sqrt(qkv.shape[-1])
-    padded, turns = _whole_blocks(qkv), _whole_table(table)
+    padded, turns = _whole_blocks(qkv), _whole_blocks(table, 0)
     outs, d_outs = _whole_blocks(out), _whole_blocks(d_out)
     d_qkv = jnp.zeros(padded.shape, jnp.float32)
     for group in _groups(frames, *limits):

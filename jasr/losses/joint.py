@@ -120,7 +120,8 @@ def joint_cells(
         key = jax.random.split(key, B) if key.ndim == 0 else key
         seeds = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(key)
     if chunk is None:
-        chunk = _chunk(B // groups * T * U1, kernel.shape[1])
+        # so few that the last chunk's empty places do not count, but enough for a product
+        chunk = max(128, min(B // groups * T * U1 // 32, 2**23 // kernel.shape[1]) // 128 * 128)
     exists = within(T, U1, enc_len, token_len)
     own = row_tokens(tokens, token_len, blank)
     per_row = (enc.astype(jnp.float32), pred.astype(jnp.float32), own, exists, seeds)
@@ -138,11 +139,6 @@ def joint_cells(
         seeds,
     )
     return cells.reshape(B, T, U1, 2 + extra)
-
-
-def _chunk(nodes, outputs):
-    """So few nodes that the last chunk's empty places do not count, but enough for a product."""
-    return max(128, min(nodes // 32, 2**23 // outputs) // 128 * 128)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
