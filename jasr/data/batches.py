@@ -183,8 +183,8 @@ class Eval(_Set):
 
 def _quarantine(path, process_index, bad):
     """This process's quarantine file; process 0's also lists what the index leaves out."""
+    root, ending = os.path.splitext(path)
     if path and process_index:
-        root, ending = os.path.splitext(path)
         return f"{root}.{process_index}{ending}"
     if path:
         entries.write_quarantine(path, bad, entries.loading_lines(path))

@@ -27,9 +27,8 @@ PERIOD = 64  # epochs after which the same rows come again, in other batches
 JOIN_AMONG = 256  # partners are looked for among so many items of the shuffled order
 ENOUGH = 1 << 60  # a size without limit
 
-NOT_IN_PLAN = (
-    "train valid check max_bad_share cache_audio cache_mb num_threads prefetch".split()
-)  # settings that change no batch
+# settings that change no batch
+NOT_IN_PLAN = "train valid check max_bad_share cache_audio cache_mb num_threads prefetch".split()
 LATER = ("batch_cost",)  # settings that came after plans were known by their `fingerprint` alone
 
 
@@ -87,17 +86,18 @@ class Plan:
     def facts(self):
         """Everything that a position depends on, as JSON has it: settings by name, "seed",
         "shapes", "index" (a digest) and the "version" of the rules."""
-        settings = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in NOT_IN_PLAN}
         facts = {"version": self.version, "index": self.index.fingerprint(), "seed": self.seed}
-        return json.loads(json.dumps(facts | {"shapes": self.shapes} | settings))
+        return _json(facts | {"shapes": self.shapes} | self._settings(NOT_IN_PLAN))
 
     @property
     def fingerprint(self):
         """Hex digest by which steps without `facts` know their plan."""
-        left_out = (*NOT_IN_PLAN, *LATER)
-        settings = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in left_out}
-        facts = 2, self.index.fingerprint(), self.seed, self.shapes, sorted(settings.items())
+        settings = sorted(self._settings((*NOT_IN_PLAN, *LATER)).items())
+        facts = 2, self.index.fingerprint(), self.seed, self.shapes, settings
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def _settings(self, left_out):
+        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in left_out}
 
     # ---- positions ----
 
@@ -188,9 +188,8 @@ class Plan:
         adds = adds[by_row]
         adds[begins] = 0
         first = np.append(begins, count).astype(np.int32)
-        return Rows(
-            order[by_row], words[by_row], first, np.add.reduceat(sizes[by_row] + adds, begins)
-        )
+        sizes = np.add.reduceat(sizes[by_row] + adds, begins)
+        return Rows(order[by_row], words[by_row], first, sizes)
 
     def _order(self, number):
         """i64[M] index numbers of the epoch's items in the order in which they are joined.
@@ -285,12 +284,14 @@ class Plan:
 def changes(saved, now):
     """{name: (saved, now)} of two plans' `facts` where they differ; a setting that one of them
     lacks has its default."""
-    default = json.loads(json.dumps(dataclasses.asdict(DataConfig())))
-    pairs = {
-        k: (saved.get(k, default.get(k)), now.get(k, default.get(k)))
-        for k in sorted(saved.keys() | now.keys())
-    }
-    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+    default = _json(dataclasses.asdict(DataConfig()))
+    old, new = default | saved, default | now
+    return {k: (old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)}
+
+
+def _json(x):
+    """x as it comes back from JSON."""
+    return json.loads(json.dumps(x))
 
 
 def listed(changes):

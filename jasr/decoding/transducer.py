@@ -157,18 +157,17 @@ def greedy(
             c.full | (found & ~emit),
         )
 
-    state = steps.initial_state(B)
-    prediction, state = steps.predict(jnp.full((B,), blank, jnp.int32), state)
-    zero = jnp.zeros((B,), jnp.int32)
+    first, zero = jnp.full((B,), blank, jnp.int32), jnp.zeros((B,), jnp.int32)
+    prediction, state = steps.predict(first, steps.initial_state(B))
     c = _Carry(
-        zero,
-        zero,
-        prediction,
-        state,
-        jnp.zeros((B, L, 3), jnp.int32),
-        zero,
-        jnp.zeros((B,), jnp.float32),
-        jnp.zeros((B,), bool),
+        t=zero,
+        labels_here=zero,
+        prediction=prediction,
+        state=state,
+        emitted=jnp.zeros((B, L, 3), jnp.int32),
+        count=zero,
+        score=jnp.zeros((B,), jnp.float32),
+        full=jnp.zeros((B,), bool),
     )
     c = jax.lax.while_loop(lambda c: jnp.any((c.t < enc_len) & ~c.full), turn, c)
     return result(c.emitted, c.count, enc_len, c.score, c.full, durations)

@@ -8,12 +8,12 @@ lact_nvs). Everything here keeps batch B and head H as separate axes and uses th
 "out_in" layout: w0, w2 [B,H,M,K], w1 [B,H,V,M]; `transpose` turns lact_nvs's "in_out" layout into
 it and back.
 
-    shifted        apply, then update, chunk by chunk; the last chunk is only applied (causal when
-    a window >= chunk sits beside it) block_causal   update, then apply, chunk by chunk
-    full           one update on everything, then apply (bidirectional)
-    apply_only     no update
-    run_order      any list of (start, end, update, apply) entries, as lact_nvs has it;
-    `strided_order` and others make such lists
+    shifted       apply, then update, chunk by chunk; the last chunk is only applied (causal when a
+                  window >= chunk sits beside it)
+    block_causal  update, then apply, chunk by chunk
+    full          one update on everything, then apply (bidirectional)
+    apply_only    no update
+    run_order     any list of (start, end, update, apply), as lact_nvs has it (`strided_order`)
 
 An update adds the (momentum-smoothed, optionally orthogonalised) direction and restores the norm
 that each row of the initial weight had. Fast weights, norms, rates and momentum stay f32 whatever
@@ -50,9 +50,8 @@ class State(NamedTuple):
     """What a stream carries from chunk to chunk.
 
     w: weights that are read and differentiated. main: the un-normalised sum of pre-norm updates
-    (equal to w for post-norm).
-    momentum: zero at the start. norm: row norms of the initial weights, f32[B,H,M,1], [B,H,V,1],
-    [B,H,M,1].
+    (equal to w for post-norm). momentum: zero at the start. norm: row norms of the initial
+    weights, f32[B,H,M,1], [B,H,V,1], [B,H,M,1].
     """
 
     w: FastWeights
@@ -65,9 +64,8 @@ class Rule(NamedTuple):
     """How a chunk changes the weights. Hashable, so that it can be a static argument.
 
     muon: None for plain gradient steps, () for Frobenius normalisation only, else one (a, b, c)
-    triple per Newton-Schulz step.
-    prenorm: accumulate un-normalised, read normalised. detach_norm: no gradient through the
-    initial norms (lact_nvs).
+    triple per Newton-Schulz step. prenorm: accumulate un-normalised, read normalised. detach_norm:
+    no gradient through the initial norms (lact_nvs).
     """
 
     muon: tuple | None = None
@@ -81,7 +79,7 @@ PLAIN = Rule()
 def transpose(w):
     """The same weights in the other layout: out_in <-> in_out (lact_nvs: w0, w2 [.., K, M], w1
     [.., M, V])."""
-    return FastWeights(*(jnp.swapaxes(x, -1, -2) for x in w))
+    return FastWeights(*(jnp.matrix_transpose(x) for x in w))
 
 
 def l2_normalise(x, eps=1e-5):
@@ -100,9 +98,8 @@ def orthogonalise(g, coefficients):
     """`newton_schulz` of w0, w1 and w2 each on its own, in one stacked iteration where the shapes
     allow it."""
     if g.w0.shape[-1] == g.w1.shape[-2]:
-        stacked = jnp.stack([g.w0, jnp.swapaxes(g.w1, -1, -2), g.w2], axis=2)
-        x = newton_schulz(stacked, coefficients)
-        return FastWeights(x[:, :, 0], jnp.swapaxes(x[:, :, 1], -1, -2), x[:, :, 2])
+        x = newton_schulz(jnp.stack([g.w0, g.w1.mT, g.w2], axis=2), coefficients)
+        return FastWeights(x[:, :, 0], x[:, :, 1].mT, x[:, :, 2])
     x = newton_schulz(jnp.stack([g.w0, g.w2], axis=2), coefficients)
     return FastWeights(x[:, :, 0], newton_schulz(g.w1, coefficients), x[:, :, 1])
 
@@ -112,11 +109,11 @@ def start(w, rule=PLAIN, batch=None):
     `batch` rows."""
     w = FastWeights(*(x.astype(jnp.float32) for x in w))
     if batch is not None:
-        w = FastWeights(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in w))
-    norm = FastWeights(*(guarded_norm(x) for x in w))
+        w = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), w)
+    norm = jax.tree.map(guarded_norm, w)
     if rule.detach_norm:
         norm = jax.lax.stop_gradient(norm)
-    return State(w, w, FastWeights(*(jnp.zeros_like(x) for x in w)), norm)
+    return State(w, w, jax.tree.map(jnp.zeros_like, w), norm)
 
 
 def _product(equation, x, y):
@@ -362,8 +359,7 @@ def run_order(state, q, k, v, lr, order, *, rule=PLAIN, momentum=None, mask=None
 
 
 def count_updates(lengths, chunk, mode):
-    """How many updates a sequence of `lengths` tokens makes: i32, same shape. mode: shifted |
-    block | full | off."""
+    """i32 updates that sequences of so many tokens make. mode: shifted | block | full | off."""
     lengths = jnp.asarray(lengths, jnp.int32)
     if mode == "off":
         return jnp.zeros_like(lengths)

@@ -90,8 +90,7 @@ def _sentences(words):
 def cues(words):
     """[(start, end, text)] of subtitles: sentences, cut where they are longer than 7 seconds or
     two lines of text; a sentence shorter than CUE_LEAST is followed by the next in its cue, unless
-    a pause parts them.
-    """
+    a pause parts them."""
     found = []
     for sentence in _sentences(words):
         for number, w in enumerate(sentence):
