@@ -55,9 +55,9 @@ class Index:
     """The usable items as columns, and the account of those that are not.
 
     rows i32[N,3]: each item's source (number in `sources`), list (number in `lists`) and line.
-    pieces PIECE[P]: file (number in `files`; `homes` says in which list), byte_start and byte_size
-    (inside a tar; -1: a file of its own), start (s; -1: the whole recording), seconds, channel (-1:
-    the mean). Item i has the pieces first_piece[i] : first_piece[i + 1].
+    pieces PIECE[P]: file (number in `files`, names as the item's list has them), byte_start and
+    byte_size (inside a tar; -1: a file of its own), start (s; -1: the whole recording), seconds,
+    channel (-1: the mean). Item i has the pieces first_piece[i] : first_piece[i + 1].
     sizes f64[N,n] are what the layout made of each; fields hold JSON, so that no list is read again
     (a packed one would be unpacked from its start each time).
     """
@@ -69,7 +69,6 @@ class Index:
     first_piece: np.ndarray
     sizes: np.ndarray
     files: Strings
-    homes: np.ndarray
     lists: Strings
     ids: Strings
     fields: Strings
@@ -105,8 +104,9 @@ class Index:
 
     def pieces_of(self, row):
         """The seam.Pieces of an item, their sources as paths that can be opened."""
+        path, _ = self.place(row)
         return tuple(
-            Piece(in_folder(self.lists[self.homes[file]], self.files[file]), *rest)
+            Piece(in_folder(path, self.files[file]), *rest)
             for file, *rest in self.part(row).tolist()
         )
 
@@ -133,8 +133,7 @@ class Index:
 
     def bad_row(self, row, reason, filtered=False):
         """The Bad of a row."""
-        pieces = self.pieces_of(row)
-        audio = pieces[0].source if pieces else ""
+        audio = next((p.source for p in self.pieces_of(row)), "")
         return Bad(*self.place(row), self.id(row), audio, reason, filtered)
 
     def fingerprint(self):
@@ -229,7 +228,7 @@ def _read(pairs, layout, scored):
     """
     files, lists, ids, fields = Strings(), Strings(), Strings(), Strings()
     rows, pieces, sizes, keys = array.array("i"), bytearray(), array.array("d"), array.array("q")
-    homes, bad, dumps = array.array("i"), [], json.JSONEncoder(ensure_ascii=False).encode
+    bad, dumps = [], json.JSONEncoder(ensure_ascii=False).encode
     last_list = last_file = full = None
     for source, (path, _) in enumerate(pairs):
         for found in items_of(path, layout.items):
@@ -254,7 +253,6 @@ def _read(pairs, layout, scored):
                 if file != last_file:
                     last_file, full = file, in_folder(last_list, file)
                     files.append(file)
-                    homes.append(len(lists) - 1)
                 pieces += PACK(len(files) - 1, *place)
                 byte_start, _, start, seconds, channel = place
                 part = (round(start, 4), round(seconds, 4)) if start >= 0 else ()
@@ -273,7 +271,6 @@ def _read(pairs, layout, scored):
         np.append(0, np.cumsum(rows[:, 3])),
         np.array(sizes).reshape(-1, len(layout.axes)),
         files,
-        np.array(homes, np.int32),
         lists,
         ids,
         fields,
@@ -357,10 +354,8 @@ def take(index, ok):
     if ok.all():
         return index
     rows, pieces = np.flatnonzero(ok), index.pieces[ok[index.owner]]
-    old = pieces["file"].copy()
-    begins = np.append(True, old[1:] != old[:-1])[: len(old)]
-    kept = old[begins]  # a file that no row is left of is no part of the index
-    pieces["file"] = np.cumsum(begins) - 1
+    # a file that no row is left of is no part of the index
+    kept, pieces["file"] = np.unique(pieces["file"], return_inverse=True)
     return dataclasses.replace(
         index,
         rows=index.rows[rows],
@@ -368,7 +363,6 @@ def take(index, ok):
         first_piece=np.append(0, np.cumsum(np.diff(index.first_piece)[rows])),
         sizes=index.sizes[rows],
         files=Strings(map(index.files.__getitem__, kept.tolist())),
-        homes=index.homes[kept],
         ids=Strings(map(index.ids.__getitem__, rows.tolist())),
         fields=Strings(map(index.fields.__getitem__, rows.tolist())),
     )

@@ -11,6 +11,7 @@ raw Philox words, whose stream NumPy guarantees; permutations are stable sorts o
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import json
 import threading
@@ -80,7 +81,7 @@ class Plan:
         if any(self.weights):
             self.period = 0
         self._lock = threading.RLock()
-        self._epochs, self._ends = {}, []
+        self._kept, self._ends = functools.lru_cache(2)(self._build), []
         self.shapes = shapes or self._shapes()
 
     def facts(self):
@@ -133,11 +134,7 @@ class Plan:
     def epoch(self, number):
         """The Epoch; the last two asked for are kept."""
         with self._lock:
-            if number not in self._epochs:
-                while len(self._epochs) > 1:
-                    self._epochs.pop(next(iter(self._epochs)))
-                self._epochs[number] = self._build(number)
-            return self._epochs[number]
+            return self._kept(number)
 
     # ---- one epoch ----
 

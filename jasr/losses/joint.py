@@ -80,12 +80,8 @@ def joint_cells(
     is written by hand and not differentiable again.
 
     Args:
-      enc: f[B, T, J], the encoder's side of the joint network (`Joint.encoder_part`).
-      pred: f[B, U + 1, J], the prediction network's side, of the start and of each token.
-      kernel: f[J, V + extra], bias: f[V + extra], the output layer.
-      enc_len: i32[B] valid frames.
-      tokens: i32[B, U] labels; token_len: i32[B], how many of them are valid.
-      blank: id of the blank, in 0..V-1.
+      enc, pred, kernel, bias, enc_len, tokens, token_len, blank: as `transducer.rnnt_loss`'s, with
+        `extra` more outputs of kernel f[J, V + extra] and bias.
       activation: between the sum of the two sides and the output layer, one of ACTIVATIONS.
       dropout: share of hidden units dropped after the activation, drawn for each node from `key`,
         a typed key or one of each row; without a key nothing is dropped. What is dropped at a node
