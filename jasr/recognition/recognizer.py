@@ -118,7 +118,7 @@ class Recognizer:
         self.windows = longform.Windows.of(seconds, overlap, self.sample_rate, decoder.frame)
         self.batch_seconds = batch_seconds
         self.programs = {}  # (rows, samples) -> compiled decode
-        self.compile_seconds = self.run_seconds = self.audio_seconds = 0.0
+        self.compile_seconds = self.audio_seconds = 0.0
         self._decode = jax.jit(decoder.decode)
 
     def transcribe(self, inputs, sample_rate=0):
@@ -141,7 +141,7 @@ class Recognizer:
                 f"an array of shape {inputs.shape}: give one channel, f32[S], or a list of such "
                 "arrays; `samples.mean(axis=...)` mixes channels"
             )
-        single = is_file(inputs) or getattr(inputs, "ndim", 0) == 1
+        single = is_file(inputs) or hasattr(inputs, "ndim")
         results = list(self.each([inputs] if single else inputs, sample_rate))
         for result in results:
             if "error" in result:
@@ -182,28 +182,19 @@ class Recognizer:
             edge *= 2
         return min(edge, self.windows.length)
 
-    def program(self, rows, samples):
-        """The compiled decoder of a batch shape; compiled at its first use only."""
-        shape = rows, samples
-        if shape not in self.programs:
-            start = time.perf_counter()
-            batch = {
-                "audio": jax.ShapeDtypeStruct(shape, np.float32),
-                "audio_len": jax.ShapeDtypeStruct((rows,), np.int32),
-            }
-            self.programs[shape] = self._decode.lower(self.variables, batch).compile()
-            self.compile_seconds += time.perf_counter() - start
-        return self.programs[shape]
-
     def _run(self, bucket, items):
         """Decodes waiting windows [(job, first sample, samples)] and gives each job its tokens."""
         rows = min(r for r in BUCKET_ROWS if r >= len(items))
-        program = self.program(rows, bucket)
-        start = time.perf_counter()
         length = np.zeros(rows, np.int32)
         batch = {"audio": np.zeros((rows, bucket), np.float32), "audio_len": length}
         for row, (_, _, samples) in enumerate(items):
             batch["audio"][row, : len(samples)], length[row] = samples, len(samples)
+        program = self.programs.get((rows, bucket))
+        if program is None:  # compiled at its first use only
+            start = time.perf_counter()
+            program = self._decode.lower(self.variables, batch).compile()
+            self.programs[rows, bucket] = program
+            self.compile_seconds += time.perf_counter() - start
         out = jax.device_get(program(self.variables, batch))
         for row, (job, first, samples) in enumerate(items):
             count = int(out["token_len"][row])
@@ -214,7 +205,6 @@ class Recognizer:
             for name in self.decoder.totals:
                 job.totals[name] = job.totals.get(name, 0) + int(out[name][row])
             job.waiting -= 1
-        self.run_seconds += time.perf_counter() - start
 
     def _result(self, job):
         """The transcript of a job whose windows are all done."""
@@ -367,12 +357,8 @@ def find_recordings(inputs):
         if not given.is_dir():
             found.append((given, given.stem))
             continue
-        below = sorted(
-            pathlib.Path(folder, file)
-            for folder, _, files in os.walk(given)
-            for file in files
-            if file.lower().endswith(SUFFIXES)
-        )
+        below = (pathlib.Path(folder, f) for folder, _, files in os.walk(given) for f in files)
+        below = sorted(path for path in below if path.name.lower().endswith(SUFFIXES))
         if not below:
             problems.append(f"{given}: no recordings in it ({' '.join(SUFFIXES)})")
         found += [(p, str(p.relative_to(given).with_suffix(""))) for p in below]
