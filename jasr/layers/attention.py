@@ -285,17 +285,14 @@ def attend(q, k, v, *, causal, window=0, chunk=0, key_len=None):
     frames, dim = q.shape[1], q.shape[3]
     window = 0 if window >= frames else window
     if _flash(q, causal, window, chunk):
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=causal,
-            implementation="cudnn",
-            # a row of padding alone: cuDNN gives NaN where there is no key at all
-            key_value_seq_lengths=None if key_len is None else jnp.maximum(key_len, 1),
-            query_seq_lengths=None if key_len is None else jnp.full_like(key_len, frames),
-            local_window_size=(window - 1, 0) if window else None,
-        )
+        lengths = {}
+        if key_len is not None:  # a row of padding alone: cuDNN gives NaN without any key at all
+            lengths["key_value_seq_lengths"] = jnp.maximum(key_len, 1)
+            lengths["query_seq_lengths"] = jnp.full_like(key_len, frames)
+        if window:
+            lengths["local_window_size"] = (window - 1, 0)
+        flash = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return flash(q, k, v, is_causal=causal, **lengths)
     dtype = v.dtype
     key_mask = None if key_len is None else jnp.arange(frames) < key_len[:, None]
     if frames > DENSE_FRAMES:

@@ -118,18 +118,16 @@ def ttt(q, k, v, eta, state, scale, bias, *, eps, remat_group=4):
     def step(state, x):
         return mini_batch_step(state, *x, scale, bias, eps)
 
-    if remat_group == 0:
-        state, out = jax.lax.scan(step, state, inputs)
-    else:
-        # A ragged last group is filled up with mini-batches of eta = 0, which leave the state as it
-        # is.
-        group = min(remat_group, batches)
-        inputs = tuple(
-            _pad_axis(a, 0, -batches % group).reshape(-1, group, *a.shape[1:]) for a in inputs
-        )
-        steps = jax.checkpoint(functools.partial(jax.lax.scan, step), prevent_cse=False)
-        state, out = jax.lax.scan(steps, state, inputs)
-        out = out.reshape(-1, *out.shape[2:])[:batches]
+    # A ragged last group is filled up with mini-batches of eta = 0, which leave the state as it is.
+    group = min(remat_group or batches, batches)
+    inputs = tuple(
+        _pad_axis(a, 0, -batches % group).reshape(-1, group, *a.shape[1:]) for a in inputs
+    )
+    steps = functools.partial(jax.lax.scan, step)
+    if remat_group:
+        steps = jax.checkpoint(steps, prevent_cse=False)
+    state, out = jax.lax.scan(steps, state, inputs)
+    out = out.reshape(-1, *out.shape[2:])[:batches]
     return jnp.moveaxis(out, 0, 2).astype(dtype), state
 
 
@@ -232,9 +230,8 @@ def video_target(k, v, scale, bias, eps):
     centred = v - k
     centred = centred - centred.mean(-1, keepdims=True)
     square = jnp.sum(centred * centred, -1, keepdims=True) / (v.shape[-1] - 1)
-    std = jnp.where(
-        square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0
-    )  # d√x/dx is infinite at 0
+    # d√x/dx is infinite at 0
+    std = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return centred / (std + eps) * scale + bias + k
 
 
@@ -331,9 +328,8 @@ def video_inputs(params, x, size, base_lr, cos_sin=None, target_eps=1e-8):
     if cos_sin is not None:
         q, k = rope(q, *cos_sin), rope(k, *cos_sin)
     v = video_target(k, v, params["ttt_norm_weight"], params["ttt_norm_bias"], target_eps)
-    rate = token_rate(
-        x, params["learnable_ttt_lr_weight"][:, 0], params["learnable_ttt_lr_bias"][:, 0], size
-    )
+    weight, bias = params["learnable_ttt_lr_weight"][:, 0], params["learnable_ttt_lr_bias"][:, 0]
+    rate = token_rate(x, weight, bias, size)
     eta = video_eta(rate, base_lr, q.shape[-1])
     return (*(to_mini_batches(a, size) for a in (q, k, v)), eta)
 

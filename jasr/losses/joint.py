@@ -18,7 +18,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from jasr.losses.lattice import log_sum_exp
+from jasr.losses.lattice import log_sum_exp, within
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
 # Nodes whose gradient is below this share of their row's largest are left out of the backward
@@ -31,12 +31,6 @@ def row_tokens(tokens, token_len, blank):
     is_token = jnp.arange(tokens.shape[1]) < token_len[:, None]
     tokens = jnp.where(is_token, tokens, blank).astype(jnp.int32)
     return jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=blank)
-
-
-def within(frames, nodes, enc_len, token_len):
-    """bool[B, frames, nodes]: the nodes (frame, u) within the lengths of each row."""
-    is_frame = jnp.arange(frames)[:, None] < enc_len[:, None, None]
-    return is_frame & (jnp.arange(nodes) <= token_len[:, None, None])
 
 
 class _Form(typing.NamedTuple):

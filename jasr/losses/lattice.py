@@ -33,6 +33,12 @@ def log_likelihood(cells, enc_len, token_len, durations=None):
     return _log_likelihood_fwd(cells, enc_len, token_len, durations)[0]
 
 
+def within(frames, nodes, enc_len, token_len):
+    """bool[B, frames, nodes]: the nodes (frame, u) within the lengths of each row."""
+    is_frame = jnp.arange(frames)[:, None] < enc_len[:, None, None]
+    return is_frame & (jnp.arange(nodes) <= token_len[:, None, None])
+
+
 def log_sum_exp(x, axis):
     """log of the sum of exp(x), as (the largest x, what the others add to it).
 
@@ -111,10 +117,7 @@ log_likelihood.defvjp(_log_likelihood_fwd, _log_likelihood_bwd)
 def _masked(cells, enc_len, token_len):
     """The cells with NEVER for blanks and labels that the row does not have."""
     _, T, U1, channels = cells.shape
-    u = jnp.arange(U1)
-    is_frame = jnp.arange(T)[:, None] < enc_len[:, None, None]  # [B, T, 1]
-    blank = is_frame & (u <= token_len[:, None, None])
-    label = is_frame & (u < token_len[:, None, None])
+    blank, label = (within(T, U1, enc_len, n) for n in (token_len, token_len - 1))
     duration = jnp.ones_like(blank)
     exists = jnp.stack([blank, label, *[duration] * (channels - 2)], axis=-1)
     return jnp.where(exists, jnp.maximum(cells, NEVER), NEVER)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jasr.losses.joint import joint_cells, row_tokens, within
-from jasr.losses.lattice import NEVER, log_likelihood
+from jasr.losses.joint import joint_cells, row_tokens
+from jasr.losses.lattice import NEVER, log_likelihood, within
 
 
 def rnnt_loss(enc, pred, kernel, bias, enc_len, tokens, token_len, *, blank, **joint):
