@@ -164,12 +164,6 @@ def _near(group, limits, number, qkv, table, key_mask):
     return start, _turned(near[:, :, 1], table, start), near[:, :, 2], _bias(seen, key_mask)
 
 
-def _join(blocks, frames):
-    """Blocks [count,B,QUERY_BLOCK,N,H] of all groups, one after the other: [B,T,N,H]."""
-    x = jnp.moveaxis(jnp.concatenate(blocks, axis=0), 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :frames]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def blocked_attention(qkv, table, key_mask, limits):
     """`softmax_attention` over blocks of queries and the keys within their reach, f32[B,T,N,H].
@@ -206,7 +200,8 @@ def _blocked_forward(qkv, table, key_mask, limits):
         _, (out, log) = jax.lax.scan(block, None, jnp.arange(group.first, group.last))
         outs.append(out)
         logs.append(log)
-    out, log = _join(outs, frames), jnp.concatenate(logs)  # log [blocks,B,N,QUERY_BLOCK,1]
+    out, log = (jnp.concatenate(x) for x in (outs, logs))  # log [blocks,B,N,QUERY_BLOCK,1]
+    out = jnp.moveaxis(out, 0, 1).reshape(len(qkv), -1, *out.shape[3:])[:, :frames]
     return out, (qkv, table, key_mask, out, log)
 
 

@@ -23,7 +23,7 @@ from jasr import audio
 from jasr.audio import resample
 from jasr.decoding.ctc import words
 from jasr.recognition import longform
-from jasr.recognition.coverage import LEVEL_SECONDS, coverage, doubts, not_decoded
+from jasr.recognition.coverage import LEVEL_SECONDS, coverage, doubts
 from jasr.recognition.formats import segments
 from jasr.systems import loading
 
@@ -229,7 +229,9 @@ class Recognizer:
         if self.timestamps:
             result["timestamp"] = decoder.extras[self.timestamps](*columns, meta=self.meta)
         heard, covered = result["words"] or result["segments"], coverage(job.spans, job.seconds)
-        said = [*job.notes, *not_decoded(covered["uncovered"])]
+        said = [*job.notes]
+        for start, end in covered["uncovered"]:
+            said.append(f"nothing was decoded between {start:.3f} and {end:.3f} s")
         said += doubts(heard, np.concatenate(job.levels), job.seconds)
         return result | {"coverage": covered, "warnings": said} | job.totals
 
