@@ -88,9 +88,9 @@ def main(argv=None):
         replace=args.replace,
     )
     if args.texts:
-        from jasr.data.entries import sentences
+        from jasr.data.entries import texts
 
-        print("\n".join(merge.segmentation(old, merged, sentences([args.texts])).lines()))
+        print("\n".join(merge.segmentation(old, merged, texts([args.texts])).lines()))
     tokenizer = {**description, "model": base64.b64encode(merged.to_bytes()).decode("ascii")}
     meta = {**meta, "tokenizer": tokenizer}
     loading.save(args.output, meta, {**variables, "params": params})

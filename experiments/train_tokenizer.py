@@ -33,12 +33,12 @@ def main(argv=None):
     parser.add_argument("--character_coverage", type=float, default=1.0)
     parser.add_argument("--allow_smaller", action="store_true", help="take fewer pieces if need be")
     args = parser.parse_args(argv)
-    from jasr.data.entries import sentences
+    from jasr.data.entries import texts
     from jasr.text.sentencepiece_model import write_directory
     from jasr.text.vocab import train
 
     model = train.train(
-        sentences(args.sources),
+        texts(args.sources),
         args.vocab_size,
         args.kind,
         normalisation=args.normalisation,

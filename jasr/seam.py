@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 Variables = Mapping[str, Any]  # {"params": nested dict, "batch_stats": nested dict}
-Batch = Mapping[
-    str, Any
-]  # {name: array [B, ...]}: rows first in every leaf; "index" i64[B], -1 pads
+# {name: array [B, ...]}: rows first in every leaf; "index" i64[B], -1 pads
+Batch = Mapping[str, Any]
 Bucket = tuple[int, ...]  # (rows of all processes, *one size for each of Layout.axes)
 
 

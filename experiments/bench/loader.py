@@ -74,7 +74,7 @@ def opened(manifest, **change):
 def one_epoch(train, start=0):
     """Reads the batches of one epoch from position `start` on."""
     stream = train.iterate(start)
-    for _ in range(len(train.loader.plan.epoch(0).bucket)):
+    for _ in range(len(train.plan.epoch(0).bucket)):
         next(stream)
     stream.close()
 
@@ -83,7 +83,7 @@ def throughput(manifest, args):
     index_start = time.perf_counter()
     first = opened(manifest)
     index_seconds = time.perf_counter() - index_start
-    seconds = float(first.loader.index.duration.sum())
+    seconds = float(first.index.duration.sum())
     print(first.describe())
     print(f"index, buckets and plan: {1e3 * index_seconds:.0f} ms")
     plain = {n: opened(manifest, cache_audio=False, num_threads=n) for n in args.threads}
@@ -113,9 +113,9 @@ def throughput(manifest, args):
 
 def fill(train):
     """Decodes and stretches everything into the cache."""
-    for row in range(len(train.loader.index)):
-        for speed in train.loader.cfg.speeds:
-            train.layout.pcm(train.loader.index.pieces_of(row), speed)
+    for row in range(len(train.index)):
+        for speed in train.cfg.speeds:
+            train.layout.pcm(train.index.pieces_of(row), speed)
 
 
 def same_batches(trains):
@@ -160,7 +160,7 @@ def lhotse_epoch(manifest, train):
         cut = MonoCut(recording.id, 0.0, recording.duration, 0, [spoken], recording=recording)
         cuts.append(cut.resample(16000) if recording.sampling_rate != 16000 else cut)
     for row, cut in enumerate(cuts[:5]):
-        ours = train.layout.pcm(train.loader.index.pieces_of(row)) * np.float32(2**-15)
+        ours = train.layout.pcm(train.index.pieces_of(row)) * np.float32(2**-15)
         if cut.recording.sampling_rate == 16000 and not cut.recording.transforms:
             assert np.array_equal(cut.load_audio()[0], ours), f"lhotse reads {cut.id} differently"
     cuts = CutSet.from_cuts(cuts)
@@ -202,7 +202,7 @@ def many_rows(folder, count):
     start = time.perf_counter()
     train = opened(folder / "m.jsonl")
     spent = time.perf_counter() - start
-    plan = train.loader.plan
+    plan = train.plan
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     print(f"index, buckets and first plan of {count:,} rows: {spent:.1f} s, {grown:.2f} GiB")
     print(train.describe())

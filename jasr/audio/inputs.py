@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jasr import audio, settings
 from jasr.audio import augment
@@ -17,16 +16,6 @@ def sections(config):
         "wave_augment": augment.WaveAugmentConfig,
     }
     return {k: settings.build(v, config.get(k, {}), f"config.{k}") for k, v in kinds.items()}
-
-
-def padded(recordings, rows, samples):
-    """{"audio" f32[rows, samples], "audio_len" i32[rows]} of recordings f32[*], one a row; further
-    rows are empty."""
-    batch = {"audio": np.zeros((rows, samples), np.float32), "audio_len": np.zeros(rows, np.int32)}
-    for row, recording in enumerate(recordings):
-        batch["audio"][row, : len(recording)] = recording
-        batch["audio_len"][row] = len(recording)
-    return batch
 
 
 def features(task, batch):

@@ -342,7 +342,7 @@ class Loop:
         if self.writer:
             self.writer.write(self.step, line)
         self.check_finite(sums)
-        guards.check_failed(self.made.train_data.loader)
+        guards.check_failed(self.made.train_data)
         self.window, self.waited, self.paused, self.compile_seconds = [], 0.0, 0.0, 0.0
         self.mark = time.monotonic()
 
@@ -355,7 +355,7 @@ class Loop:
             validation.variables(self.state), key, batches,
         )  # fmt: skip
         for valid in run.valid_data.values():
-            guards.check_failed(valid.loader)
+            guards.check_failed(valid)
         if self.writer:
             head = f"=== Sample Prediction at Step {self.step} ==="
             print("\n".join([head, *lines]), file=sys.stderr, flush=True)
