@@ -7,7 +7,7 @@ import numpy as np
 
 from jasr import checkpoint, tree
 from jasr.averaging.mean import AverageError, means, normalised
-from jasr.averaging.members import PROVENANCE, Member, check_duplicates, member, provenance
+from jasr.averaging.members import PROVENANCE, Member, check_once, member, provenance
 from jasr.checkpoint.files import read_manifest
 from jasr.checkpoint.read import Leaves
 from jasr.systems import catalogue, compatibility, source
@@ -36,7 +36,7 @@ def average_checkpoints(members, output, weights=None, item="", *, how="given", 
     members = [m if isinstance(m, Member) else member(m) for m in members]
     output = pathlib.Path(output).absolute()
     weights = normalised(weights, len(members))
-    check_duplicates(members)
+    check_once(members)
     if output.exists() and not (output / PROVENANCE).exists():
         raise AverageError(f"{output} exists and is not an average: choose another --output")
     has = [set(checkpoint.items(m.path)) for m in members]
