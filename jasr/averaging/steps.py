@@ -8,8 +8,8 @@ import numpy as np
 from jasr import checkpoint, tree
 from jasr.averaging.mean import AverageError, means, normalised
 from jasr.averaging.members import PROVENANCE, Member, check_once, member, provenance
+from jasr.checkpoint import read
 from jasr.checkpoint.files import read_manifest
-from jasr.checkpoint.read import Leaves
 from jasr.systems import catalogue, compatibility, source
 
 
@@ -65,7 +65,7 @@ def average_checkpoints(members, output, weights=None, item="", *, how="given", 
 def _mean(members, weights, item):
     """The average of one item of the members, as jax.Arrays on the CPU."""
     places = [m.path / item for m in members]
-    found = means([Leaves(p).arrays() for p in places], weights, list(map(str, places)))
+    found = means([read.arrays(p) for p in places], weights, list(map(str, places)))
     cpu = jax.devices("cpu")[0]
     for path, mean in found.items():
         if mean.dtype != np.float64:  # Orbax copies numpy arrays, but not JAX's

@@ -17,7 +17,7 @@ import warnings
 MANIFEST = "jasr_manifest.json"
 APART, LARGE = "tokenizer-", 1 << 16  # name of a tokenizer's file; characters from which it is one
 LATE_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them at the rename
-_READERS = min(4, os.cpu_count() or 1)  # threads that compute checksums
+READERS = min(4, os.cpu_count() or 1)  # threads that compute checksums or read leaves
 _log = logging.getLogger("jasr.checkpoint")
 
 
@@ -31,7 +31,7 @@ def seal(directory, *, step, items, metric="", mode="min"):
     late = (MANIFEST, *LATE_FILES)
     found = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
     names = sorted(set(found) - set(late))
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         digests = pool.map(_digest_and_flush, (found[n] for n in names))
         files = {n: [found[n].stat().st_size, d] for n, d in zip(names, digests, strict=True)}
     for path in [p for p in directory.rglob("*") if p.is_dir()]:
@@ -61,7 +61,7 @@ def verify(path, items=None, checksums=True):
         for name, was in manifest["files"].items()
         if items is None or name.split("/")[0] in (*items, "meta", "metrics")
     ]
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         faults = pool.map(lambda file: _fault(*file, checksums), files)
         return [f for f in faults if f]
 
@@ -139,17 +139,25 @@ def find_step(path, step=None, items=None, checksums=True):
             candidates = [found[int(step)]]
         else:
             raise CheckpointError(f"step {step} is not in {root}, which has {list(found)}")
+    directory, faults = first_whole(candidates, items, checksums, told=len(candidates) > 1)
+    if directory:
+        return directory
+    if len(faults) == 1:
+        raise CheckpointError(f"damaged checkpoint {faults[0]}")
+    raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(faults))
+
+
+def first_whole(candidates, items=None, checksums=True, told=True):
+    """(the first step directory that verifies or None, a line of damage for each before it)."""
     faults = []
     for directory in candidates:
         damage = verify(directory, items, checksums)
         if not damage:
-            return directory
+            return directory, faults
         faults.append(f"{directory}: " + "; ".join(damage))
-        if len(candidates) > 1:
+        if told:
             report(f"checkpoint {faults[-1]}. It is not used.")
-    if len(faults) == 1:
-        raise CheckpointError(f"damaged checkpoint {faults[0]}")
-    raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(faults))
+    return None, faults
 
 
 def load_metrics(directory):

@@ -21,10 +21,9 @@ import shutil
 import jax
 
 from jasr import checkpoint, sharding, tree
+from jasr.checkpoint import read
 from jasr.checkpoint.files import APART, delete, link, read_manifest, read_meta, seal
-from jasr.checkpoint.read import Leaves
 from jasr.checkpoint.steps import EXPORTED, EXPORTS
-from jasr.interop import lazy
 from jasr.systems import catalogue
 
 KEPT = "frozen_from"  # beside a run's checkpoints: the frozen weights that it was given
@@ -173,7 +172,7 @@ def step_leaves(directory, item, items, meta):
     found = {}
     for name, target in ((item, "params"), ("frozen", "params"), ("batch_stats", "batch_stats")):
         if name in items:
-            found |= {f"{target}/{p}": x for p, x in Leaves(directory / name).arrays().items()}
+            found |= {f"{target}/{p}": x for p, x in read.arrays(directory / name).items()}
     for origin in origins(meta):
         near = (directory, directory.parent, directory.parent.parent)
         try:
@@ -203,14 +202,9 @@ def renamed(found, origin):
     return result
 
 
-def read(origin, verify=True):
-    """(params, batch_stats) as numpy trees of what `resolve` named, with frozen parameters."""
-    return in_memory(leaves(origin, verify))
-
-
 def in_memory(found):
     """(params, batch_stats) as numpy trees of leaves {path: array-like}."""
-    made = tree.unflatten({p: lazy.owned(x) for p, x in found.items()})
+    made = tree.unflatten(read.in_memory(found))
     return made.get("params", {}), made.get("batch_stats", {})
 
 

@@ -2,19 +2,18 @@
 
 import concurrent.futures
 import contextlib
-import os
 import re
 
 import jax
 
 from jasr import checkpoint, settings, text, tree
+from jasr.checkpoint.files import READERS
+from jasr.checkpoint.read import put
 from jasr.data import plan
-from jasr.interop import lazy
 from jasr.systems import catalogue, compatibility, source
 
 ITEMS = ("params", "batch_stats", "opt_state", "ema")
 COUNTERS = ("step", "bad_steps", "bad_in_row", "rng")
-_READERS = min(4, os.cpu_count() or 1)  # threads that read leaves
 
 
 @settings.section
@@ -294,19 +293,10 @@ def state_from(fresh, shapes, shardings, leaves):
     drawn = dict(zip(missing, found, strict=True))
 
     def leaf(n):
-        return drawn[n] if n in drawn else put(leaves[names[n]], flat[n][1], places[n])
+        return drawn[n] if n in drawn else put(leaves[names[n]], flat[n][1].dtype, places[n])
 
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         return jax.tree.unflatten(structure, list(pool.map(leaf, range(len(names)))))
-
-
-def put(value, like, sharding):
-    """An array-like as a global array of `like`'s dtype; each process reads the slices it holds."""
-
-    def read(index):
-        return lazy.owned(value[index], like.dtype)
-
-    return jax.make_array_from_callback(tuple(value.shape), sharding, read)
 
 
 def keep(found, leaves, frozen, workdir):
@@ -348,7 +338,7 @@ def read_frozen(meta, shapes, shardings, frozen, workdir):
         leaves = {p: given[f"params/{p}"] for p in names}
         what = f"frozen parameters of {origin['path']}"
         tree.compare({p: flat[p] for p in names}, leaves, what=what)
-        found |= {p: put(x, flat[p], places[p]) for p, x in leaves.items()}
+        found |= {p: put(x, flat[p].dtype, places[p]) for p, x in leaves.items()}
     return found, located
 
 
