@@ -12,6 +12,7 @@ An origin is what names weights for later, as JSON:
 weights of other origins names these in its meta, as "frozen_from": one, or a list.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,9 +60,8 @@ def resolve(path, item=""):
     path = origin["path"]
     if not find(path):
         return origin | {"sha256": read_manifest(pathlib.Path(path))["sha256"]}
-    files = _files(path)
-    stamps = {os.path.basename(f): _stamp(f) for f in files}
-    sha256 = _digest(files) if jax.process_index() == 0 else ""
+    stamps = _stamps(_files(path))
+    sha256 = _digest(_files(path)) if jax.process_index() == 0 else ""
     return origin | {"sha256": sha256, "files": stamps}
 
 
@@ -74,23 +74,36 @@ def place(path, item=""):
     return {"path": path, "item": item or ("ema" if "ema" in checkpoint.items(path) else "params")}
 
 
-def _stamp(path):
+def _files(path):
+    original = find(path)
+    return original.files(path, "") if original else (path,)
+
+
+@contextlib.contextmanager
+def _opened(path):
     try:
-        found = os.stat(path)
+        with open(path, "rb") as file:
+            yield file
     except OSError as e:
         raise checkpoint.CheckpointError(f"{path} cannot be read: {e.strerror}") from e
-    return [found.st_size, found.st_mtime_ns]
+
+
+def _stamps(files):
+    """{file name: [bytes, time of the last change in ns]}."""
+    found = {}
+    for path in files:
+        with _opened(path) as file:
+            stat = os.fstat(file.fileno())
+        found[os.path.basename(path)] = [stat.st_size, stat.st_mtime_ns]
+    return found
 
 
 def _digest(files):
     """SHA-256 of a file; of several that of their names and digests."""
     found = []
     for path in files:
-        try:
-            with open(path, "rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-        except OSError as e:
-            raise checkpoint.CheckpointError(f"{path} cannot be read: {e.strerror}") from e
+        with _opened(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         found.append([os.path.basename(path), digest])
     if len(found) == 1:
         return found[0][1]
@@ -100,21 +113,12 @@ def _digest(files):
 def _holds(path, origin):
     """Whether a path holds the weights that an origin names."""
     try:
-        if os.path.isdir(path) and (pathlib.Path(path) / checkpoint.MANIFEST).exists():
+        if (pathlib.Path(path) / checkpoint.MANIFEST).exists():
             return read_manifest(pathlib.Path(path))["sha256"] == origin["sha256"]
-        files = _files(path)
-        same = {os.path.basename(f): _stamp(f) for f in files} == origin.get("files")
-        return same or jax.process_index() > 0 or _digest(files) == origin["sha256"]
+        same = _stamps(_files(path)) == origin.get("files")
+        return same or jax.process_index() > 0 or _digest(_files(path)) == origin["sha256"]
     except checkpoint.CheckpointError:
         return False
-
-
-def _files(path):
-    original = find(path)
-    files = original.files(path, "") if original else (path,)
-    for file in files:
-        _stamp(file)
-    return files
 
 
 def origins(meta):

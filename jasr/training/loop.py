@@ -44,8 +44,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     state, position, done = begin(run, allow_data_change)
     if done is not None:
         return done
-    programs, measured, compile_seconds = compiled(run, state)
-    results = Loop(run, programs, measured, state, position, compile_seconds).run(stop)
+    results = Loop(run, state, position).run(stop)
     log.info("finished after %.0f s", time.monotonic() - started)
     return results
 
@@ -70,8 +69,7 @@ class Run:
     frozen: frozenset = frozenset()
     tx: Any = None
     rate: Callable | None = None
-    state_shapes: Any = None
-    shardings: Any = None
+    state_shapes: Any = None  # with their shardings
     origins: list = dataclasses.field(default_factory=list)  # of frozen weights
     written: frozenset = frozenset()  # frozen parameters that no origin holds
 
@@ -159,9 +157,13 @@ def shape(run):
     run.frozen = frozenset(start.frozen_paths(run.shapes["params"], run.given.freeze))
     trainable, _ = tree.split(run.shapes["params"], paths - run.frozen)
     run.tx, run.rate = optim.make(opt, trainable, run.rhythm.steps, run.frozen)
-    run.state_shapes = jax.eval_shape(lambda: fresh(run))
+    state = jax.eval_shape(lambda: fresh(run))
     by_param = sharding.param_shardings(run.shapes["params"], run.mesh, task.sharding)
-    run.shardings = sharding.like_params(run.state_shapes, run.shapes["params"], by_param, run.mesh)
+    run.state_shapes = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        sharding.like_params(state, run.shapes["params"], by_param, run.mesh),
+    )
     log.info(
         "task %s: %d parameters, %d of them trained, on %d x %s, mesh %s",
         run.config["task"], tree.count(run.shapes["params"]), tree.count(trainable),
@@ -181,22 +183,20 @@ def fresh(run):
 def begin(run, allow_data_change=False):
     """(state, position in the data, None) to train from: the run's own checkpoint, else given
     weights, else scratch. Of a complete run (None, 0, its metrics)."""
-    shapes, shardings, given = run.shapes, run.shardings, run.given
-    placed = start.with_shardings(run.state_shapes, shardings)
+    shapes, given = run.shapes, run.given
     restored = run.store.restore(
-        like=lambda meta: start.to_items(placed, start.written_of(run.frozen, meta))
+        like=lambda meta: start.to_items(run.state_shapes, start.written_of(run.frozen, meta))
     )
     if restored is None:
         origins = start.origins(given, run.config) if given.path else []
         for origin in origins:
-            paths = set(tree.flatten(shapes["params"]))
-            start.check_source(origin, given, run.task, paths, run.config)
+            start.check_source(origin, given, run.task, tree.flatten(shapes["params"]), run.config)
         leaves = start.given_leaves(origins, given, shapes)
         origins, leaves = start.keep(origins, leaves, run.frozen, run.workdir)
         run.origins = [origin for origin in origins if "leaves" in origin]
         run.written = start.written_of(run.frozen, {"frozen_from": run.origins})
         known = {path: leaf for found in leaves for path, leaf in found.items()}
-        state = start.state_from(functools.partial(fresh, run), run.state_shapes, shardings, known)
+        state = start.state_from(functools.partial(fresh, run), run.state_shapes, known)
         for origin in origins:
             log.info("%s from %s", origin["item"], origin["path"])
         return state, 0, None
@@ -211,22 +211,21 @@ def begin(run, allow_data_change=False):
         run.store.close()
         return None, 0, found
     run.written = start.written_of(run.frozen, meta)
-    rest, run.origins = start.read_frozen(meta, shapes, shardings, run.frozen, run.workdir)
+    rest, run.origins = start.read_frozen(meta, run.state_shapes.frozen, run.workdir)
     state = start.from_items(run.state_shapes, saved, rest)
     log.info("resumed from step %d, batch %d of the data", int(state.step), meta["position"])
     return state, meta["position"], None
 
 
 def compiled(run, state):
-    """({bucket: training program}, {set: {bucket: validation program}}, seconds it took).
+    """({bucket: training program}, {set: {bucket: validation program}}).
 
     One program a bucket, all before the first step: memory runs out now or never.
     """
-    tick = time.monotonic()
     step_fn = jax.jit(
         functools.partial(steps.train_step, run.task, run.tx, run.optim),
         donate_argnums=0,
-        out_shardings=(run.shardings, None),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, run.state_shapes), None),
     )
     programs, measured, known = {}, {}, {}
     for number, bucket in enumerate(run.train_data.shapes):
@@ -239,7 +238,7 @@ def compiled(run, state):
                 known[bucket] = compile_step(run, bucket, measure, "validation", variables, key)
         measured[name] = {number: known[bucket] for number, bucket in enumerate(valid.shapes)}
     sharding.meet()
-    return programs, measured, time.monotonic() - tick
+    return programs, measured
 
 
 def compile_step(run, bucket, fn, what, first, *rest):
@@ -257,9 +256,11 @@ def compile_step(run, bucket, fn, what, first, *rest):
 class Loop:
     """The steps of a run with its reports and saves."""
 
-    def __init__(self, run, programs, measured, state, position, compile_seconds):
+    def __init__(self, run, state, position):
+        tick = time.monotonic()
         self.made, self.state, self.position = run, state, position
-        self.programs, self.measured, self.compile_seconds = programs, measured, compile_seconds
+        self.programs, self.measured = compiled(run, state)
+        self.compile_seconds = time.monotonic() - tick
         self.first = self.step = int(state.step)
         self.writer = None
         if jax.process_index() == 0:
