@@ -73,6 +73,13 @@ def is_last(name):
     return bool(re.search(r"(^|-)last(-v\d+)?(\.\w+)?$", name))
 
 
+def _ranked(members, metric, mode):
+    """The members that have the metric, best first; a tie goes to the newer."""
+    sign = -1 if mode == "max" else 1
+    having = [m for m in members if not math.isnan(m.metrics.get(metric, math.nan))]
+    return sorted(having, key=lambda m: (sign * m.metrics[metric], -m.step))
+
+
 def select(members, top_n=0, steps=(), metric="val_wer", mode="min"):
     """The members with these steps, in this order, or the `top_n` best by a metric, best first.
 
@@ -90,9 +97,7 @@ def select(members, top_n=0, steps=(), metric="val_wer", mode="min"):
         if wrong:
             raise AverageError(f"steps {wrong} are not there once each; there are {numbers}")
         return [members[numbers.index(s)] for s in steps]
-    sign = -1 if mode == "max" else 1
-    ranked = [m for m in members if not math.isnan(m.metrics.get(metric, math.nan))]
-    ranked = sorted(ranked, key=lambda m: (sign * m.metrics[metric], -m.step))
+    ranked = _ranked(members, metric, mode)
     if len(ranked) < top_n:
         raise AverageError(
             f"{len(ranked)} of {len(members)} checkpoints have the metric {metric!r}, wanted the "
@@ -119,11 +124,8 @@ def weigh(members, weights=None, metric="val_wer", mode="min"):
 
 def best_of(members, metric="val_wer", mode="min"):
     """The member with the best metric if all have it, else the newest one."""
-    sign = -1 if mode == "max" else 1
-    values = [sign * m.metrics.get(metric, math.nan) for m in members]
-    if any(math.isnan(v) for v in values):
-        return max(members, key=lambda m: m.step)
-    return members[values.index(min(values))]
+    ranked = _ranked(members, metric, mode)
+    return ranked[0] if len(ranked) == len(members) else max(members, key=lambda m: m.step)
 
 
 def check_once(members):

@@ -4,6 +4,7 @@ Needs neither JAX nor Orbax. See `jasr.checkpoint` for the layout.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -195,20 +196,15 @@ def step_directories(root):
 
 def ranked(root, steps, metric="", mode=""):
     """The steps that have the metric, best first; a tie goes to the newer, NaN is left out."""
-    ranked = []
+    found = []
     for step in steps:
-        if not metric:  # by what the run itself ranked
-            try:
-                manifest = read_manifest(root / str(step))
-            except CheckpointError:
-                continue
-            name, best = manifest["metric"], manifest["mode"]
-        else:
-            name, best = metric, mode
-        value = load_metrics(root / str(step)).get(name, math.nan)
-        if not math.isnan(value):
-            ranked.append((-value if best == "max" else value, -step))
-    return [-negative for _, negative in sorted(ranked)]
+        directory, rule = root / str(step), {"metric": metric, "mode": mode}
+        with contextlib.suppress(CheckpointError):
+            rule = rule if metric else read_manifest(directory)  # by what the run itself ranked
+            value = load_metrics(directory).get(rule["metric"], math.nan)
+            if not math.isnan(value):
+                found.append((-value if rule["mode"] == "max" else value, -step))
+    return [-negative for _, negative in sorted(found)]
 
 
 def read_manifest(directory):

@@ -59,7 +59,6 @@ class Run:
     optim: optim.OptimConfig
     given: start.InitConfig
     mesh: Any
-    tokenizer: Any
     task: Any
     train_data: Any
     valid_data: dict  # {name of the set: data}
@@ -76,18 +75,21 @@ class Run:
 
 def prepare(plain, workdir):
     """The Run of a plain config: everything is checked, nothing is drawn or compiled."""
-    run = settings.build(steps.RunConfig, plain["train"], "config.train")
-    opt = settings.build(optim.OptimConfig, plain["optim"], "config.optim")
-    given = start.init_config(plain["init"])
-    kept = settings.build(checkpoint.CheckpointConfig, plain["checkpoint"], "config.checkpoint")
     check_keys(plain)
-    mesh = sharding.make_mesh(settings.build(sharding.MeshConfig, plain["mesh"], "config.mesh"))
-    sources = settings.build(data.DataConfig, plain["data"], "config.data")
-    words = settings.build(start.TextConfig, plain["text"], "config.text")
+
+    def section(cls, name):
+        return settings.build(cls, plain[name], f"config.{name}")
+
+    rhythm, opt = section(steps.RunConfig, "train"), section(optim.OptimConfig, "optim")
+    given, kept = (
+        start.init_config(plain["init"]),
+        section(checkpoint.CheckpointConfig, "checkpoint"),
+    )
+    mesh = sharding.make_mesh(section(sharding.MeshConfig, "mesh"))
+    sources, words = section(data.DataConfig, "data"), section(start.TextConfig, "text")
     texts = functools.partial(data.texts, sources.train)
     tokenizer = start.make_tokenizer(words, texts, given, workdir / "checkpoints")
     task = loading.build(plain, tokenizer, sharding.batch_ways(mesh))
-    tokenizer = task.tokenizer  # with a blank or without
     train_data = data.open_train(
         sources,
         task.layout,
@@ -98,26 +100,24 @@ def prepare(plain, workdir):
     )
     valid_data = open_valid(sources, train_data.shapes, opt, mesh, task.layout, workdir)
     log.info("training: %s", train_data.describe())
-    guards.check_same(plain, tokenizer, train_data, valid_data)
+    guards.check_same(plain, task.tokenizer, train_data, valid_data)
     sharding.check_batch_sizes([bucket[0] for bucket in train_data.shapes], mesh, opt.accumulate)
     task.check(train_data.shapes)
-    if run.epochs:
-        run = dataclasses.replace(run, steps=max(1, train_data.batches_in(run.epochs)))
-        log.info("%g epochs are %d steps", run.epochs, run.steps)
-    validators = validation.chosen(task, run.validate)
+    if rhythm.epochs:
+        whole = max(1, train_data.batches_in(rhythm.epochs))
+        rhythm = dataclasses.replace(rhythm, steps=whole)
+        log.info("%g epochs are %d steps", rhythm.epochs, whole)
+    validators = validation.chosen(task, rhythm.validate)
     check_metric(kept, validation.metric_names(validators, valid_data), bool(valid_data))
     for name in kept.export:
         source.parse_export(plain["task"], name)
     exporter = source.exports(plain["task"])
-    store = checkpoint.Checkpoints(
-        workdir / "checkpoints", exporter=exporter, **settings.to_dict(kept)
+    store = checkpoint.Checkpoints(workdir / "checkpoints", exporter, **settings.to_dict(kept))
+    run = Run(
+        plain, workdir, rhythm, opt, given, mesh, task, train_data, valid_data, validators, store
     )
-    made = Run(
-        plain, workdir, run, opt, given, mesh, tokenizer, task, train_data, valid_data, validators,
-        store,
-    )  # fmt: skip
-    shape(made)
-    return made
+    shape(run)
+    return run
 
 
 def open_valid(sources, shapes, opt, mesh, layout, workdir):
@@ -201,7 +201,7 @@ def begin(run, allow_data_change=False):
             log.info("%s from %s", origin["item"], origin["path"])
         return state, 0, None
     _, saved, meta = restored
-    start.check_resume(meta, run.train_data, run.tokenizer, run.config, allow_data_change)
+    start.check_resume(meta, run.train_data, run.task.tokenizer, run.config, allow_data_change)
     found = run.store.metrics(meta["step"])
     if meta["step"] >= run.rhythm.steps and (found or not run.valid_data):
         log.info(
@@ -373,7 +373,7 @@ class Loop:
             "epoch": run.train_data.epoch_of(self.position),
             "plan": run.train_data.facts(),
             "config": run.config,
-            "tokenizer": run.tokenizer.to_dict(),
+            "tokenizer": run.task.tokenizer.to_dict(),
             "task": run.config["task"],
             "longest_seconds": run.train_data.longest_seconds,
             "frozen_from": start.frozen_from(run.origins),
