@@ -81,7 +81,7 @@ def kinds(directory):
 
     found = {}
     for item in checkpoint.items(directory):
-        for path, kind in read.Leaves(directory / item).kinds.items():
+        for path, kind in read.arrays(directory / item).items():
             found[f"{item}/{path}"] = kind
     return found
 
