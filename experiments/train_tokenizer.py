@@ -8,19 +8,15 @@ The output directory is NeMo's: tokenizer.model, tokenizer.vocab, vocab.txt; rec
 what NeMo does without --no_lower_case is --normalisation=none --lower_case.
 """
 
-import argparse
 import sys
 
+from experiments import options
 from experiments.errors import in_one_line
 
 
 @in_one_line
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.train_tokenizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("train_tokenizer", __doc__)
     parser.add_argument("sources", nargs="+", help="manifest, CutSet, Shar directory or .txt")
     parser.add_argument("--vocab_size", type=int, required=True, help="pieces, <unk> included")
     parser.add_argument("--output", required=True, help="directory of the tokenizer")

@@ -7,7 +7,6 @@ durations, sampling rates, characters, and buckets with the padding that they wo
 status is 0 only if there is no bad entry.
 """
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -15,9 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from experiments import options
 
-def parser():
-    p = argparse.ArgumentParser(prog="doctor data", description=__doc__.split("\n")[0])
+SETTINGS = "min_duration max_duration duration_tolerance num_buckets batch_duration".split()
+
+
+def main(argv=None):
+    """Prints the report; 0 if every entry can be used, else 1 (2: it cannot even be read)."""
+    p = options.parser("doctor data", __doc__)
     p.add_argument("sources", nargs="+", help="manifests, CutSets or Shar directories")
     p.add_argument("--sample", type=int, default=0, help="decode so many, and headers of the rest")
     p.add_argument("--quarantine", default="", help="write the entries left out as JSON lines")
@@ -29,25 +33,13 @@ def parser():
     p.add_argument("--num_buckets", type=int, default=4)
     p.add_argument("--batch_duration", type=float, default=120.0, help="padded seconds of a batch")
     p.add_argument("--show", type=int, default=10, help="bad entries to print")
-    return p
-
-
-def main(argv=None):
-    """Prints the report; 0 if every entry can be used, else 1 (2: it cannot even be read)."""
-    a = parser().parse_args(argv)
+    a = p.parse_args(argv)
     from jasr.data import AudioText, entries, index, plan
     from jasr.data.config import DataConfig, DataError
     from jasr.losses.ctc import frames_needed
 
-    cfg = DataConfig(
-        check="header",
-        min_duration=a.min_duration,
-        max_duration=a.max_duration,
-        duration_tolerance=a.duration_tolerance,
-        num_buckets=a.num_buckets,
-        batch_duration=a.batch_duration,
-        max_bad_share=1.0,
-    )
+    cfg = {name: getattr(a, name) for name in SETTINGS}
+    cfg = DataConfig(check="header", max_bad_share=1.0, **cfg)
     frames = frames_needed if a.seconds_per_frame else None
     layout = AudioText(cfg, 16000, encoder(a.alphabet), frames, a.seconds_per_frame)
     try:
@@ -104,14 +96,11 @@ def decode(index, sample, cfg):
         try:
             [piece] = index.pieces_of(row)
             _, rate, channels = audio.info(recording.audio_file(piece))
-            samples = recording.read(piece, cfg.sample_rate)
+            samples = recording.read_checked(piece, cfg.sample_rate, cfg.duration_tolerance)
         except audio.AudioError as e:
             return recording.reason_of(e)
         except OSError as e:
             return f"unreadable audio: {e.strerror or e}"
-        declared, seconds = piece.seconds, len(samples) / cfg.sample_rate
-        if abs(declared - seconds) > cfg.duration_tolerance:
-            return f"duration mismatch: {declared:.2f} s declared, {seconds:.2f} s decoded"
         return rate, channels, float(np.abs(samples).max(initial=0.0))
 
     ok, facts = np.ones(len(index), bool), Counter()
@@ -133,11 +122,11 @@ def decode(index, sample, cfg):
 def describe(index, facts):
     """Lines about durations, audio and texts."""
     seconds = np.sort(index.duration)
-    quantiles = [seconds[int(q * (len(seconds) - 1))] for q in (0, 0.05, 0.5, 0.95, 1)]
+    quantiles = np.quantile(seconds, (0, 0.05, 0.5, 0.95, 1), method="lower")
     yield "seconds: least, 5 %, median, 95 %, most: " + ", ".join(f"{q:.2f}" for q in quantiles)
     yield from histogram(seconds)
-    kinds = [(k, v, n) for (k, v), n in sorted(facts.items()) if k in ("rate", "channels")]
-    yield f"decoded {facts['decoded', '']}: " + ", ".join(f"{n} × {v}" for _, v, n in kinds)
+    kinds = [f"{n} × {v}" for (k, v), n in sorted(facts.items()) if k in ("rate", "channels")]
+    yield f"decoded {facts['decoded', '']}: " + ", ".join(kinds)
     for name in ("silent", "clipped"):
         if facts[name, ""]:
             yield f"  {facts[name, '']} of them {name}"
@@ -164,7 +153,3 @@ def bins(plan):
     """The upper edges (seconds, tokens) of a plan's buckets, as data.bucket_duration_bins."""
     rate = plan.cfg.sample_rate
     return tuple((round(samples / rate, 2), tokens) for _, samples, tokens in plan.shapes)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,6 @@ the front end would give if it ran in half precision, as the original LaCT ASR d
 is 0 only if all is finite.
 """
 
-import argparse
 import ast
 import dataclasses
 import functools
@@ -24,6 +23,7 @@ import numpy as np
 from jax.experimental import checkify
 
 import jasr
+from experiments import options
 from jasr import audio as jasr_audio
 from jasr import checkpoint, compilation_cache, settings, tree
 from jasr.seam import Item, Piece
@@ -141,11 +141,7 @@ def probes(sample_rate=16000, seconds=4.0, seed=0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.doctor numerics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("doctor numerics", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", default="", help="a run, step, average, .nemo ...")
     source.add_argument("--config", default="", help="a recipe, path.py or path.py:variant, fresh")
@@ -259,7 +255,3 @@ def _setting(assignment):
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
-
-
-if __name__ == "__main__":
-    sys.exit(main())
