@@ -9,7 +9,6 @@
 `--help` after a name shows its options. `experiments.doctor data` checks the result.
 """
 
-import argparse
 import sys
 
 from experiments import options
@@ -18,7 +17,7 @@ from experiments.errors import in_one_line
 
 def an4(argv):
     """AN4 (CMU): 948 training and 130 test utterances of spelled words and numbers."""
-    p = parser("an4", an4.__doc__)
+    p = options.parser("prepare_data an4", an4.__doc__)
     p.add_argument("source", help="the official folder or archive (with --download: where to)")
     p.add_argument("out_dir", help="gets train, valid and test .jsonl and FLAC")
     p.add_argument("--valid_speakers", nargs="*", help="default: eight of the training speakers")
@@ -31,7 +30,7 @@ def an4(argv):
 
 def librispeech(argv):
     """LibriSpeech by lhotse's recipe: manifests and Shar, FLAC files as they are."""
-    p = parser("librispeech", librispeech.__doc__)
+    p = options.parser("prepare_data librispeech", librispeech.__doc__)
     p.add_argument("corpus_dir", help="the LibriSpeech folder (with --download: where to)")
     p.add_argument("out_dir", help="gets PART.jsonl and shar/PART/")
     p.add_argument("--parts", nargs="*", default=[], help="e.g. train-clean-100 (default: all)")
@@ -46,7 +45,7 @@ def librispeech(argv):
 
 def manifest(argv):
     """A manifest from a folder (x.wav with x.txt, .trn or .lab) or a CSV, TSV or | table."""
-    p = parser("manifest", manifest.__doc__)
+    p = options.parser("prepare_data manifest", manifest.__doc__)
     p.add_argument("source", help="the folder or table")
     p.add_argument("out", help="the manifest, e.g. train.jsonl")
     p.add_argument("--audio_dir", default="", help="what the table's paths are relative to")
@@ -61,7 +60,7 @@ def manifest(argv):
 
 def shar(argv):
     """A manifest or CutSet as lhotse Shar, recordings copied as they are encoded."""
-    p = parser("shar", shar.__doc__)
+    p = options.parser("prepare_data shar", shar.__doc__)
     p.add_argument("source", help="manifest or CutSet")
     p.add_argument("out_dir", help="an older Shar directory there is replaced")
     p.add_argument("--shard_size", type=int, default=1000, help="utterances in a tar")
@@ -74,7 +73,7 @@ def shar(argv):
 
 def synth(argv):
     """A synthetic corpus of connected words through espeak-ng (extra [tts])."""
-    p = parser("synth", synth.__doc__)
+    p = options.parser("prepare_data synth", synth.__doc__)
     p.add_argument("--out_dir", default="corpora/synth", help="folder that is written")
     p.add_argument("--num_train", type=int, default=960, help="utterances for training")
     p.add_argument("--num_valid", type=int, default=192, help="... of unseen voices")
@@ -88,10 +87,6 @@ def synth(argv):
 
 
 COMMANDS = {f.__name__: f for f in (synth, an4, librispeech, manifest, shar)}
-
-
-def parser(name, about):
-    return argparse.ArgumentParser(prog=f"prepare_data {name}", description=about)
 
 
 @in_one_line

@@ -32,18 +32,11 @@ def main(argv=None):
     from jasr.data.entries import sentences
     from jasr.text.vocab import train
 
-    model = train.train_directory(
-        args.output,
-        sentences(args.sources),
-        args.vocab_size,
-        args.kind,
-        normalisation=args.normalisation,
-        lower_case=args.lower_case,
-        character_coverage=args.character_coverage,
-        allow_smaller=args.allow_smaller,
-    )
+    given = vars(args)
+    folder, texts = given.pop("output"), sentences(given.pop("sources"))
+    model = train.train_directory(folder, texts, **given)
     shown = " ".join(model.texts[1:21])
-    print(f"{args.output}/tokenizer.model: {len(model.pieces)} pieces: {shown} ...")
+    print(f"{folder}/tokenizer.model: {len(model.pieces)} pieces: {shown} ...")
     return 0
 
 

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 
+from experiments import options
+
 SETTLE = 0.4  # seconds: OpenMP's idle threads keep a core busy for 0.2 after each call
 RIVAL = pathlib.Path(__file__).resolve().parents[2] / "third_party" / "nemo" / "rival.py"
 
@@ -29,11 +31,7 @@ def threads():
 
 def parser(row, about, **numbers):
     """The argparse parser of a row with the options {name: default number}."""
-    made = argparse.ArgumentParser(
-        prog=f"benchmark {row}",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = options.parser(f"benchmark {row}", about)
     for name, default in numbers.items():
         made.add_argument(f"--{name}", type=type(default), default=default)
     return made

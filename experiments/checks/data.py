@@ -37,11 +37,15 @@ def main(argv=None):
     from jasr.data import AudioText, entries, index, plan
     from jasr.data.config import DataConfig, DataError
     from jasr.losses.ctc import frames_needed
+    from jasr.text import BLANK, CharTokenizer
 
     cfg = {name: getattr(a, name) for name in SETTINGS}
     cfg = DataConfig(check="header", max_bad_share=1.0, **cfg)
     frames = frames_needed if a.seconds_per_frame else None
-    layout = AudioText(cfg, 16000, encoder(a.alphabet), frames, a.seconds_per_frame)
+    encode = list  # one token a character
+    if a.alphabet:
+        encode = CharTokenizer((BLANK, *dict.fromkeys(a.alphabet))).encode
+    layout = AudioText(cfg, 16000, encode, frames, a.seconds_per_frame)
     try:
         found = index.collect(a.sources, layout, cfg)
     except DataError as e:
@@ -53,7 +57,8 @@ def main(argv=None):
         print("\n".join(describe(found, facts)))
         layout = layout.for_set(0.0, found.exact)
         buckets = plan.Plan(found, layout, cfg, seed=0)
-        print(f"suggested: bucket_duration_bins={bins(buckets)}")
+        edges = [(round(n / cfg.sample_rate, 2), tokens) for _, n, tokens in buckets.shapes]
+        print(f"suggested: bucket_duration_bins={tuple(edges)}")
         print(buckets.describe())
     if a.quarantine:
         entries.write_quarantine(a.quarantine, found.bad)
@@ -66,20 +71,6 @@ def main(argv=None):
     filtered = len(found.bad) - len(bad)
     print(f"{len(found)} usable, {len(bad)} bad, {filtered} outside the limits")
     return 1 if bad or not len(found) else 0
-
-
-def encoder(alphabet):
-    """An `encode` of one token a character, that refuses characters outside the alphabet."""
-    from jasr.text import TextError
-
-    allowed = set(alphabet)
-
-    def encode(text):
-        if allowed and (unknown := sorted(set(text) - allowed)):
-            raise TextError(f"unknown characters {' '.join(map(repr, unknown))}")
-        return list(text)
-
-    return encode
 
 
 def decode(index, sample, cfg):
@@ -147,9 +138,3 @@ def histogram(seconds, bins=10, width=40):
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "#" * int(np.ceil(width * count / counts.max()))
         yield f"  {low:6.2f} to {high:6.2f} s {count:8d} {bar}"
-
-
-def bins(plan):
-    """The upper edges (seconds, tokens) of a plan's buckets, as data.bucket_duration_bins."""
-    rate = plan.cfg.sample_rate
-    return tuple((round(samples / rate, 2), tokens) for _, samples, tokens in plan.shapes)

@@ -64,11 +64,9 @@ def checked(task, train=False):
     def check(variables, batch):
         error, found = run(variables, batch)
         found = jax.device_get(found)
-        if error.get():
-            return (
-                f"{error.get().rstrip('.')} {places(error.get_exception().traceback_info)}",
-                found,
-            )
+        if what := error.get():
+            where = places(error.get_exception().traceback_info)
+            return f"{what.rstrip('.')} {where}", found
         bad = [name for name, x in found.items() if not np.all(np.isfinite(x))]
         return f"not finite: {', '.join(bad)}" if bad else "", found
 
@@ -145,8 +143,7 @@ def main(argv=None):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", default="", help="a run, step, average, .nemo ...")
     source.add_argument("--config", default="", help="a recipe, path.py or path.py:variant, fresh")
-    parser.add_argument("--step", type=int, default=None)
-    parser.add_argument("--item", default="", choices=["", "params", "ema"])
+    options.add_source(parser)
     parser.add_argument(
         "--model", nargs="*", default=[], metavar="KEY=VALUE", help="model settings to change"
     )
@@ -163,7 +160,9 @@ def main(argv=None):
     try:
         changes = dict(_setting(s) for s in args.model)
         if args.checkpoint:
-            task, variables, meta = loading.load(args.checkpoint, args.step, args.item, changes)
+            task, variables, meta = loading.load(
+                args.checkpoint, args.step, args.item, changes, like=args.like
+            )
             config = {**meta["config"], "model": {**meta["config"]["model"], **changes}}
         else:
             (config, task), variables = from_recipe(args.config, changes), None
