@@ -51,13 +51,19 @@ def with_durations(entries, folder):
     return good, bad
 
 
-def report(path, entries, bad):
-    """Says what a manifest holds; names what was left out and lists it beside the manifest."""
+def finish(path, entries, bad=()):
+    """The path of a manifest that is written; says what it holds and what was left out.
+
+    Raises:
+      DataError: it holds nothing.
+    """
+    write_manifest(path, entries)
     minutes = sum(e["duration"] for e in entries) / 60
     say(f"{path}: {len(entries)} utterances, {minutes:.1f} minutes")
     left_out(path, bad)
     if not entries:
         raise DataError(f"no usable utterance for {path}")
+    return path
 
 
 def left_out(path, bad):
@@ -97,9 +103,7 @@ def make(source, out, audio_dir="", path_column="", text_column="", lower=False)
         entries = [e | {"text": e["text"].lower()} for e in entries]
     entries, broken = with_durations(entries, source if source.is_dir() else source.parent)
     entries = [e | {"audio_filepath": within(out.parent, e["audio_filepath"])} for e in entries]
-    write_manifest(out, entries)
-    report(out, entries, bad + broken)
-    return out
+    return finish(out, entries, bad + broken)
 
 
 def _folder_entries(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.prepare.manifest import report, to_shar, with_durations, within, write_manifest
+from experiments.prepare.manifest import finish, to_shar, with_durations, within
 from jasr.data.config import DataError
 from jasr.data.entries import Bad, say
 
@@ -119,9 +119,7 @@ def _an4_set(out_dir, name, items):
         soundfile.write(out_dir / relative, samples, AN4_RATE, subtype="PCM_16")
         entry = {"audio_filepath": relative, "duration": len(samples) / AN4_RATE, "text": text}
         entries.append(entry | {"speaker": speaker, "lang": "en"})
-    path = write_manifest(out_dir / f"{name}.jsonl", entries)
-    report(path, entries, bad)
-    return path
+    return finish(out_dir / f"{name}.jsonl", entries, bad)
 
 
 def read_raw(path):
@@ -170,8 +168,7 @@ def librispeech(corpus_dir, out_dir, parts=(), download=False, lower=True, shard
     for part, sets in sorted(prepared.items()):
         entries = sorted(_librispeech_entries(sets, lower), key=lambda e: e["id"])
         here = [e | {"audio_filepath": within(out_dir, e["audio_filepath"])} for e in entries]
-        manifests[part] = write_manifest(out_dir / f"{part}.jsonl", here)
-        report(manifests[part], entries, [])
+        manifests[part] = finish(out_dir / f"{part}.jsonl", here)
         to_shar(manifests[part], out_dir / "shar" / part, shard_size)
     return manifests
 

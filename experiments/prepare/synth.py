@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.prepare import espeak
-from experiments.prepare.manifest import report, to_shar, write_manifest
+from experiments.prepare.manifest import finish, to_shar
 from jasr.audio.resample import resample
 
 SAMPLE_RATE = 16000
@@ -135,8 +135,7 @@ def _write_set(out_dir: Path, name: str, says: list[espeak.Say], seed: int, shar
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         blocks = pool.map(write_block, range(0, len(says), _PROCESS_UTTERANCES))
         entries = [entry for block in blocks for entry in block]
-    path = write_manifest(out_dir / f"{name}.jsonl", entries)
-    report(path, entries, [])
+    path = finish(out_dir / f"{name}.jsonl", entries)
     if shar:
         to_shar(path, out_dir / "shar" / name)
     return path
