@@ -118,15 +118,12 @@ def tiny_config(manifest, steps, save_every):
 
 def load_modules():
     """Imports what a run needs, so that its forks have it; nothing may start a device or thread."""
-    import flax.linen  # noqa: F401
-    import optax  # noqa: F401
     import soundfile  # noqa: F401
 
     import experiments.train  # noqa: F401
-    from jasr import audio, checkpoint, data, metrics  # noqa: F401
     from jasr.data import batches  # noqa: F401
     from jasr.systems.lact import task  # noqa: F401
-    from jasr.training import optim, start, step, validation  # noqa: F401
+    from jasr.training import loop  # noqa: F401
 
 
 def fork(work):

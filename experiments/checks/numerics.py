@@ -20,6 +20,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import checkify
 
 import jasr
@@ -50,8 +51,7 @@ def checked(task, train=False):
             return task.loss(given, batch, divisors, keys, jnp.int32(STRENGTH_STEP))[0]
 
         value, gradient = jax.value_and_grad(loss)(variables["params"])
-        squares = sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(gradient))
-        return {"loss": value, "gradient_norm": jnp.sqrt(squares)}
+        return {"loss": value, "gradient_norm": optax.tree.norm(gradient)}
 
     def evaluation(variables, batch):
         return task.validators["loss"].run(variables, batch, jax.random.key(0))
