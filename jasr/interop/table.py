@@ -12,10 +12,13 @@ directions, and inverted for export.
     params = table.convert(TABLE, state_dict, want)
     state_dict = table.invert(TABLE, params)
 
+`torch_rows` makes the table of a model that keeps torch's names.
+
 Weights are array-likes of `jasr.interop.lazy`; nothing is read here but what must be equal.
 """
 
 import re
+import types
 import typing
 
 import numpy as np
@@ -146,6 +149,45 @@ class Row(typing.NamedTuple):
 
 class TableError(ValueError):
     """Weights and table, or weights and model, do not fit; the message lists everything."""
+
+
+# ---- a table of torch's names --------------------------------------------------------------------
+
+# What torch calls our leaves, and how kernels of so many axes lie there.
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+_LEAVES |= {"mean": "running_mean", "var": "running_var"}
+_KERNELS = {2: "linear", 3: "conv1d", 4: "conv2d"}
+
+
+def torch_rows(want, names=types.MappingProxyType({})):
+    r"""The rows of a model whose parameters have torch's names, dots as slashes and list indices
+    joined by "_": layers.0.norm.weight is params/layers_0/norm/scale.
+
+    Args:
+      want: the model's {"params", "batch_stats"}, trees of leaves with shapes.
+      names: {a part of our paths: what it is in torch}, where the names differ.
+    """
+    found = {}  # {(source, target, transform): for each leaf the list of its numbers}
+    for path, leaf in tree.flatten(want).items():
+        kind, *parts, last = path.split("/")
+        source, target, numbers = [], [kind], []
+        for part in parts:
+            stem, _, number = part.rpartition("_")
+            if part in names or not number.isdecimal():
+                source.append(re.escape(names.get(part, part)))
+                target.append(part)
+            else:
+                numbers.append(number)
+                source.append(rf"{stem}\.%s")
+                target.append(rf"{stem}_\{len(numbers)}")
+        key = r"\.".join([*source, _LEAVES.get(last, last)]), "/".join([*target, last])
+        transform = _KERNELS[len(leaf.shape)] if last == "kernel" else "none"
+        found.setdefault((*key, transform), []).append(numbers)
+    rows = [Row(r".*\.num_batches_tracked", None)]
+    for (source, target, transform), numbers in found.items():
+        groups = (f"({'|'.join(dict.fromkeys(group))})" for group in zip(*numbers, strict=True))
+        rows.append(Row(source % tuple(groups), target, transform))
+    return tuple(rows)
 
 
 # ---- their names to ours -------------------------------------------------------------------------

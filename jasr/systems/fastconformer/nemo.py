@@ -234,11 +234,10 @@ def _model(path, state, config, tokenizer):
         *nemo_problems.buffers(buffers, model.sections["front_end"]),
         *nemo_problems.vocabulary(model.kind, nemo, tokenizer, vocab_size),
     ]
-    variables = None
+    want, variables = shapes(model, vocab_size), None
+    names = rows(model, want, _joint_index(state))
     try:
-        variables = table.convert(
-            rows(model, _joint_index(state)), state, shapes(model, vocab_size), what="the weights"
-        )
+        variables = table.convert(names, state, want, what="the weights")
     except table.TableError as e:
         problems.append(str(e))
     if problems:
@@ -363,10 +362,10 @@ def state_dict(model):
       table.TableError, tree.TreeError: parameters that the settings do not have, or that miss.
     """
     settings = nemo_config.Settings(model.kind, model.config)
-    pieces = len(sentencepiece(model).pieces)
-    tree.compare(shapes(settings, pieces), model.variables, what="the model to be written")
+    want, what = shapes(settings, len(sentencepiece(model).pieces)), "the model to be written"
+    tree.compare(want, model.variables, what=what)
     index = 1 if not model.config.get("joint", {}).get("dropout", 1) else 2
-    state = table.invert(rows(settings, index), model.variables, what="the model to be written")
+    state = table.invert(rows(settings, want, index), model.variables, what=what)
     buffers = {
         key: make()
         for key, (_, make) in nemo_problems.featurizer(model.config["front_end"]).items()

@@ -10,8 +10,8 @@ import re
 
 from jasr.interop import plain_yaml
 from jasr.systems import catalogue, source
-from jasr.systems.fastconformer.nemo_recipe_keys import Augment
-from jasr.systems.fastconformer.nemo_recipe_keys import read as read_keys
+from jasr.systems.fastconformer import nemo_recipe_keys
+from jasr.systems.fastconformer.nemo_recipe_keys import KEYS
 from jasr.training import schedules
 
 
@@ -28,24 +28,18 @@ def recipe(mapping):
     if not isinstance(model, dict) or "train_ds" not in model:
         return None
     given = plain_yaml.resolve(mapping, [key for key in mapping if key != "hydra"])
-    read, idle = read_keys(given)
+    read, idle = nemo_recipe_keys.read(given)
     notes = [f"no effect here: {', '.join(idle)}"] if idle else []
-    path, rows = _start(read[""]), _rows(read, notes)
-    meta = source.load_meta({"path": path}, read["model.tokenizer"].update_tokenizer)
-    changes = {
-        **_model(read, path, meta["config"]),
-        **_tokenizer(read, meta),
-        **_augment(read, meta),
-        **_data(read, rows),
-        **_optimizer(read),
-        **_rhythm(read, rows, notes),
-    }
-    return changes, notes
+    path, rows = _start(read), _rows(read, notes)
+    meta = source.load_meta({"path": path}, read["model.tokenizer.update_tokenizer"])
+    changes = {key.ours: read[name] for name, key in KEYS.items() if key.ours}
+    changes |= _model(read, path, meta["config"]) | _tokenizer(read, meta) | _augment(read, meta)
+    return changes | _data(read, rows) | _optimizer(read) | _rhythm(read, rows, notes), notes
 
 
-def _start(given):
+def _start(read):
     """The path of what training starts from."""
-    path, name = given.init_from_nemo_model, given.init_from_pretrained_model
+    path, name = read["init_from_nemo_model"], read["init_from_pretrained_model"]
     if name and (path or not os.path.exists(name)):
         raise ValueError(
             f"init_from_pretrained_model {name}: nothing is downloaded here; name the .nemo in "
@@ -63,7 +57,7 @@ def _model(read, path, config):
     found = {"init.path": path}
     for section in ("model", "front_end", "loss", "decoding"):
         found |= _flat(section, config.get(section, {}))
-    half = read["trainer"].precision.startswith("bf16")
+    half = read["trainer.precision"].startswith("bf16")
     return found | {"model.encoder.dtype": "bfloat16" if half else "float32"}
 
 
@@ -81,30 +75,28 @@ def _tuples(value):
 
 def _rows(read, notes):
     """Rows of a global batch: those of all devices and of all that is accumulated."""
-    trainer = read["trainer"]
-    devices = trainer.devices
+    devices = read["trainer.devices"]
     if devices < 1:
         devices = 1
         notes.append(
             "trainer.devices does not say how many: config.data.bucket_batch_size is that of one"
         )
-    if devices * trainer.num_nodes > 1 and not trainer.sync_batchnorm:
+    devices *= read["trainer.num_nodes"]
+    if devices > 1 and not read["trainer.sync_batchnorm"]:
         raise ValueError(
             "trainer.sync_batchnorm: here batch statistics are always those of all devices; set it "
             "to true"
         )
-    rows = read["model.train_ds"].batch_size * devices * trainer.num_nodes
-    return rows * trainer.accumulate_grad_batches
+    return read["model.train_ds.batch_size"] * devices * read["trainer.accumulate_grad_batches"]
 
 
 def _tokenizer(read, meta):
     """The text section; with a new tokenizer NeMo draws what change_vocabulary makes anew."""
-    given = read["model.tokenizer"]
-    if not given.update_tokenizer:
+    if not read["model.tokenizer.update_tokenizer"]:
         return {"text.kind": "init"}
     from jasr.text.sentencepiece_model import Model
 
-    path = os.path.join(given.dir, "tokenizer.model")
+    path = os.path.join(read["model.tokenizer.dir"], "tokenizer.model")
     old, new = meta["tokenizer"], Model.from_file(path)
     heads = {"ctc": ("decoder",), "hybrid": ("decoder", "joint", "ctc_decoder")}
     drawn = heads.get(meta["config"]["model"]["kind"], ("decoder", "joint"))
@@ -120,46 +112,39 @@ def _tokenizer(read, meta):
 
 def _augment(read, meta):
     """SpecAugment of the recipe, or else of the model that is trained on."""
-    given = read["model.spec_augment"]
-    if given == Augment():
+    where = "model.spec_augment"
+    keys = [name for name in KEYS if name.startswith(where)]
+    if all(read[name] == KEYS[name].default for name in keys):
         if "spec_augment" in meta["config"]:
             return _flat("spec_augment", meta["config"]["spec_augment"])
         kept = meta.get("nemo", {}).get("config", {})
         section = kept.get("spec_augment") or (kept.get("model") or {}).get("spec_augment") or {}
-        given = read_keys({"model": {"spec_augment": section}})[0]["model.spec_augment"]
-    width, masks = given.time_width, given.time_masks
+        read, _ = nemo_recipe_keys.read({"model": {"spec_augment": section}})
+    found = {name.removeprefix("model."): read[name] for name in keys}
+    width, masks = read[f"{where}.time_width"], read[f"{where}.time_masks"]
     width = 10 if width is None else width
     if isinstance(width, int):  # frames, of which one is masked at most if there are 2
         width, masks = max(width, 2), masks * (width > 1)
     elif width > 1:
-        raise ValueError(
-            f"model.spec_augment.time_width {width}: a share of at most 1.0, or frames"
-        )
-    values = {
-        "style": "nemo",
-        "freq_masks": given.freq_masks,
-        "freq_width": given.freq_width,
-        "time_masks": masks,
-        "time_width": float(width),
-        "mask_value": given.mask_value,
-    }
-    return {f"spec_augment.{name}": value for name, value in values.items()}
+        raise ValueError(f"{where}.time_width {width}: a share of at most 1.0, or frames")
+    more = {"style": "nemo", "time_masks": masks, "time_width": float(width)}
+    return found | {f"spec_augment.{name}": value for name, value in more.items()}
 
 
 def _data(read, rows):
-    train, valid = read["model.train_ds"], read["model.validation_ds"]
-    if valid.manifest_filepath and valid.sample_rate != train.sample_rate:
+    train, valid = (
+        {key: read[f"model.{name}.{key}"] for key in ("manifest_filepath", "sample_rate")}
+        for name in ("train_ds", "validation_ds")
+    )
+    if valid["manifest_filepath"] and valid["sample_rate"] != train["sample_rate"]:
         raise ValueError("model.validation_ds.sample_rate differs from model.train_ds.sample_rate")
-    names = _paths(valid.manifest_filepath)
+    names = _paths(valid["manifest_filepath"])
     if len(names) > 1:
         names = tuple(f"{name}={path}" for name, path in zip(_set_names(names), names, strict=True))
     return {
-        "data.train": _paths(train.manifest_filepath),
+        "data.train": _paths(train["manifest_filepath"]),
         "data.valid": names,
-        "data.sample_rate": train.sample_rate,
-        "data.min_duration": train.min_duration,
-        "data.max_duration": train.max_duration,
-        "data.num_threads": max(1, train.num_workers),
+        "data.num_threads": max(1, read["model.train_ds.num_workers"]),
         "data.bucket_batch_size": (rows,),
     }
 
@@ -179,57 +164,43 @@ def _set_names(paths):
 
 
 def _optimizer(read):
-    given, trainer = read["model.optim"], read["trainer"]
-    found = {"schedule": "constant"}
-    if sched := given.sched:
+    steps, found = read["trainer.max_steps"], {"schedule": "constant"}
+    if sched := read["model.optim.sched"]:
+        last = sched.get("max_steps") or 0
         ratios = [key for key, value in sched.items() if key.endswith("_ratio") and value]
-        if ratios and max(trainer.max_steps, sched.get("max_steps") or 0) < 1:
+        if ratios and max(steps, last) < 1:
             raise ValueError(f"model.optim.sched.{ratios[0]} needs trainer.max_steps")
-        found = schedules.from_nemo(sched, max(trainer.max_steps, 0))
-        found["decay_steps"] = max(sched.get("max_steps") or 0, 0)  # 0: all steps of the run
-    found |= {
-        "name": given.name,
-        "lr": given.lr,
-        "b1": given.betas[0],
-        "b2": given.betas[1],
-        "eps": given.eps,
-        "weight_decay": given.weight_decay,
-        "decay_rules": ((".*", 1.0),),
-        "clip_norm": trainer.gradient_clip_val,
-        "accumulate": trainer.accumulate_grad_batches,
-        "ema": read["exp_manager.ema"].decay if read["exp_manager.ema"].enable else 0.0,
-    }
+        found = schedules.from_nemo(sched, max(steps, 0))
+        found["decay_steps"] = max(last, 0)  # 0: all steps of the run
+    found["b1"], found["b2"] = read["model.optim.betas"][:2]
+    found["decay_rules"] = ((".*", 1.0),)
+    found["ema"] = read["exp_manager.ema.decay"] if read["exp_manager.ema.enable"] else 0.0
     return {f"optim.{name}": value for name, value in found.items()}
 
 
 def _rhythm(read, rows, notes):
     """Length of the run, when it is validated, and which steps are kept."""
-    trainer, kept = read["trainer"], read["exp_manager.checkpoint_callback_params"]
-    if (trainer.max_epochs > 0) == (trainer.max_steps > 0):
+    epochs, steps = read["trainer.max_epochs"], read["trainer.max_steps"]
+    if (epochs > 0) == (steps > 0):
         raise ValueError("trainer: give either max_epochs or max_steps; the other one -1 or null")
-    every, found = trainer.val_check_interval, {"train.log_every": trainer.log_every_n_steps}
-    if trainer.max_steps > 0:
-        found["train.steps"] = trainer.max_steps
-    else:
-        found["train.epochs"] = float(trainer.max_epochs)
-    sets = _paths(read["model.validation_ds"].manifest_filepath)
-    metric = f"{kept.monitor}/{_set_names(sets)[0]}" if len(sets) > 1 else kept.monitor
-    found |= {
-        "checkpoint.keep_best": kept.save_top_k,
-        "checkpoint.metric": metric,
-        "checkpoint.mode": kept.mode,
-        "checkpoint.export": ("nemo",) if kept.always_save_nemo else (),
+    kept, every = "exp_manager.checkpoint_callback_params", read["trainer.val_check_interval"]
+    sets, metric = _paths(read["model.validation_ds.manifest_filepath"]), read[f"{kept}.monitor"]
+    found = {
+        "checkpoint.metric": f"{metric}/{_set_names(sets)[0]}" if len(sets) > 1 else metric,
+        "checkpoint.export": ("nemo",) if read[f"{kept}.always_save_nemo"] else (),
     }
+    found |= {"train.steps": steps} if steps > 0 else {"train.epochs": float(epochs)}
     if isinstance(every, int):
-        return found | {"train.eval_every": max(1, every // trainer.accumulate_grad_batches)}
-    manifests = _paths(read["model.train_ds"].manifest_filepath)
+        steps = every // read["trainer.accumulate_grad_batches"]
+        return found | {"train.eval_every": max(1, steps)}
+    manifests = _paths(read["model.train_ds.manifest_filepath"])
     if not manifests or not all(map(os.path.isfile, manifests)):
         notes.append(
             "trainer.val_check_interval: how long an epoch is, is not known; set "
             "config.train.eval_every"
         )
         return found
-    share = (every or 1.0) * trainer.check_val_every_n_epoch
+    share = (every or 1.0) * read["trainer.check_val_every_n_epoch"]
     steps = max(1, round(share * sum(map(_lines, manifests)) / rows))
     notes.append(f"trainer.val_check_interval: {share:g} of an epoch is about {steps} steps")
     return found | {"train.eval_every": steps}

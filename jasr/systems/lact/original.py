@@ -112,7 +112,7 @@ def _mapped(path):
     """(LactConfig, variables), their arrays f32 and mapped from the file."""
     weights, config, state = _open(path)
     want = shapes(config)
-    variables = table.convert(rows(config), state, want, what=f"{weights}: the weights")
+    variables = table.convert(rows(want), state, want, what=f"{weights}: the weights")
     return config, jax.tree.map(lambda x, like: lazy.cast(x, like.dtype), variables, want)
 
 
@@ -236,56 +236,11 @@ def shapes(config):
     return {name: variables[name] for name in ("params", "batch_stats")}
 
 
-def rows(config):
-    """The table from the original's names to ours."""
-    extractor, ours = r"model\.audio_feature_extractor", "model/audio_feature_extractor"
-    convolutions = []
-    for i in range(config.audio_encoder_layers):
-        source = rf"{extractor}\.conv_layers\.{4 * i}"
-        target = f"{ours}/conv_layers_{4 * i}"
-        convolutions += [
-            Row(rf"{source}\.weight", f"params/{target}/kernel", "conv1d"),
-            Row(rf"{source}\.bias", f"params/{target}/bias"),
-        ]
-        source = rf"{extractor}\.conv_layers\.{4 * i + 1}"
-        target = f"{ours}/conv_layers_{4 * i + 1}"
-        convolutions += [
-            Row(rf"{source}\.weight", f"params/{target}/scale"),
-            Row(rf"{source}\.bias", f"params/{target}/bias"),
-            Row(rf"{source}\.running_mean", f"batch_stats/{target}/mean"),
-            Row(rf"{source}\.running_var", f"batch_stats/{target}/var"),
-            Row(rf"{source}\.num_batches_tracked", None),
-        ]
-    layer, to = r"model\.layers\.(\d+)", r"params/model/layers_\1"
-    return (
-        *convolutions,
-        Row(rf"{extractor}\.mel_extractor\..*", None),
-        Row(rf"{extractor}\.positional_encoding\.pe", None),
-        Row(rf"{layer}\.attn\.rotary\.inv_freq", None),
-        Row(rf"{layer}\.(attn|mlp)_norm\.weight", rf"{to}/\2_norm/scale"),
-        Row(
-            rf"{layer}\.attn\.(qkv|o_proj|lr_proj|ttt_scale_proj)\.weight",
-            rf"{to}/attn/\2/kernel",
-            "linear",
-        ),
-        Row(rf"{layer}\.attn\.(qkv|lr_proj|ttt_scale_proj)\.bias", rf"{to}/attn/\2/bias"),
-        Row(
-            rf"{layer}\.attn\.momentum_proj\.0\.weight",
-            rf"{to}/attn/momentum_proj_0/kernel",
-            "linear",
-        ),
-        Row(rf"{layer}\.attn\.momentum_proj\.0\.bias", rf"{to}/attn/momentum_proj_0/bias"),
-        Row(rf"{layer}\.attn\.(q_norm|k_norm|ttt_norm)\.weight", rf"{to}/attn/\2/scale"),
-        Row(rf"{layer}\.attn\.(w0|w1|w2|qk_scale|qk_offset)", rf"{to}/attn/\2"),
-        Row(rf"{layer}\.attn\.(w0|w2)\.(w_left|w_right)", rf"{to}/attn/\2/\3"),
-        Row(
-            rf"{layer}\.mlp\.(gate_proj|up_proj|down_proj)\.weight",
-            rf"{to}/mlp/\2/kernel",
-            "linear",
-        ),
-        Row(r"model\.norm\.weight", "params/model/norm/scale"),
-        Row(r"ctc_head\.weight", "params/ctc_head/kernel", "linear"),
-    )
+def rows(want):
+    """The table from the original's names to ours, of the `shapes` of a model."""
+    extractor = r"model\.audio_feature_extractor\.(mel_extractor\..*|positional_encoding\.pe)"
+    rotary = r"model\.layers\.\d+\.attn\.rotary\.inv_freq"
+    return (*table.torch_rows(want), Row(extractor, None), Row(rotary, None))
 
 
 # ---- vocabulary ----------------------------------------------------------------------------------
@@ -364,8 +319,9 @@ def write_lact(directory, config, variables, vocabulary, step=0):
             else f"{len(vocabulary)} characters for a CTC head of {config.ctc_vocab_size} rows"
         )
     variables = {name: variables[name] for name in ("params", "batch_stats")}
-    tree.compare(shapes(config), variables, what="the model to be written")
-    state = table.invert(rows(config), variables, what="the model to be written")
+    want, what = shapes(config), "the model to be written"
+    tree.compare(want, variables, what=what)
+    state = table.invert(rows(want), variables, what=what)
     mapping = export_config(config)
     saved = {
         "global_step": step,

@@ -13,12 +13,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jasr import text, tree
+from jasr import settings, text, tree
 from jasr.interop import nemo_archive, plain_yaml, table, torch_file
 from jasr.models.fastconformer.encoder import FastConformer
 from jasr.models.fastconformer.nemo_sections import read_encoder
 from jasr.models.fastconformer.settings import FastConformerConfig
-from jasr.systems.fastconformer import nemo, nemo_tables
+from jasr.systems.fastconformer import nemo, nemo_config, nemo_tables
 from jasr.systems.fastconformer.nemo import NemoError
 from jasr.systems.fastconformer.transducer import Joint, JointConfig, Prediction, PredictionConfig
 from jasr.text import sentencepiece_model
@@ -200,7 +200,8 @@ def test_the_encoders_of_all_variants_fit(shared_dir):
         mel, length = np.zeros((1, 64, config.feat_in), np.float32), np.array([64], np.int32)
         want = jax.eval_shape(init, {"params": jax.random.key(0)}, mel, length)
         want = {key: {"encoder": want[key]} for key in ("params", "batch_stats") if key in want}
-        rows = nemo_tables.encoder_rows(config)
+        sections = {"encoder": settings.to_dict(config)}
+        rows = nemo_tables.rows(nemo_config.Settings("encoder", sections), want)
         got = table.convert(rows, state, want, what=name)
         back = table.invert(rows, got)
         for key, array in back.items():
@@ -283,7 +284,7 @@ def test_reading_takes_the_memory_of_the_result_and_a_few_tensors(goldens, tmp_p
     settings = nemo.nemo_config.parse(config)[0]
     shapes = nemo.shapes(settings, 64)
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes)
-    state = table.invert(nemo.rows(settings), zeros)
+    state = table.invert(nemo.rows(settings, shapes), zeros)
     path = build(tmp_path / "a.nemo", config, state, tokenizer_of(goldens, tmp_path))
     size = sum(x.nbytes for x in state.values())
     largest = max(x.nbytes for x in state.values())
