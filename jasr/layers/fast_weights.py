@@ -2,8 +2,8 @@
 functions of arrays).
 
 The fast-weight function of a head is f(x) = w1 (silu(w0 x) * (w2 x)) and its inner loss -<f(k),
-v>, so the ascent directions of one chunk have a closed form (specification fast_weights.md 1.1;
-paper arXiv 2505.23884, Algorithm 1 and Appendix A; reference lact_llm/ttt_operation.py and
+v>, so the ascent directions of one chunk have a closed form
+(paper arXiv 2505.23884, Algorithm 1 and Appendix A; reference lact_llm/ttt_operation.py and
 lact_nvs). Everything here keeps batch B and head H as separate axes and uses the reference's
 "out_in" layout: w0, w2 [B,H,M,K], w1 [B,H,V,M]; `transpose` turns lact_nvs's "in_out" layout into
 it and back.
@@ -140,7 +140,7 @@ def apply(w, q):
 
 def _direction(w, gate, up, k, v, lr):
     """Ascent direction of sum_i lr_i <f(k_i), v_i>, k, v [B,H,L,..] and lr f32[B,H,L,3], from the
-    pre-activations of k: FastWeights f32[B,H,..] (specification 1.1)."""
+    pre-activations of k: FastWeights f32[B,H,..]."""
     lr0, lr1, lr2 = lr[..., 0:1], lr[..., 1:2], lr[..., 2:3]
     s = jax.nn.sigmoid(gate)
     silu = gate * s
@@ -254,7 +254,7 @@ def _scan_chunks(step, prepare, state, tokens, count, chunk, rule):
     """Scan `step` over `count` chunks of `tokens`.
 
     Returns the state and out [B,H,count*chunk,V]. Only what changes is carried; each step is
-    rematerialised but for what KEPT names (specification 4.2).
+    rematerialised but for what KEPT names.
     """
     has_momentum = tokens.momentum is not None
 
@@ -288,7 +288,7 @@ def shifted(
     state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None, update_last=False,
     prepare=None,
 ):  # fmt: skip
-    """Apply-then-update over chunks ("shifted block-causal", specification 1.6): the state and out
+    """Apply-then-update over chunks ("shifted block-causal"): the state and out
     f32[B,H,L,V].
 
     A token reads weights made from earlier chunks only. The last chunk (1..chunk tokens) is

@@ -306,7 +306,7 @@ def vocab_tsv(model):
 def vocab_txt(model):
     """Text of NeMo's `vocab.txt`: "x" begins a word, "##x" does not; special pieces are left out.
 
-    NeMo's models never read it (specification nemo.md 6.1).
+    NeMo's models never read it.
     """
     texts = [p.text for p in model.pieces if p.type not in (UNKNOWN, CONTROL, USER_DEFINED)]
     return "".join(f"{t[1:] or t}\n" if t.startswith(WORD_MARK) else f"##{t}\n" for t in texts)

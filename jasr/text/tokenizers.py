@@ -33,7 +33,7 @@ class TextError(ValueError):
 def normalise(text, kind):
     """`text` in one of the NORMALISATIONS, whitespace runs as single spaces.
 
-    "none" leaves all else; "lower" is LaCT ASR's rule (source document 004): lower case, and of
+    "none" leaves all else; "lower" is LaCT ASR's rule: lower case, and of
     punctuation only apostrophes stay (typographic ones inside words become plain, and combining
     marks stay, which the rule's `\\w` would strip from Hindi); "whisper_english" is the
     leaderboards' normaliser as transformers ships it.

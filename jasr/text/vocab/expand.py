@@ -5,7 +5,7 @@
 Rows of vocabulary tensors are moved by meaning: a piece's row goes to the id of the same string,
 blank and durations stay behind the last piece, all bit for bit; rows of new pieces are made by a
 named rule. Nothing else is touched. (NeMo's `change_vocabulary` draws the whole joint, embedding
-and LSTM anew and turns a TDT loss into a plain RNN-T loss: specification nemo.md 6.2, 6.3.)
+and LSTM anew and turns a TDT loss into a plain RNN-T loss.)
 A matrix product of another width may round old logits otherwise in their last bits.
 """
 

@@ -2,8 +2,8 @@
 
     write_directory("hi_tokenizer", train(texts, vocab_size=256))
 
-SentencePiece's trainer gets the flags that NeMo's process_asr_text_tokenizer.py gives it
-(specification nemo.md 6.1): id 0 is <unk>, there is no <s>, </s> or <pad>, spaces are kept as they
+SentencePiece's trainer gets the flags that NeMo's process_asr_text_tokenizer.py gives it:
+id 0 is <unk>, there is no <s>, </s> or <pad>, spaces are kept as they
 are. The same texts in the same order give the same bytes.
 """
 
