@@ -158,10 +158,10 @@ class Train(_Set):
         whole, part = divmod(epochs, 1)
         return sum(counts[: int(whole)]) + (math.ceil(part * counts[-1]) if part else 0)
 
-    @property
-    def longest_seconds(self):
-        """Seconds of the longest bucket's rows, whose first axis counts samples."""
-        return max(bucket[1] for bucket in self.shapes) / self.cfg.sample_rate
+    def longest(self):
+        """{axis of the layout: the largest size of a row on it}."""
+        sizes = zip(*(bucket[1:] for bucket in self.shapes), strict=True)
+        return dict(zip(self.layout.axes, map(max, sizes), strict=True))
 
 
 class Eval(_Set):

@@ -74,7 +74,10 @@ def trained_seconds(meta):
     data = meta.get("config", {}).get("data", {})
     bins = data.get("bucket_duration_bins", ())
     edges = [b[0] if isinstance(b, (list, tuple)) else b for b in bins]
-    return meta.get("longest_seconds") or max(edges, default=data.get("max_duration", 0.0))
+    heard = meta.get("longest", {}).get("samples", 0) / data.get("sample_rate", 16000)
+    # "longest_seconds": in steps of earlier revisions
+    said = heard or meta.get("longest_seconds")
+    return said or max(edges, default=data.get("max_duration", 0.0))
 
 
 class Recognizer:

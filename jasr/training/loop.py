@@ -375,7 +375,7 @@ class Loop:
             "config": run.config,
             "tokenizer": run.task.tokenizer.to_dict(),
             "task": run.config["task"],
-            "longest_seconds": run.train_data.longest_seconds,
+            "longest": run.train_data.longest(),
             "frozen_from": start.frozen_from(run.origins),
         }
         run.store.save(self.step, start.to_items(self.state, run.written), meta, values, wait=wait)
