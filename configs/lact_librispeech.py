@@ -1,4 +1,4 @@
-"""LaCT ASR on LibriSpeech at the sizes of the original (source document 004).
+"""LaCT ASR on LibriSpeech at the sizes of the original LaCT ASR.
 
     python -m experiments.prepare_data librispeech LIBRISPEECH data/libri --parts \\
         train-clean-100 dev-clean                # --download fetches them into LIBRISPEECH

@@ -25,30 +25,24 @@ import pathlib
 import sys
 import warnings
 
+from experiments import options
 from experiments.errors import in_one_line
 
-# By what `foreign_kind` says: the flags that would do nothing, and what to do.
+KINDS = {"": "runs of jasr", "ckpt": ".ckpt files", "zarr": "zarr checkpoints"}  # `foreign_kind`
+# The flags that would do nothing for a kind, and what to do instead.
 UNUSED = {
     "": {"name_prefix": "name the result with --name", "ema": "say --item=ema"},
-    "ckpt": {
-        "name": "name the result with --output or --output_nemo",
-        "name_prefix": "name the result with --output or --output_nemo",
-    },
+    "ckpt": dict.fromkeys(("name", "name_prefix"), "name it with --output or --output_nemo"),
     "zarr": {
         "name": "name the result with --name_prefix or --output",
-        "metric": "their names have no metrics; say --weights",
-        "mode": "their names have no metrics; say --weights",
+        **dict.fromkeys(("metric", "mode"), "their names have no metrics; say --weights"),
         "ema": "it chooses among .ckpt files",
     },
 }
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.average",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("average", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint_dir", help="a run, or a directory of its steps")
     source.add_argument("--checkpoints", nargs="+", help="step directories, of one run or several")
@@ -71,32 +65,8 @@ def parse(argv=None):
     )
     args = parser.parse_args(argv)
     args.foreign = foreign_kind(args.checkpoint_dir) if args.checkpoint_dir else ""
-    if args.checkpoint_dir and not (args.top_n or args.steps or args.foreign):
-        parser.error("--checkpoint_dir needs --top_n or --steps")
-    if bool(args.input_nemo) != bool(args.output_nemo):
-        parser.error("--input_nemo and --output_nemo go together")
-    if args.input_nemo and args.foreign != "ckpt":
-        parser.error("--output_nemo is for a --checkpoint_dir of .ckpt files")
-    if args.foreign == "ckpt" and not (args.output_nemo or args.output):
-        parser.error("name the result: --input_nemo with --output_nemo, or --output=x.ckpt")
-    if args.foreign == "zarr" and not (args.name_prefix or args.output):
-        parser.error("name the result: --name_prefix or --output")
-    if args.foreign == "zarr" and args.top_n:
-        parser.error("zarr checkpoints have no metrics in their names: --steps, or none for all")
-    if args.foreign and (args.evaluate or args.item):
-        parser.error("--evaluate and --item are for runs of jasr")
-    if args.checkpoints and (args.top_n or args.steps):
-        parser.error("--checkpoints names its members: no --top_n or --steps")
-    if args.checkpoints and not (args.name or args.output):
-        parser.error("--checkpoints needs --name or --output")
-    if args.weights and args.equal:
-        parser.error("--weights or --equal, not both")
-    for flag, advice in UNUSED[args.foreign].items():
-        if getattr(args, flag):
-            what = {"": "runs of jasr", "ckpt": ".ckpt files", "zarr": "zarr checkpoints"}
-            parser.error(f"--{flag} does nothing for {what[args.foreign]}: {advice}")
-    if args.foreign:
-        check_paths(parser, args)
+    for reason in wrong(args):
+        parser.error(reason)
     args.metric, args.mode = args.metric or "val_wer", args.mode or "min"
     return args
 
@@ -109,24 +79,48 @@ def positive(text):
     return number
 
 
-def check_paths(parser, args):
-    """Ends with an error, before any work, where files cannot be read or would be overwritten."""
-    if args.foreign == "ckpt" and args.output.endswith(".nemo"):
-        parser.error(
+def wrong(args):
+    """What does not fit together, cannot be read or would be overwritten, before any work."""
+    ckpt, zarr = args.foreign == "ckpt", args.foreign == "zarr"
+    if args.checkpoint_dir and not (args.top_n or args.steps or args.foreign):
+        yield "--checkpoint_dir needs --top_n or --steps"
+    if bool(args.input_nemo) != bool(args.output_nemo):
+        yield "--input_nemo and --output_nemo go together"
+    if args.input_nemo and not ckpt:
+        yield "--output_nemo is for a --checkpoint_dir of .ckpt files"
+    if ckpt and not (args.output_nemo or args.output):
+        yield "name the result: --input_nemo with --output_nemo, or --output=x.ckpt"
+    if zarr and not (args.name_prefix or args.output):
+        yield "name the result: --name_prefix or --output"
+    if zarr and args.top_n:
+        yield "zarr checkpoints have no metrics in their names: --steps, or none for all"
+    if args.foreign and (args.evaluate or args.item):
+        yield "--evaluate and --item are for runs of jasr"
+    if args.checkpoints and (args.top_n or args.steps):
+        yield "--checkpoints names its members: no --top_n or --steps"
+    if args.checkpoints and not (args.name or args.output):
+        yield "--checkpoints needs --name or --output"
+    if args.weights and args.equal:
+        yield "--weights or --equal, not both"
+    for flag, advice in UNUSED[args.foreign].items():
+        if getattr(args, flag):
+            yield f"--{flag} does nothing for {KINDS[args.foreign]}: {advice}"
+    if ckpt and args.output.endswith(".nemo"):
+        yield (
             f"--output={args.output} would be a .ckpt under another name; a .nemo is written with "
             "--input_nemo and --output_nemo"
         )
     if args.input_nemo and not os.path.isfile(args.input_nemo):
-        parser.error(f"--input_nemo={args.input_nemo}: there is no such file")
+        yield f"--input_nemo={args.input_nemo}: there is no such file"
     if args.output_nemo and os.path.abspath(args.output) == os.path.abspath(args.output_nemo):
-        parser.error("--output and --output_nemo name the same file")
+        yield "--output and --output_nemo name the same file"
     for flag in ("output", "output_nemo"):
         path = getattr(args, flag)
-        if path and os.path.lexists(path):
-            parser.error(f"--{flag}={path} exists and would be overwritten: choose another name")
         folder = os.path.dirname(os.path.abspath(path))
-        if path and args.foreign == "ckpt" and not os.path.isdir(folder):
-            parser.error(f"--{flag}={path}: there is no folder {folder}")
+        if args.foreign and path and os.path.lexists(path):
+            yield f"--{flag}={path} exists and would be overwritten: choose another name"
+        if ckpt and path and not os.path.isdir(folder):
+            yield f"--{flag}={path}: there is no folder {folder}"
 
 
 def foreign_kind(folder):
@@ -140,29 +134,35 @@ def foreign_kind(folder):
 def average_foreign(args):
     """Averages NeMo's .ckpt files or zarr directories into the files that `args` names."""
     from jasr import averaging
-    from jasr.averaging import foreign as foreign_averages
+    from jasr.averaging import foreign
 
     if args.foreign == "zarr":
-        chosen = foreign_averages.find_directories(args.checkpoint_dir, args.steps)
-        name = foreign_averages.directory_name(args.name_prefix, args.steps)
+        chosen = foreign.find_directories(args.checkpoint_dir, args.steps)
+        name = foreign.directory_name(args.name_prefix, args.steps)
         output = args.output or pathlib.Path(args.checkpoint_dir) / name
         how = "given" if args.weights else "equal"
-        made = foreign_averages.average_directories(chosen, output, args.weights, how=how)
+        made = foreign.average_directories(chosen, output, args.weights, how=how)
         return show(output, made)
-    found = foreign_averages.find_files(args.checkpoint_dir, ema=args.ema)
-    chosen = found
+    chosen = foreign.find_files(args.checkpoint_dir, ema=args.ema)
     if args.top_n or args.steps:
-        chosen = averaging.select(found, args.top_n, args.steps, args.metric, args.mode)
-    weights, how = averaging.weigh(chosen, args.weights, args.metric, args.mode)
-    if args.equal:
-        weights, how = None, "equal"
+        chosen = averaging.select(chosen, args.top_n, args.steps, args.metric, args.mode)
+    weights, how = weigh(chosen, args)
     best = averaging.best_of(chosen, args.metric, args.mode)
-    average = foreign_averages.average_files(chosen, weights, how=how, best=best)
+    average = foreign.average_files(chosen, weights, how=how, best=best)
     if args.output:
-        foreign_averages.write_ckpt(args.output, average)
+        foreign.write_ckpt(args.output, average)
     if args.output_nemo:
-        foreign_averages.write_nemo(args.output_nemo, average.state, args.input_nemo)
-    return show(args.output_nemo or args.output, average.provenance)
+        foreign.write_nemo(args.output_nemo, average.state, args.input_nemo)
+    show(args.output_nemo or args.output, average.provenance)
+
+
+def weigh(members, args):
+    """(weights or None for equal ones, where they come from)."""
+    from jasr import averaging
+
+    if args.equal:
+        return None, "equal"
+    return averaging.weigh(members, args.weights, args.metric, args.mode)
 
 
 def show(output, made):
@@ -173,7 +173,6 @@ def show(output, made):
     for m in made["members"]:
         shown = "  ".join(f"{k} {v:.4f}" for k, v in m["metrics"].items())
         print(f"  {m['weight']:.4f} x step {m['step']:<8} {shown}  {m['path']}")
-    return 0
 
 
 def choose(args):
@@ -194,15 +193,13 @@ def main(argv=None):
     from jasr import averaging
 
     if args.foreign:
-        return average_foreign(args)
+        average_foreign(args)
+        return 0
     if args.evaluate:
         check_manifest(args.evaluate)
     members, name = choose(args)
-    weights, how = averaging.weigh(members, args.weights, args.metric, args.mode)
-    if args.equal:
-        weights, how = None, "equal"
-    where = pathlib.Path(args.checkpoint_dir or ".") / f"average-{name}"
-    output = pathlib.Path(args.output) if args.output else where
+    weights, how = weigh(members, args)
+    output = pathlib.Path(args.output or f"{args.checkpoint_dir or '.'}/average-{name}")
     made = averaging.average_checkpoints(members, output, weights, args.item, how=how)
     show(output, made)
     if args.evaluate:

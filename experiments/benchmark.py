@@ -8,36 +8,36 @@ Every row compares the outputs first, then times both sides interleaved with equ
 prints medians, quartiles and the ratio. `--help` after a row's name shows its options.
 """
 
+import functools
 import importlib
 import sys
 
-from experiments import huge_pages
+from experiments import huge_pages, options
 
 ROWS = ("features", "lact", "ctc", "step", "parakeet", "transducer", "load", "checkpoint", "loader")
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    row, rest = argv[0], argv[1:]
-    if row == "all":
-        return max(attempt([name, *rest]) for name in ROWS)
-    if row not in ROWS:
-        print(f"no benchmark row {row!r}; choose from all, {', '.join(ROWS)}", file=sys.stderr)
-        return 2
-    return importlib.import_module(f"experiments.bench.{row}").main(rest) or 0
+    rows = {"all": every, **{name: functools.partial(run, name) for name in ROWS}}
+    return options.dispatch(argv, __doc__, "benchmark row", rows)
 
 
-def attempt(argv):
-    """Exit status of a row; the rows after one that stops go on."""
-    try:
-        return main(argv)
-    except SystemExit as e:
-        if e.code:
-            print(f"{argv[0]}: {e.code}", file=sys.stderr)
-        return 1 if e.code else 0
+def run(name, argv):
+    """Exit status of a row."""
+    return importlib.import_module(f"experiments.bench.{name}").main(argv) or 0
+
+
+def every(argv):
+    """The worst exit status of all rows; those after one that stops go on."""
+    worst = 0
+    for name in ROWS:
+        try:
+            worst = max(worst, run(name, argv))
+        except SystemExit as e:
+            if e.code:
+                print(f"{name}: {e.code}", file=sys.stderr)
+                worst = 1
+    return worst
 
 
 if __name__ == "__main__":

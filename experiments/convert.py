@@ -15,49 +15,42 @@ no hybrids, of which --branch takes one head, and not the front end of NeMo befo
 --modern_front_end replaces.
 """
 
-import argparse
 import os
 import sys
 
+from experiments import options
 from experiments.errors import in_one_line
 from jasr.systems import catalogue
 
 
 @in_one_line
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("convert", __doc__)
     parser.add_argument("source", help=".nemo, .ckpt, Hugging Face directory, run, step or average")
     parser.add_argument("target", help="x.nemo, a directory x_hf, or a run directory of jasr")
-    systems = catalogue.every()
-    names = list(dict.fromkeys(name for system in systems for name in system.originals))
+    names = dict.fromkeys(name for system in catalogue.every() for name in system.originals)
     parser.add_argument("--to", choices=(*names, "jasr"), help="the target's format")
-    parser.add_argument("--like", default="", help=".nemo that the weights of a .ckpt belong to")
+    options.add_source(parser)
     catalogue.add_options(parser, "convert")
-    parser.add_argument("--step", type=int, default=None, help="step of a run (newest)")
-    parser.add_argument("--item", default="", help="params or ema (ema if there is one)")
     args = parser.parse_args(argv)
     from jasr import tree
     from jasr.systems import loading, source
 
     kind = args.to or source.format_of(args.target) or "jasr"
-    options = catalogue.given_options(args, "convert")
+    given = catalogue.given_options(args, "convert")
     if os.path.exists(args.target) and (kind != "jasr" or os.path.isfile(args.target)):
         parser.error(f"{args.target} exists already")
     if kind == "jasr" and not is_free(args.target):
         parser.error(f"{args.target} holds files that are no run; name a new directory")
-    if kind == "jasr" and options:
-        parser.error(f"--{' and --'.join(options)}: for targets of other formats than jasr's")
+    if kind == "jasr" and given:
+        parser.error(f"--{' and --'.join(given)}: for targets of other formats than jasr's")
     meta, leaves = source.opened(args.source, args.step, args.item, args.like)
     loading.check_meta(args.source, meta)
     if kind == "jasr":
         loading.save(args.target, meta, tree.unflatten(leaves))
         said = [meta["config"]["model"].get("kind", meta["config"]["task"])]
     else:
-        said = source.export(kind, args.target, meta, leaves, options)
+        said = source.export(kind, args.target, meta, leaves, given)
     for change in said[1:]:
         print(f"note: {change}", file=sys.stderr)
     print(f"{args.target}: {said[0]}")

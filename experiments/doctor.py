@@ -7,28 +7,22 @@
 `--help` after a name shows its options. The exit status is 0 only if nothing is wrong.
 """
 
+import functools
 import importlib
 import sys
 
+from experiments import options
 from experiments.errors import in_one_line
 
-CHECKS = {
-    "data": "experiments.checks.data",
-    "checkpoint": "experiments.checks.checkpoint",
-    "numerics": "experiments.checks.numerics",
-}
+
+def check(name, argv):
+    return importlib.import_module(f"experiments.checks.{name}").main(argv)
 
 
 @in_one_line
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    if argv[0] not in CHECKS:
-        print(f"no check {argv[0]!r}; choose from {', '.join(CHECKS)}", file=sys.stderr)
-        return 2
-    return importlib.import_module(CHECKS[argv[0]]).main(argv[1:]) or 0
+    checks = {name: functools.partial(check, name) for name in ("data", "checkpoint", "numerics")}
+    return options.dispatch(argv, __doc__, "check", checks)
 
 
 if __name__ == "__main__":

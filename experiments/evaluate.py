@@ -8,13 +8,12 @@ compiling apart, fast-weight updates an utterance, how many were seen in several
 such a file of another model on the same utterances (paired bootstrap).
 """
 
-import argparse
 import contextlib
 import json
 import pathlib
 import sys
 
-from experiments import huge_pages, windows
+from experiments import huge_pages, options
 from experiments.errors import in_one_line
 from jasr.systems import catalogue
 
@@ -29,30 +28,18 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = options.parser("evaluate", __doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="run, step, average, .nemo ...")
-    add("--like", default="", help=".nemo that the weights of a .ckpt belong to")
     add("--manifest", required=True, action="append", help="manifest, CutSet or Shar; repeatable")
     add("--output", default="", help="JSON report with every utterance")
     add("--predictions", default="", help="JSON lines: id, ref, hyp")
     add("--baseline", default="", help="an earlier --output to compare with")
     add("--normalisation", default="", help="none, lower or whisper_english (the tokenizer's)")
     add("--label", default="", help="what the utterances are, for the last line")
-    add("--step", type=int, default=None, help="step of the run (newest)")
-    add("--item", default="", help="params or ema (ema if there is one)")
-    add("--window", type=float, default=0.0, help="s seen at once (as trained)")
-    add("--overlap", type=float, default=0.0, help="s two windows share (4 or 16)")
-    add("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
     add("--limit", type=int, default=0, help="score the first N utterances only")
-    catalogue.add_options(parser, "transcribe")
+    options.add_recogniser(parser)
     args = parser.parse_args(argv)
-    windows.check(parser, args)
+    args.windows = options.windows(parser, args)
     if args.limit < 0:
         parser.error(f"--limit={args.limit}: a number of utterances; 0 = all")
     return args
@@ -68,9 +55,9 @@ def evaluate(args):
     for path in filter(None, (args.output, args.predictions)):  # now, not after the work
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     baseline = read_report(args.baseline) if args.baseline else None
-    options = catalogue.given_options(args, "transcribe")
+    given = catalogue.given_options(args, "transcribe")
     task, variables, meta = loading.load(
-        args.checkpoint, args.step, args.item, options=options, like=args.like
+        args.checkpoint, args.step, args.item, options=given, like=args.like
     )
     report = score.evaluate(
         task,
@@ -79,9 +66,7 @@ def evaluate(args):
         normalisation=args.normalisation,
         meta=meta,
         limit=args.limit,
-        window=args.window,
-        overlap=args.overlap,
-        batch_seconds=args.batch_seconds,
+        **args.windows,
     )
     difference = score.compare(report, baseline) if baseline else None
     for line in report["left_out"]:
@@ -91,7 +76,7 @@ def evaluate(args):
         "step": meta.get("step"),
         "item": args.item or "default",
         "manifest": args.manifest,
-        **options,
+        **given,
     }
     if difference:
         about["baseline"] = {"file": args.baseline, **difference}

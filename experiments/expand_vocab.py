@@ -9,21 +9,17 @@ The output is a run directory: train from it (config.init, with its tokenizer:
 config.text.kind=init), transcribe with it, convert it.
 """
 
-import argparse
 import base64
 import pathlib
 import sys
 
+from experiments import options
 from experiments.errors import in_one_line
 
 
 @in_one_line
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.expand_vocab",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("expand_vocab", __doc__)
     parser.add_argument("--checkpoint", required=True, help="what transcribe takes")
     parser.add_argument("--like", default="", help=".nemo that the weights of a .ckpt belong to")
     parser.add_argument("--tokenizer", required=True, help="the other SentencePiece .model")
@@ -88,9 +84,9 @@ def main(argv=None):
         replace=args.replace,
     )
     if args.texts:
-        from jasr.data.entries import sentences
+        from jasr.data.entries import texts
 
-        print("\n".join(merge.segmentation(old, merged, sentences([args.texts])).lines()))
+        print("\n".join(merge.segmentation(old, merged, texts([args.texts])).lines()))
     tokenizer = {**description, "model": base64.b64encode(merged.to_bytes()).decode("ascii")}
     meta = {**meta, "tokenizer": tokenizer}
     loading.save(args.output, meta, {**variables, "params": params})

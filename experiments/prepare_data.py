@@ -9,15 +9,15 @@
 `--help` after a name shows its options. `experiments.doctor data` checks the result.
 """
 
-import argparse
 import sys
 
+from experiments import options
 from experiments.errors import in_one_line
 
 
 def an4(argv):
     """AN4 (CMU): 948 training and 130 test utterances of spelled words and numbers."""
-    p = parser("an4", an4.__doc__)
+    p = options.parser("prepare_data an4", an4.__doc__)
     p.add_argument("source", help="the official folder or archive (with --download: where to)")
     p.add_argument("out_dir", help="gets train, valid and test .jsonl and FLAC")
     p.add_argument("--valid_speakers", nargs="*", help="default: eight of the training speakers")
@@ -25,81 +25,73 @@ def an4(argv):
     args = p.parse_args(argv)
     from experiments.prepare import recipes
 
-    speakers = recipes.AN4_VALID if args.valid_speakers is None else args.valid_speakers
-    recipes.an4(args.source, args.out_dir, tuple(speakers), args.download)
+    recipes.an4(**vars(args))
 
 
 def librispeech(argv):
     """LibriSpeech by lhotse's recipe: manifests and Shar, FLAC files as they are."""
-    p = parser("librispeech", librispeech.__doc__)
+    p = options.parser("prepare_data librispeech", librispeech.__doc__)
     p.add_argument("corpus_dir", help="the LibriSpeech folder (with --download: where to)")
     p.add_argument("out_dir", help="gets PART.jsonl and shar/PART/")
     p.add_argument("--parts", nargs="*", default=[], help="e.g. train-clean-100 (default: all)")
     p.add_argument("--download", action="store_true", help="fetch the parts from OpenSLR")
-    p.add_argument("--keep_case", action="store_true", help="texts in capitals, as they are")
+    p.add_argument("--keep_case", dest="lower", action="store_false", help="texts in capitals")
     p.add_argument("--shard_size", type=int, default=1000)
-    a = p.parse_args(argv)
+    args = p.parse_args(argv)
     from experiments.prepare import recipes
 
-    parts, lower = tuple(a.parts), not a.keep_case
-    recipes.librispeech(a.corpus_dir, a.out_dir, parts, a.download, lower, a.shard_size)
+    recipes.librispeech(**vars(args))
 
 
 def manifest(argv):
     """A manifest from a folder (x.wav with x.txt, .trn or .lab) or a CSV, TSV or | table."""
-    p = parser("manifest", manifest.__doc__)
+    p = options.parser("prepare_data manifest", manifest.__doc__)
     p.add_argument("source", help="the folder or table")
     p.add_argument("out", help="the manifest, e.g. train.jsonl")
     p.add_argument("--audio_dir", default="", help="what the table's paths are relative to")
     p.add_argument("--path_column", default="")
     p.add_argument("--text_column", default="")
     p.add_argument("--lower", action="store_true", help="texts in lower case")
-    a = p.parse_args(argv)
+    args = p.parse_args(argv)
     from experiments.prepare import manifest as manifests
 
-    manifests.make(a.source, a.out, a.audio_dir, a.path_column, a.text_column, a.lower)
+    manifests.make(**vars(args))
 
 
 def shar(argv):
     """A manifest or CutSet as lhotse Shar, recordings copied as they are encoded."""
-    p = parser("shar", shar.__doc__)
+    p = options.parser("prepare_data shar", shar.__doc__)
     p.add_argument("source", help="manifest or CutSet")
     p.add_argument("out_dir", help="an older Shar directory there is replaced")
     p.add_argument("--shard_size", type=int, default=1000, help="utterances in a tar")
     p.add_argument("--max_bad_share", type=float, default=0.05)
-    a = p.parse_args(argv)
+    args = p.parse_args(argv)
     from experiments.prepare import manifest as manifests
 
-    manifests.to_shar(a.source, a.out_dir, a.shard_size, a.max_bad_share)
+    manifests.to_shar(**vars(args))
 
 
 def synth(argv):
     """A synthetic corpus of connected words through espeak-ng (extra [tts])."""
+    p = options.parser("prepare_data synth", synth.__doc__)
+    p.add_argument("--out_dir", default="corpora/synth", help="folder that is written")
+    p.add_argument("--num_train", type=int, default=960, help="utterances for training")
+    p.add_argument("--num_valid", type=int, default=192, help="... of unseen voices")
+    p.add_argument("--num_accents", type=int, default=192, help="... of unseen accents")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--no_shar", dest="shar", action="store_false", help="FLAC and manifests only")
+    args = p.parse_args(argv)
     from experiments.prepare import synth as corpus
 
-    p = parser("synth", synth.__doc__)
-    corpus.add_arguments(p)
-    corpus.run(p.parse_args(argv))
+    corpus.write_corpus(**vars(args))
 
 
 COMMANDS = {f.__name__: f for f in (synth, an4, librispeech, manifest, shar)}
 
 
-def parser(name, about):
-    return argparse.ArgumentParser(prog=f"prepare_data {name}", description=about)
-
-
 @in_one_line
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    if argv[0] not in COMMANDS:
-        print(f"no corpus {argv[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    COMMANDS[argv[0]](argv[1:])
-    return 0
+    return options.dispatch(argv, __doc__, "corpus", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,15 @@ The output directory is NeMo's: tokenizer.model, tokenizer.vocab, vocab.txt; rec
 what NeMo does without --no_lower_case is --normalisation=none --lower_case.
 """
 
-import argparse
 import sys
 
+from experiments import options
 from experiments.errors import in_one_line
 
 
 @in_one_line
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.train_tokenizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("train_tokenizer", __doc__)
     parser.add_argument("sources", nargs="+", help="manifest, CutSet, Shar directory or .txt")
     parser.add_argument("--vocab_size", type=int, required=True, help="pieces, <unk> included")
     parser.add_argument("--output", required=True, help="directory of the tokenizer")
@@ -33,21 +29,16 @@ def main(argv=None):
     parser.add_argument("--character_coverage", type=float, default=1.0)
     parser.add_argument("--allow_smaller", action="store_true", help="take fewer pieces if need be")
     args = parser.parse_args(argv)
-    from jasr.data.entries import sentences
+    from jasr.data.entries import texts
+    from jasr.text.sentencepiece_model import write_directory
     from jasr.text.vocab import train
 
-    model = train.train_directory(
-        args.output,
-        sentences(args.sources),
-        args.vocab_size,
-        args.kind,
-        normalisation=args.normalisation,
-        lower_case=args.lower_case,
-        character_coverage=args.character_coverage,
-        allow_smaller=args.allow_smaller,
-    )
+    given = vars(args)
+    folder, sources = given.pop("output"), given.pop("sources")
+    model = train.train(texts(sources), **given)
+    write_directory(folder, model)
     shown = " ".join(model.texts[1:21])
-    print(f"{args.output}/tokenizer.model: {len(model.pieces)} pieces: {shown} ...")
+    print(f"{folder}/tokenizer.model: {len(model.pieces)} pieces: {shown} ...")
     return 0
 
 

@@ -9,14 +9,13 @@ the current directory unless --output_dir names another. A recording that cannot
 there (and, in JSON, as an object with "error"); the others go on and the exit status is 1.
 """
 
-import argparse
 import contextlib
 import os
 import pathlib
 import sys
 import time
 
-from experiments import huge_pages, windows
+from experiments import huge_pages, options
 from experiments.errors import in_one_line
 from jasr.recognition.formats import FORMATS, render
 from jasr.systems import catalogue
@@ -37,33 +36,22 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.transcribe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = options.parser("transcribe", __doc__, allow_abbrev=False)
     parser.add_argument("inputs", nargs="+", metavar="PATH", help="recording, or directory of them")
-    parser.add_argument("--checkpoint", required=True, help="run, step, average, .nemo ...")
-    parser.add_argument("--like", default="", help=".nemo that the weights of a .ckpt belong to")
     parser.add_argument("--format", choices=FORMATS, default="txt")
     parser.add_argument("--output_dir", default="", help="write one file a recording there")
-    parser.add_argument("--step", type=int, default=None, help="step of the run (newest)")
-    parser.add_argument("--item", default="", help="params or ema (ema if there is one)")
-    parser.add_argument("--window", type=float, default=0.0, help="s seen at once (as trained)")
-    parser.add_argument("--overlap", type=float, default=0.0, help="s two windows share (4 or 16)")
-    parser.add_argument("--batch_seconds", type=float, default=64.0, help="s of audio in one batch")
     parser.add_argument(
         "--timestamps",
-        choices=("nemo",),
+        metavar="NAME",
         default="",
-        help="in JSON, NeMo's own of characters, words and segments as well, as `timestamp`",
+        help="in JSON, times of this name that the model has besides jasr's, as `timestamp`; a "
+        "name that it does not have lists those it has",
     )
-    catalogue.add_options(parser, "transcribe")
+    options.add_recogniser(parser)
     args = parser.parse_intermixed_args(argv)
-    windows.check(parser, args)
+    args.windows = options.windows(parser, args)
     if args.timestamps and args.format != "json":
-        parser.error("--timestamps=nemo is written in JSON only: add --format=json")
+        parser.error("--timestamps are written in JSON only: add --format=json")
     return args
 
 
@@ -85,10 +73,8 @@ def transcribe(args, out):
         step=args.step,
         item=args.item,
         like=args.like,
-        window=args.window,
-        overlap=args.overlap,
-        batch_seconds=args.batch_seconds,
         timestamps=args.timestamps,
+        **args.windows,
         **catalogue.given_options(args, "transcribe"),
     )
     start, failed, missing, windows = time.perf_counter(), len(problems), 0.0, 0

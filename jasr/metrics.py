@@ -21,7 +21,10 @@ def wer(refs, hyps):
       dict with wer, cer, words, chars, sub, ins, del (of words), word_errors, char_errors, and
       per_utterance: i64[N, 4] columns word errors, words, character errors, characters.
     """
-    jiwer = _jiwer()
+    try:
+        import jiwer
+    except ImportError as e:
+        raise ImportError("word error rates need jiwer: pip install jiwer") from e
     refs, hyps = [" ".join(r.split()) for r in refs], [" ".join(h.split()) for h in hyps]
     if len(refs) != len(hyps):
         raise ValueError(f"{len(refs)} references but {len(hyps)} hypotheses")
@@ -49,21 +52,10 @@ def wer(refs, hyps):
     }
 
 
-def _jiwer():
-    try:
-        import jiwer
-    except ImportError as e:
-        raise ImportError("word error rates need jiwer: pip install jiwer") from e
-    return jiwer
-
-
 def _errors(chunks):
     """Edits in one utterance's alignment."""
-    return sum(
-        max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx)
-        for c in chunks
-        if c.type != "equal"
-    )
+    edits = [c for c in chunks if c.type != "equal"]
+    return sum(max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx) for c in edits)
 
 
 def rate(errors, total):
@@ -85,10 +77,8 @@ def interval(errors, totals, *, level=0.95, samples=2000, seed=0):
     errors, totals = np.asarray(errors, np.float64), np.asarray(totals, np.float64)
     if not len(errors) or not totals.sum():
         return (math.nan, math.nan)
-    rates = [e / max(t, 1) for e, t in _resampled(np.stack([errors, totals]), samples, seed)]
-    tail = (1 - level) / 2
-    low, high = np.quantile(rates, [tail, 1 - tail])
-    return float(low), float(high)
+    _, low, high = _bootstrap(errors, totals, level, samples, seed)
+    return low, high
 
 
 def compare(errors_a, errors_b, totals, *, level=0.95, samples=2000, seed=0):
@@ -104,23 +94,24 @@ def compare(errors_a, errors_b, totals, *, level=0.95, samples=2000, seed=0):
         raise ValueError(f"different numbers of utterances: {len(a)}, {len(b)}, {len(totals)}")
     if not totals.sum():
         return {"difference": math.nan, "low": math.nan, "high": math.nan, "p_better": math.nan}
-    draws = _resampled(np.stack([b - a, totals]), samples, seed)
-    change = np.array([d / max(t, 1) for d, t in draws])
-    tail = (1 - level) / 2
-    low, high = np.quantile(change, [tail, 1 - tail])
+    change, low, high = _bootstrap(b - a, totals, level, samples, seed)
     return {
         "difference": float((b - a).sum() / totals.sum()),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         "p_better": float(np.mean(change < 0) + 0.5 * np.mean(change == 0)),
     }
 
 
-def _resampled(columns, samples, seed):
-    """Sums of each column over `samples` bootstrap draws of utterances, f64[samples, C]."""
-    n = columns.shape[1]
+def _bootstrap(errors, totals, level, samples, seed):
+    """(rates f64[samples] of bootstrap draws of utterances, the ends of their middle `level`)."""
+    n = len(totals)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)
-    return draws @ columns.T
+    drawn_errors, drawn_totals = (draws @ np.stack([errors, totals]).T).T
+    rates = drawn_errors / np.maximum(drawn_totals, 1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(rates, [tail, 1 - tail])
+    return rates, float(low), float(high)
 
 
 class Writer:
@@ -183,18 +174,15 @@ class Writer:
 def console_line(step, values):
     """One line: the step, then each metric with four significant digits."""
 
-    def short(v):
-        return f"{v:.4g}" if isinstance(v, float) else str(v)
-
-    return f"step {int(step)}  " + "  ".join(f"{k} {short(v)}" for k, v in values.items())
+    values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
+    return f"step {int(step)}  " + "  ".join(f"{k} {v}" for k, v in values.items())
 
 
 def _plain(value):
     """A Python number, string, list or dict of a numpy or jax value."""
     if isinstance(value, (str, bool, int, float, list, dict)) or value is None:
         return value
-    array = np.asarray(value)
-    return array.item() if array.ndim == 0 else array.tolist()
+    return np.asarray(value).tolist()
 
 
 def _finite(value):
@@ -206,19 +194,17 @@ def _keep_lines(path, resume_step):
     """Drops a torn last line and, if resuming, the lines of steps after `resume_step`."""
     if not path.exists():
         return
-    kept, changed = [], False
-    for line in path.read_bytes().splitlines(keepends=True):
+    last = math.inf if resume_step is None else resume_step
+
+    def keeps(line):
         try:
-            step = json.loads(line)["step"]
+            return line.endswith(b"\n") and json.loads(line)["step"] <= last
         except (ValueError, KeyError, TypeError):
-            step = math.inf
-        if step == math.inf or not line.endswith(b"\n"):
-            changed = True
-        elif resume_step is not None and step > resume_step:
-            changed = True
-        else:
-            kept.append(line)
-    if changed:
+            return False
+
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if keeps(line)]
+    if kept != lines:
         temporary = path.with_suffix(".jsonl.tmp")
         temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
@@ -228,8 +214,6 @@ def progress(iterable, *, total=None, label=""):
     """`iterable` with a progress bar on standard error where that is a terminal, else as it is."""
     if not sys.stderr.isatty():
         return iterable
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return iterable
+    from tqdm import tqdm
+
     return tqdm(iterable, total=total, desc=label, leave=False, file=sys.stderr)

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 Variables = Mapping[str, Any]  # {"params": nested dict, "batch_stats": nested dict}
-Batch = Mapping[
-    str, Any
-]  # {name: array [B, ...]}: rows first in every leaf; "index" i64[B], -1 pads
+# {name: array [B, ...]}: rows first in every leaf; "index" i64[B], -1 pads
+Batch = Mapping[str, Any]
 Bucket = tuple[int, ...]  # (rows of all processes, *one size for each of Layout.axes)
 
 
@@ -73,12 +72,12 @@ class Layout(Protocol):
         """ "8 x 7.00 s, 96 tokens"  [logs]"""
 
     def empty(self, bucket: Bucket) -> Batch:
-        """A batch of padding rows, numpy.  [data.batches, training.loop, recognition]"""
+        """A batch of padding rows, numpy.  [data.batches, training.loop, commands]"""
 
     def fill(self, batch: Batch, row: int, items: Sequence[Item], words) -> None:
         """Writes items into an empty row (but not its "index"), reading their pieces; u64[m,2]
         words as in `drawn`. data.config.ItemError names the item that cannot be read.
-        [data.batches, recognition, commands]"""
+        [data.batches, commands]"""
 
 
 @dataclasses.dataclass(frozen=True)

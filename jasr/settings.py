@@ -17,46 +17,6 @@ class RecipeError(Exception):
     """
 
 
-def section(cls):
-    """A frozen dataclass of settings whose fields are checked whenever one is made.
-
-    What two fields say together stays in its `__post_init__`, which comes after that.
-    """
-    together = cls.__dict__.get("__post_init__", lambda self: None)
-
-    def checked(self):
-        check(self, cls.__name__)
-        together(self)
-
-    cls.__post_init__ = checked
-    return dataclasses.dataclass(frozen=True)(cls)
-
-
-def field(
-    default=dataclasses.MISSING,
-    *,
-    least=None,
-    most=None,
-    above=None,
-    below=None,
-    choices=None,
-    meaning=None,
-):
-    """A field of a `section` with what its values may be.
-
-    Args:
-      default: its value where nothing is said.
-      least, most, above, below: limits of a number (of each, for a sequence of numbers). A default
-        of None may be kept.
-      choices: the values that it may have.
-      meaning: whether the field decides what trained weights mean; a function of the settings that
-        says so; None: as the section that it stands in.
-    """
-    rules = {"least": least, "most": most, "above": above, "below": below, "choices": choices}
-    rules = {name: rule for name, rule in rules.items() if rule is not None}
-    return dataclasses.field(default=default, metadata={**rules, "meaning": meaning})
-
-
 _LIMITS = {
     "least": ("at least", operator.ge),
     "most": ("at most", operator.le),
@@ -65,14 +25,37 @@ _LIMITS = {
 }
 
 
-def check(values, where):
-    """Nothing, if every field of a `section` keeps the limits that it was declared with.
+def section(cls):
+    """A frozen dataclass of settings whose fields are checked whenever one is made.
 
-    Raises:
-      SettingsError: names the key, the limits and the value.
+    What two fields say together stays in its `__post_init__`, which comes after that.
     """
-    for item in dataclasses.fields(values):
-        _check_value(item, getattr(values, item.name), f"{where}.{item.name}")
+    together = cls.__dict__.get("__post_init__", lambda self: None)
+
+    def checked(self):
+        for item in dataclasses.fields(self):
+            _check_value(item, getattr(self, item.name), f"{cls.__name__}.{item.name}")
+        together(self)
+
+    cls.__post_init__ = checked
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def field(default=dataclasses.MISSING, *, choices=None, meaning=None, **limits):
+    """A field of a `section` with what its values may be.
+
+    Args:
+      default: its value where nothing is said.
+      choices: the values that it may have.
+      meaning: whether the field decides what trained weights mean; a function of the settings that
+        says so; None: as the section that it stands in.
+      limits: least, most, above, below: of a number (of each, for a sequence of numbers). A default
+        of None may be kept.
+    """
+    if unknown := limits.keys() - _LIMITS:
+        raise TypeError(f"no limits of a field: {unknown}")
+    rules = limits if choices is None else {**limits, "choices": choices}
+    return dataclasses.field(default=default, metadata={**rules, "meaning": meaning})
 
 
 def _check_value(item, value, where):

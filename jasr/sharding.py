@@ -88,13 +88,10 @@ def like_params(state, params, shardings, mesh):
     where = tree.flatten(shardings)
 
     def one(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        parts = name.split("/")
-        for i in range(len(parts)):
-            tail = "/".join(parts[i:])
-            if shapes.get(tail) == tuple(leaf.shape):
-                return where[tail]
-        return NamedSharding(mesh, P())
+        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        tails = ("/".join(parts[i:]) for i in range(len(parts)))
+        mirrored = (where[tail] for tail in tails if shapes.get(tail) == tuple(leaf.shape))
+        return next(mirrored, NamedSharding(mesh, P()))
 
     return jax.tree_util.tree_map_with_path(one, state)
 
@@ -184,6 +181,11 @@ def differing(names, digests):
     return wrong
 
 
+def _place(address, processes, process):
+    """Arguments of `jax.distributed.initialize`."""
+    return dict(coordinator_address=address, num_processes=processes, process_id=process)
+
+
 def _from_environment(env):
     """Arguments of `jax.distributed.initialize` by torchrun's or Open MPI's variables, or None."""
     if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
@@ -198,11 +200,7 @@ def _from_environment(env):
     # torchrun's own store listens on MASTER_PORT.
     port = int(env.get("MASTER_PORT", "12355"))
     port += env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    found = {
-        "coordinator_address": f"{env['MASTER_ADDR']}:{port}",
-        "num_processes": int(env[size]),
-        "process_id": int(env[rank]),
-    }
+    found = _place(f"{env['MASTER_ADDR']}:{port}", int(env[size]), int(env[rank]))
     alone = int(env.get(local_size, "1")) == 1 or local_rank not in env
     own = env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0  # the launcher gave it one device
     if not (alone or own or "JAX_LOCAL_DEVICE_IDS" in env):
@@ -215,9 +213,8 @@ def init_distributed(coordinator="", num_processes=0, process_id=-1, env=None):
 
     The order is: explicit values, torchrun-style variables (RANK, WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT), Open MPI's with MASTER_ADDR, then what JAX detects by itself (Slurm, Open MPI 4).
-    Without any of these this is a single process and nothing is started. Where variables tell of
-    several processes on a host, each takes the accelerator of its local rank; others are chosen
-    with JAX_LOCAL_DEVICE_IDS (e.g. "0,1").
+    Without any of these nothing is started. Where variables tell of several processes on a host,
+    each takes the accelerator of its local rank, or those of JAX_LOCAL_DEVICE_IDS (e.g. "0,1").
 
     Raises:
       ValueError: some but not all of the explicit values are given.
@@ -229,14 +226,9 @@ def init_distributed(coordinator="", num_processes=0, process_id=-1, env=None):
             "several processes need all three: --coordinator=HOST:PORT, --num_processes and "
             f"--process_id; got {coordinator!r}, {num_processes}, {process_id}"
         )
+    found = _from_environment(env)
     if all(given):
-        found = {
-            "coordinator_address": coordinator,
-            "num_processes": num_processes,
-            "process_id": process_id,
-        }
-    else:
-        found = _from_environment(env)
+        found = _place(coordinator, num_processes, process_id)
     if found is not None and found["num_processes"] == 1:
         return False
     slurm = int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env

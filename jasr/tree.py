@@ -5,6 +5,7 @@ regex grammar over these names does sharding, freezing, learning-rate multiplier
 and partial restore: full match, first match wins, and it is strict in both directions.
 """
 
+import math
 import re
 
 
@@ -57,22 +58,18 @@ def match(rules, paths, *, what="rule", optional=False):
       TreeError: a path that no rule matches, or a rule that matches no path at all.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
-    used = [False] * len(compiled)
-    result, uncovered = {}, []
+    result, uncovered, used = {}, [], set()
     for path in paths:
-        first = True
-        for i, (pattern, value) in enumerate(compiled):
-            if pattern.fullmatch(path):
-                used[i] = True
-                if first:
-                    result[path] = value
-                    first = False
-        if first and not optional:
+        fits = [i for i, (pattern, _) in enumerate(compiled) if pattern.fullmatch(path)]
+        used.update(fits)
+        if fits:
+            result[path] = compiled[fits[0]][1]
+        elif not optional:
             uncovered.append(path)
     problems = []
     if uncovered:
         problems.append(f"no {what} matches " + ", ".join(uncovered))
-    dead = [rules[i][0] for i, hit in enumerate(used) if not hit]
+    dead = [pattern.pattern for i, (pattern, _) in enumerate(compiled) if i not in used]
     if dead:
         problems.append(f"{what}s that match nothing: " + ", ".join(map(repr, dead)))
     if problems:
@@ -82,10 +79,10 @@ def match(rules, paths, *, what="rule", optional=False):
 
 def split(tree, chosen):
     """(the leaves whose path is in `chosen`, the others), as two trees."""
-    flat = flatten(tree)
-    ours = {p: v for p, v in flat.items() if p in chosen}
-    rest = {p: v for p, v in flat.items() if p not in chosen}
-    return unflatten(ours), unflatten(rest)
+    sides = ({}, {})
+    for path, leaf in flatten(tree).items():
+        sides[path not in chosen][path] = leaf
+    return tuple(map(unflatten, sides))
 
 
 def merge(*trees):
@@ -108,9 +105,7 @@ def differences(want, got, *, dtype=False):
     want, got = flatten(want), flatten(got)
     lines = [f"- {p} {tuple(want[p].shape)}" for p in want if p not in got]
     lines += [f"+ {p} {tuple(got[p].shape)}" for p in got if p not in want]
-    for p in want:
-        if p not in got:
-            continue
+    for p in (p for p in want if p in got):
         if tuple(want[p].shape) != tuple(got[p].shape):
             lines.append(f"~ {p} is {tuple(got[p].shape)}, wanted {tuple(want[p].shape)}")
         elif dtype and want[p].dtype != got[p].dtype:
@@ -133,10 +128,4 @@ def compare(want, got, *, dtype=False, what="tree"):
 
 def count(tree):
     """The number of elements in all leaves."""
-    total = 0
-    for leaf in flatten(tree).values():
-        n = 1
-        for d in leaf.shape:
-            n *= int(d)
-        total += n
-    return total
+    return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())

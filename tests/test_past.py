@@ -77,7 +77,7 @@ def moved(workdir, step, path):
 
 def plan_of(train_data):
     """What make.py kept of the plan of an opened training set: three epochs."""
-    plan, rows, position = train_data.loader.plan, [], 0
+    plan, rows, position = train_data.plan, [], 0
     while plan.locate(position)[0] < 3:
         epoch, bucket, members = plan.batch(position)
         rows.append([epoch, bucket, [drawn(row, train_data) for row in members]])
@@ -94,7 +94,7 @@ def plan_of(train_data):
 def drawn(row, train_data):
     """[utterances, speeds, samples of silence before each] of a row."""
     words, layout = np.asarray(row.words, np.uint64), train_data.layout
-    gaps = layout.gaps(words).tolist() if train_data.loader.cfg.concat > 1 else [0] * len(words)
+    gaps = layout.gaps(words).tolist() if train_data.cfg.concat > 1 else [0] * len(words)
     return [list(row.items), layout.speeds(words).tolist(), [0, *gaps[1:]]]
 
 

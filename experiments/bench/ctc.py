@@ -7,16 +7,14 @@ log-softmax included. PyTorch gets the faster of its two usual layouts. Losses a
 compared first, with PyTorch in float64.
 """
 
-import argparse
-
 import numpy as np
 
 from experiments.bench import timing
 
 
-def problem(B, T, U, V, seed=0):
+def problem(B, T, U, V):
     """Random logits and ragged, feasible lengths; blank 0."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     logits = rng.standard_normal((B, T, V), dtype=np.float32)
     logit_len = rng.integers(3 * T // 4, T + 1, B).astype(np.int32)
     token_len = rng.integers(3 * U // 4, U + 1, B).astype(np.int32)
@@ -26,30 +24,24 @@ def problem(B, T, U, V, seed=0):
 
 
 def jasr_side(logits, logit_len, tokens, token_len):
-    import jax
-
     from jasr.losses.ctc import ctc_loss
 
-    def total(logits):
-        return ctc_loss(logits, logit_len, tokens, token_len)[0].sum()
-
-    step = jax.jit(jax.value_and_grad(total))
-    logits = jax.numpy.asarray(logits)
-    return lambda: jax.block_until_ready(step(logits))
+    return in_jax(lambda x: ctc_loss(x, logit_len, tokens, token_len)[0].sum(), logits)
 
 
 def optax_side(logits, logit_len, tokens, token_len):
-    import jax
     import optax
 
     frame_pad = (np.arange(logits.shape[1]) >= logit_len[:, None]).astype(np.float32)
     token_pad = (np.arange(tokens.shape[1]) >= token_len[:, None]).astype(np.float32)
+    return in_jax(lambda x: optax.ctc_loss(x, frame_pad, tokens, token_pad).sum(), logits)
 
-    def total(logits):
-        return optax.ctc_loss(logits, frame_pad, tokens, token_pad).sum()
 
-    step = jax.jit(jax.value_and_grad(total))
-    logits = jax.numpy.asarray(logits)
+def in_jax(loss, logits):
+    """Thunk -> loss and its gradient."""
+    import jax
+
+    step, logits = jax.jit(jax.value_and_grad(loss)), jax.numpy.asarray(logits)
     return lambda: jax.block_until_ready(step(logits))
 
 
@@ -75,10 +67,7 @@ def torch_side(logits, logit_len, tokens, token_len, time_major, double=False):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in dict(B=8, T=500, U=100, V=1025, rounds=21).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(argv)
+    args = timing.parser("ctc", __doc__, B=8, T=500, U=100, V=1025, rounds=21).parse_args(argv)
     inputs = problem(args.B, args.T, args.U, args.V)
     sides = {
         "jasr": jasr_side(*inputs),
@@ -99,4 +88,3 @@ def main(argv=None):
     peer = min(("torch [B,T,V]", "torch [T,B,V]"), key=lambda n: np.median(times[n]))
     title = f"CTC loss + gradient, B{args.B} T{args.T} U{args.U} V{args.V} float32"
     timing.report(title, times, peer=peer, ours="jasr", extra=lines)
-    return 0

@@ -8,27 +8,26 @@ The layer is LaCT ASR's of the Base size: projections, sliding-window attention 
 fast weights with momentum, chunks apply-then-update, with and without Muon. PyTorch's attention is
 its own fused kernel with the band as a mask. Both sides take the same arrays to the output and the
 gradients of input and parameters; these are compared first. Each side is timed, in turns with the
-other, in a process of its own: once PyTorch has run in a process, jasr is slower there. Peak
-memory is the growth of the resident set over one call, again in a process of each side.
+other, in a process of its own: once PyTorch has run in a process, jasr is slower there.
 """
 
 import argparse
-import ctypes
-import dataclasses
-import json
+import itertools
 import os
-import subprocess
-import sys
 
 import numpy as np
 
 from experiments.bench import timing
 
 DEVICE_CHUNKS = (256, 1024, 2048)
-PEAK_FLOPS = 989e12  # H100 and H200, dense bf16
+SIZES = {  # of --device-report
+    "Base": dict(hidden=768, heads=12, lact_heads=4),
+    "Improved": dict(hidden=1024, heads=16, lact_heads=8),
+    "one big head": dict(hidden=768, heads=12, lact_heads=1),
+}
 
 
-def settings(args, muon):
+def settings(args):
     """The layer's LactConfig."""
     from jasr.systems.lact.settings import LactConfig
 
@@ -40,37 +39,39 @@ def settings(args, muon):
         window_size=args.chunk,
         rope_theta=1e6,
         fw_base_lr=0.01,
-        use_muon=muon,
+        use_muon=args.muon == "on",
         initializer_range=args.hidden**-0.5,
         lact_mode="causal",
         dtype=args.dtype,
     )
 
 
-def problem(config, batch, frames, seed=0):
-    """Random parameters {path: f32}, input and cotangent [B, L, D]."""
+def problem(args):
+    """LactConfig, random parameters {path: f32}, input and cotangent [B, L, D]."""
     import jax
 
     from jasr import tree
     from jasr.layers.attention import rope_table
     from jasr.systems.lact.layer import LactLayer
 
+    config = settings(args)
+
     def init():
         table = rope_table(1, config.head_dim, config.rope_theta)
         x = np.zeros((1, 1, config.hidden_size), np.float32)
-        return LactLayer(config).init(jax.random.key(seed), x, np.array([1]), table)
+        return LactLayer(config).init(jax.random.key(0), x, np.array([1]), table)
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     params = {k: np.array(v) for k, v in tree.flatten(jax.jit(init)()["params"]).items()}
     for name in params:
         if name.endswith("bias"):
             params[name] = 0.1 * rng.standard_normal(params[name].shape, dtype=np.float32)
-    shape = (batch, frames, config.hidden_size)
-    return params, *(rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    shape = (args.batch, args.frames, config.hidden_size)
+    return config, params, *(rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
 
 
-def jasr_side(config, params, x, cotangent):
-    """(thunk -> out, grads of x, grads of params; bytes that the compiled step needs)."""
+def jasr_side(args):
+    """Thunk -> out, gradients of x, gradients of params {path: array}."""
     import jax
     import jax.numpy as jnp
 
@@ -78,9 +79,9 @@ def jasr_side(config, params, x, cotangent):
     from jasr.layers.attention import rope_table
     from jasr.systems.lact.layer import LactLayer
 
-    frames = x.shape[1]
-    length = jnp.full(x.shape[0], frames)
-    table = rope_table(frames, config.head_dim, config.rope_theta)
+    config, params, x, cotangent = problem(args)
+    length = jnp.full(args.batch, args.frames)
+    table = rope_table(args.frames, config.head_dim, config.rope_theta)
 
     def step(params, x, cotangent):
         def layer(params, x):
@@ -90,33 +91,32 @@ def jasr_side(config, params, x, cotangent):
         d_params, d_x = vjp(cotangent.astype(out.dtype))
         return out, d_x, d_params
 
-    args = jax.device_put((tree.unflatten(params), jnp.asarray(x, config.dtype), cotangent))
-    compiled = jax.jit(step).lower(*args).compile()
-    memory = compiled.memory_analysis()
+    given = jax.device_put((tree.unflatten(params), jnp.asarray(x, config.dtype), cotangent))
+    compiled = jax.jit(step).lower(*given).compile()
 
     def call():
-        out, d_x, d_params = jax.block_until_ready(compiled(*args))
+        out, d_x, d_params = jax.block_until_ready(compiled(*given))
         return out, d_x, tree.flatten(d_params)
 
-    return call, memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return call
 
 
-def torch_side(config, params, x, cotangent, device="cpu", compiled=False):
-    """Thunk -> out, grads of x, grads of params; 16-bit settings run under autocast."""
+def torch_side(args, device="cpu", compiled=False):
+    """The same of eager or compiled PyTorch; 16-bit settings run under autocast."""
     import torch
 
     from experiments.bench import lact_torch
     from jasr.layers.attention import rope_table, visible
 
     torch.set_num_threads(timing.threads())
-    frames = x.shape[1]
+    config, params, x, cotangent = problem(args)
     half = config.dtype == "bfloat16"
     to = dict(device=device)
     cos, sin = (
         torch.tensor(np.asarray(t), **to)[None, :, None]
-        for t in rope_table(frames, config.head_dim, config.rope_theta)
+        for t in rope_table(args.frames, config.head_dim, config.rope_theta)
     )
-    every = np.arange(frames)
+    every = np.arange(args.frames)
     band = torch.tensor(visible(every, every, causal=True, window=config.window_size), **to)
     p = {k: torch.tensor(v, **to).requires_grad_(True) for k, v in params.items()}
     x = torch.tensor(x, **to).requires_grad_(True)
@@ -140,7 +140,7 @@ def error(got, want):
     return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
 
 
-def compare(ours, theirs, muon):
+def compare(ours, theirs, args):
     """Prints the differences of both sides' results; raises where they are not the same layer.
 
     The bias of the rates is left out: with Muon its gradient is what remains when terms hundreds
@@ -151,104 +151,40 @@ def compare(ours, theirs, muon):
     names = [k for k in mine[2] if k != "lr_proj/bias"]
     worst, name = max((error(mine[2][k], other[2][k]), k) for k in names)
     print(f"  largest difference: out {out:.1e}, d input {x:.1e}, d {name} {worst:.1e}")
-    limit = 1e-3 if muon else 1e-4
+    limit = 1e-3 if args.muon == "on" else 1e-4
     if not (out <= limit and x <= 3 * limit and worst <= 3 * limit):
         raise SystemExit("the two sides do not compute the same layer")
 
 
-def forward_flops(config, batch, frames):
+def forward_flops(args):
     """{part: floating-point operations of one forward pass}, by the analytic count."""
     from experiments.bench import lact_flops
 
-    return {part: batch * n for part, n in lact_flops.layer(config, frames).items()}
+    found = lact_flops.layer(settings(args), args.frames)
+    return {part: args.batch * n for part, n in found.items()}
 
 
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def resident(key):
-    """VmRSS or VmHWM of this process in bytes (Linux)."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
-
-
-def trim():
-    """Gives unused memory back; the high-water mark VmHWM starts again."""
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-
-
-def growth(call):
-    """Bytes by which the resident set rises, at its highest, over one call."""
-    trim()
-    before = resident("VmRSS")
-    results = call()
-    high = resident("VmHWM")
-    del results
-    return high - before
-
-
-def thunk(side, args, frames):
-    """The step of one side on so many frames."""
-    config = settings(args, args.muon == "on")
-    make = torch_side if side == "torch" else lambda *a: jasr_side(*a)[0]
-    return make(config, *problem(config, args.batch, frames))
-
-
-def memory_of(side, args):
-    """Prints JSON: growth of the resident set over one step of one side, without its warm-up.
-
-    The warm-up is the same step on three chunks: libraries, thread pools and code are loaded then.
-    """
-    thunk(side, args, 3 * args.chunk)()
-    print(json.dumps({"bytes": growth(thunk(side, args, args.frames))}))
-
-
-def command(task, side, args, muon):
-    """The command line of this module that does `task` ("memory_of", "serve") for a side."""
-    options = ("frames", "batch", "hidden", "heads", "lact_heads", "chunk", "dtype")
-    line = [sys.executable, "-m", "experiments.bench.lact", f"--{task}={side}"]
-    line += [f"--{k}={getattr(args, k)}" for k in options]
-    return [*line, f"--muon={'on' if muon else 'off'}"]
-
-
-def memory(side, args, muon):
-    """Bytes of `memory_of` in a fresh process."""
-    line = command("memory_of", side, args, muon)
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(line)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["bytes"]
+def changed(args, **values):
+    """The options with some of them replaced."""
+    return argparse.Namespace(**vars(args) | values)
 
 
 # ---- reports -------------------------------------------------------------------------------------
 
 
 def cpu_report(args):
-    print(
-        f"LaCT layer, forward + backward, {args.batch} x {args.frames} frames; {timing.machine()}"
-    )
-    for muon in {"both": (False, True), "off": (False,), "on": (True,)}[args.muon]:
-        config = settings(args, muon)
-        arrays = problem(config, args.batch, args.frames)
-        ours, compiled_bytes = jasr_side(config, *arrays)
-        theirs = torch_side(config, *arrays)
-        compare(ours, theirs, muon)
-        del ours, theirs
-        sides = {"jasr": "jasr", "torch eager": "torch"}
-        lines = {name: command("serve", side, args, muon) for name, side in sides.items()}
+    shape = f"{args.batch} x {args.frames} frames"
+    print(f"LaCT layer, forward + backward, {shape}; {timing.machine()}")
+    sides = {"jasr": jasr_side, "torch eager": torch_side}
+    for muon in ("off", "on") if args.muon == "both" else (args.muon,):
+        run = changed(args, muon=muon)
+        compare(jasr_side(run), torch_side(run), run)
+        lines = {name: timing.served(side, run) for name, side in sides.items()}
         times = timing.in_turns(lines, args.rounds)
-        flops = forward_flops(config, args.batch, args.frames)
-        extra = [f"forward GFLOP: {', '.join(f'{k} {v / 1e9:.1f}' for k, v in flops.items())}"]
-        if os.path.exists("/proc/self/clear_refs"):
-            used = {side: memory(side, args, muon) for side in ("jasr", "torch")}
-            extra.append(
-                f"peak memory: jasr {used['jasr'] / 2**20:.0f} MiB "
-                f"(compiled: {compiled_bytes / 2**20:.0f}), torch {used['torch'] / 2**20:.0f} MiB, "
-                f"ratio {used['jasr'] / used['torch']:.2f}"
-            )
-        title = f"layer {'with' if muon else 'without'} Muon, chunk {args.chunk}"
+        counted = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in forward_flops(run).items())
+        memory = timing.peak_memory(sides, [run], [changed(run, frames=3 * args.chunk)])
+        title = f"layer {'with' if muon == 'on' else 'without'} Muon, chunk {args.chunk}"
+        extra = [f"forward GFLOP: {counted}", *memory]
         timing.report(title, times, ours="jasr", peer="torch eager", extra=extra)
 
 
@@ -267,63 +203,38 @@ def device_report(args):
     except ImportError:
         with_torch = False
     print(f"LaCT layer in bf16, forward + backward; {timing.machine()}")
-    base = dict(hidden=768, heads=12, lact_heads=4)
-    improved = dict(hidden=1024, heads=16, lact_heads=8)
-    sizes = {"Base": base, "Improved": improved, "one big head": dict(base, lact_heads=1)}
-    for (name, size), chunk in ((s, c) for s in sizes.items() for c in DEVICE_CHUNKS):
-        for muon in (False, True):
-            run = argparse.Namespace(**vars(args) | size | dict(chunk=chunk, dtype="bfloat16"))
-            config = settings(run, muon)
-            arrays = problem(config, args.batch, args.frames)
-            thunks = {"jasr": jasr_side(config, *arrays)[0]}
-            if with_torch:
-                thunks["torch eager"] = torch_side(config, *arrays, device="cuda")
-                compiled = torch_side(config, *arrays, device="cuda", compiled=True)
-                thunks["torch.compile"] = compiled
-                single = dataclasses.replace(config, dtype="float32")
-                want = torch_side(single, *arrays, device="cuda")()[0].cpu()
-                for side in thunks:
-                    got = thunks[side]()[0]
-                    got = got.float().cpu() if hasattr(got, "cpu") else got
-                    print(f"  {side}: out differs by {error(got, want):.1e} from torch f32")
-            times = timing.interleave(thunks, rounds=args.rounds, warmup=2)
-            flops = 3 * sum(forward_flops(config, args.batch, args.frames).values())
-            extra = []
-            for side, seconds in times.items():
-                middle = timing.quartiles(seconds)[1]
-                extra.append(
-                    f"{side}: {args.batch * args.frames / middle:,.0f} tokens/s, "
-                    f"{100 * flops / middle / args.peak_flops:.1f} % of the peak"
-                )
-            title = f"{name}, chunk {chunk}, Muon {'on' if muon else 'off'}"
-            peer = "torch eager" if with_torch else None
-            timing.report(title, times, ours="jasr", peer=peer, extra=extra)
+    for name, chunk, muon in itertools.product(SIZES, DEVICE_CHUNKS, ("off", "on")):
+        run = changed(args, **SIZES[name], chunk=chunk, muon=muon, dtype="bfloat16")
+        thunks = {"jasr": jasr_side(run)}
+        if with_torch:
+            thunks["torch eager"] = torch_side(run, "cuda")
+            thunks["torch.compile"] = torch_side(run, "cuda", compiled=True)
+            want = torch_side(changed(run, dtype="float32"), "cuda")()[0].cpu()
+            for side, thunk in thunks.items():
+                got = thunk()[0]
+                got = got if side == "jasr" else got.float().cpu()
+                print(f"  {side}: out differs by {error(got, want):.1e} from torch f32")
+        times = timing.interleave(thunks, rounds=args.rounds, warmup=2)
+        extra = timing.speeds(times, args.batch * args.frames, "tokens")
+        flops = 3 * sum(forward_flops(run).values())
+        for side, seconds in times.items():
+            share = flops / timing.quartiles(seconds)[1] / args.peak_flops
+            extra.append(f"{side}: {100 * share:.1f} % of the peak")
+        title = f"{name}, chunk {chunk}, Muon {muon}"
+        peer = "torch eager" if with_torch else None
+        timing.report(title, times, ours="jasr", peer=peer, extra=extra)
     return 0
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    defaults = dict(
-        frames=4096, batch=1, hidden=768, heads=12, lact_heads=4, chunk=512, rounds=7
-    )  # fmt: skip
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    numbers = dict(frames=4096, batch=1, hidden=768, heads=12, lact_heads=4, chunk=512, rounds=7)
+    parser = timing.parser("lact", __doc__, **numbers)
     parser.add_argument("--muon", choices=("both", "on", "off"), default="both")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device-report", action="store_true", help="GPU, bf16, several sizes")
-    parser.add_argument("--peak_flops", type=float, default=PEAK_FLOPS)
-    for task in ("memory_of", "serve"):
-        parser.add_argument(f"--{task}", choices=("jasr", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak_flops", type=float, default=989e12, help="H100 and H200, bf16")
     args = parser.parse_args(argv)
     chunk = max(DEVICE_CHUNKS) if args.device_report else args.chunk
     if args.frames <= chunk:
         parser.error(f"--frames must be above the chunk, {chunk}: else nothing is ever updated")
-    if args.memory_of:
-        return memory_of(args.memory_of, args)
-    if args.serve:
-        return timing.serve(thunk(args.serve, args, args.frames))
     return device_report(args) if args.device_report else cpu_report(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,13 +3,12 @@
     python -m experiments.benchmark loader [--manifest=train.jsonl --rounds=5 --threads 0 1 2 4]
     python -m experiments.benchmark loader --rows=1000000        index and plan of so many rows
 
-Without a manifest, a corpus of FLAC files is made (noise shaped like speech, 1 to 12 s). The peer
-is lhotse where it is installed: DynamicBucketingSampler, recordings read and padded by lhotse's
-collation, in this process, over the same files, with the same seconds of audio in a batch; all
-sides without threads first. Files are in the page cache for both.
+Without a manifest, a corpus of so many FLAC files is made (noise shaped like speech, 1 to 12 s).
+The peer is lhotse where it is installed: DynamicBucketingSampler, recordings read and padded by
+lhotse's collation, in this process, over the same files, with the same seconds of audio in a batch;
+all sides without threads first. Files are in the page cache for both.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -23,22 +22,19 @@ from experiments.bench import timing
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = timing.parser("loader", __doc__, utterances=400, rounds=5, rows=0)
     parser.add_argument("--manifest", default="", help="default: a corpus made for the purpose")
-    parser.add_argument("--utterances", type=int, default=400, help="of the corpus made")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="*", default=[0, 1, 2, 4])
-    parser.add_argument("--rows", type=int, default=0, help="only index and plan of so many rows")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         print(timing.machine())
         if args.rows:
-            return many_rows(folder, args.rows)
-        manifest = args.manifest or make_corpus(folder, args.utterances)
-        throughput(manifest, args)
-        resuming(manifest)
-    return 0
+            many_rows(folder, args.rows)
+        else:
+            manifest = args.manifest or make_corpus(folder, args.utterances)
+            throughput(manifest, args)
+            resuming(manifest)
 
 
 def encode(text):
@@ -74,7 +70,7 @@ def opened(manifest, **change):
 def one_epoch(train, start=0):
     """Reads the batches of one epoch from position `start` on."""
     stream = train.iterate(start)
-    for _ in range(len(train.loader.plan.epoch(0).bucket)):
+    for _ in range(len(train.plan.epoch(0).bucket)):
         next(stream)
     stream.close()
 
@@ -83,11 +79,10 @@ def throughput(manifest, args):
     index_start = time.perf_counter()
     first = opened(manifest)
     index_seconds = time.perf_counter() - index_start
-    seconds = float(first.loader.index.duration.sum())
+    seconds = float(first.index.duration.sum())
     print(first.describe())
     print(f"index, buckets and plan: {1e3 * index_seconds:.0f} ms")
     plain = {n: opened(manifest, cache_audio=False, num_threads=n) for n in args.threads}
-    same_batches(plain.values())
     peer, alone = lhotse_epoch(manifest, first), next(iter(plain.values()))
     for name, epoch in (("jasr", lambda: one_epoch(alone)), ("lhotse", peer)):
         if epoch:
@@ -99,44 +94,26 @@ def throughput(manifest, args):
     thunks = {f"decoding, {n} threads": lambda t=t: one_epoch(t) for n, t in plain.items()}
     if peer:
         thunks["lhotse, 0 threads"] = peer
-    show("an epoch, decoded anew", thunks, seconds, args, peer)
+    show("an epoch, decoded anew", thunks, seconds, args, peer and "lhotse, 0 threads")
     speeds = {"speeds": (0.9, 1.0, 1.1), "cache_mb": 1 << 20}
     warm = {n: opened(manifest, num_threads=n, **speeds) for n in args.threads}
     for train in warm.values():
         fill(train)
     thunks = {f"cached, {n} threads": lambda t=t: one_epoch(t) for n, t in warm.items()}
-    show("an epoch at three speeds, cached", thunks, seconds, args, None)
-    cold = opened(manifest, cache_audio=False, num_threads=0, **{"speeds": (0.9, 1.1)})
-    thunks = {"stretching, 0 threads": lambda: one_epoch(cold)}
-    show("an epoch, every utterance stretched anew", thunks, seconds, args, None)
+    show("an epoch at three speeds, cached", thunks, seconds, args)
 
 
 def fill(train):
     """Decodes and stretches everything into the cache."""
-    for row in range(len(train.loader.index)):
-        for speed in train.loader.cfg.speeds:
-            train.layout.pcm(train.loader.index.pieces_of(row), speed)
+    for row in range(len(train.index)):
+        for speed in train.cfg.speeds:
+            train.layout.pcm(train.index.pieces_of(row), speed)
 
 
-def same_batches(trains):
-    """Raises unless all give the same first batches."""
-    streams = [t.iterate() for t in trains]
-    for _ in range(3):
-        batches = [next(s)[-1] for s in streams]
-        for other in batches[1:]:
-            assert all(np.array_equal(batches[0][k], other[k]) for k in other), "batches differ"
-    for s in streams:
-        s.close()
-
-
-def show(title, thunks, seconds, args, peer):
+def show(title, thunks, seconds, args, peer=None):
     times = timing.interleave(thunks, args.rounds)
-    extra = [
-        f"{name:<28} {seconds / timing.quartiles(values)[1]:10,.0f} audio-seconds a second"
-        for name, values in times.items()
-    ]
-    ours = next(iter(thunks))
-    timing.report(title, times, ours=ours, peer="lhotse, 0 threads" if peer else None, extra=extra)
+    extra = timing.speeds(times, seconds)
+    timing.report(title, times, ours=next(iter(thunks)), peer=peer, extra=extra)
 
 
 def lhotse_epoch(manifest, train):
@@ -160,7 +137,7 @@ def lhotse_epoch(manifest, train):
         cut = MonoCut(recording.id, 0.0, recording.duration, 0, [spoken], recording=recording)
         cuts.append(cut.resample(16000) if recording.sampling_rate != 16000 else cut)
     for row, cut in enumerate(cuts[:5]):
-        ours = train.layout.pcm(train.loader.index.pieces_of(row)) * np.float32(2**-15)
+        ours = train.layout.pcm(train.index.pieces_of(row)) * np.float32(2**-15)
         if cut.recording.sampling_rate == 16000 and not cut.recording.transforms:
             assert np.array_equal(cut.load_audio()[0], ours), f"lhotse reads {cut.id} differently"
     cuts = CutSet.from_cuts(cuts)
@@ -178,39 +155,41 @@ def lhotse_epoch(manifest, train):
 
 def resuming(manifest):
     """Prints the seconds from nothing to the first batch, at the start and far into training."""
-    for name, change in (("plain", {}), ("three speeds", {"speeds": (0.9, 1.0, 1.1)})):
-        for position in (0, 1000, 100_000):
-            train = opened(manifest, num_threads=0, **change)
-            start = time.perf_counter()
-            epoch = train.epoch_of(position)
-            next(train.iterate(position))
-            spent = time.perf_counter() - start
-            print(f"  {name}: batch {position:>7,} (epoch {epoch}) after {1e3 * spent:7.1f} ms")
+    for position in (0, 1000, 100_000):
+        train = opened(manifest, num_threads=0, speeds=(0.9, 1.0, 1.1))
+        start = time.perf_counter()
+        epoch = train.epoch_of(position)
+        next(train.iterate(position))
+        spent = time.perf_counter() - start
+        print(f"  batch {position:>7,} (epoch {epoch}) after {1e3 * spent:7.1f} ms")
 
 
 def many_rows(folder, count):
     """Prints the time and memory of index and plan of a manifest of `count` rows."""
-    import resource
+    from experiments.prepare.manifest import write_manifest
 
     rng = np.random.default_rng(0)
-    with open(folder / "m.jsonl", "w", encoding="utf-8") as f:
-        for i, seconds in enumerate(rng.gamma(4.0, 2.5, count).clip(1, 30).round(3).tolist()):
-            entry = {"audio_filepath": f"part-{i % 1000:03d}/utterance-{i:09d}.flac"}
-            entry |= {"duration": seconds, "text": "some words that were said " * int(seconds / 2)}
-            f.write(json.dumps(entry) + "\n")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    train = opened(folder / "m.jsonl")
+    durations = rng.gamma(4.0, 2.5, count).clip(1, 30).round(3).tolist()
+    entries = (
+        {
+            "audio_filepath": f"part-{i % 1000:03d}/utterance-{i:09d}.flac",
+            "duration": seconds,
+            "text": "some words that were said " * int(seconds / 2),
+        }
+        for i, seconds in enumerate(durations)
+    )
+    manifest = write_manifest(folder / "m.jsonl", entries)
+    before, start = timing.resident("VmHWM"), time.perf_counter()
+    train = opened(manifest)
     spent = time.perf_counter() - start
-    plan = train.loader.plan
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    plan = train.plan
+    grown = (timing.resident("VmHWM") - before) / 2**30
     print(f"index, buckets and first plan of {count:,} rows: {spent:.1f} s, {grown:.2f} GiB")
     print(train.describe())
-    for name, number in (("another epoch", 7), ("and another", 8)):
+    for name, call in {
+        "another epoch": lambda: plan.epoch(7),
+        "batch 1,000,000,000": lambda: plan.batch(10**9),
+    }.items():
         start = time.perf_counter()
-        plan.epoch(number)
+        call()
         print(f"{name}: {time.perf_counter() - start:.2f} s")
-    start = time.perf_counter()
-    plan.batch(10**9)
-    print(f"batch 1,000,000,000: {time.perf_counter() - start:.2f} s")
-    return 0

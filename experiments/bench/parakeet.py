@@ -12,115 +12,77 @@ Outputs, or the losses of the first step, are compared first; each side runs in 
 own, in turns. `--size` sets the model, which its other options change.
 """
 
-import argparse
+import atexit
 import pathlib
-import sys
 import tempfile
 
 import numpy as np
 
-from experiments import huge_pages
-from experiments.bench import timing
-from experiments.bench.lact import resident, trim
+from experiments.bench import models, timing
 
 SIZES = {
     "tiny": dict(layers=2, d_model=64, heads=4, channels=32),
     "small": dict(layers=16, d_model=176, heads=4, channels=176),
     "110m": dict(layers=17, d_model=512, heads=8, channels=256),
 }
-RIVAL = pathlib.Path(__file__).resolve().parents[2] / "third_party" / "nemo" / "rival.py"
 LEARNING_RATE = 1e-3
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="benchmark parakeet", description=__doc__.split("\n")[0])
+    numbers = dict(mels=80, vocabulary=1024, batch=4, seconds=10.0, shortest=0.75, rounds=11)
+    parser = timing.parser("parakeet", __doc__, **numbers)
     parser.add_argument("--part", choices=("encoder", "step"), default="encoder")
     parser.add_argument("--size", choices=SIZES, default="110m")
     for name in SIZES["tiny"]:
         parser.add_argument(f"--{name}", type=int, help="of the model, in place of the size's")
-    parser.add_argument("--mels", type=int, default=80)
-    parser.add_argument("--vocabulary", type=int, default=1024, help="pieces, without the blank")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of the longest utterance")
-    parser.add_argument("--shortest", type=float, default=0.75, help="as a share of the longest")
-    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--nemo_python", default="", help="the Python of NeMo's environment")
-    parser.add_argument("--serve", choices=("jasr", "transformers"), help=argparse.SUPPRESS)
-    parser.add_argument("--directory", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name, value in SIZES[args.size].items():
         setattr(args, name, getattr(args, name) or value)
-    if args.serve:
-        return serve(args)
-    with tempfile.TemporaryDirectory() as directory:
-        parameters = write(args, pathlib.Path(directory))
-        return measure(
-            args, pathlib.Path(directory), parameters, sys.argv[1:] if argv is None else argv
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args, folder)
 
 
-def config(args):
-    """The run's config of the model, as `tasks.build` takes it."""
+def write(args, folder):
+    """Writes the model both ways and the inputs; the number of parameters."""
+    import jax
+
+    from jasr import tree
+
     encoder = dict(
         feat_in=args.mels,
         n_layers=args.layers,
         d_model=args.d_model,
         n_heads=args.heads,
-        subsampling="dw_striding",
-        subsampling_factor=8,
         subsampling_conv_channels=args.channels,
-        conv_kernel_size=9,
-        xscaling=False,
         dropout=0.0,
         dropout_pre_encoder=0.0,
         dropout_emb=0.0,
         dropout_att=0.0,
     )
-    return {
-        "task": "fastconformer",
-        "model": {"kind": "ctc", "encoder": encoder},
-        "front_end": {"n_mels": args.mels},
-        "loss": {"kind": "ctc", "reduction": "mean"},
-    }
-
-
-def write(args, directory):
-    """Writes the model both ways and the inputs; the number of parameters."""
-    import jax
-
-    from jasr import text, tree
-    from jasr.systems import loading, source
-    from jasr.text import sentencepiece_model as spm
-
-    pieces = [spm.Piece.of("<unk>", type=spm.UNKNOWN)]
-    pieces += [spm.Piece.of(f"\u2581{n}", -float(n)) for n in range(1, args.vocabulary)]
-    model = spm.Model(tuple(pieces), ()).with_settings(model_type=1)
-    task = loading.build(config(args), text.SentencePieceTokenizer(model.to_bytes()))
+    sections = {"front_end": {"n_mels": args.mels}, "loss": {"kind": "ctc", "reduction": "mean"}}
+    task, meta = models.build({"kind": "ctc", "encoder": encoder}, args.vocabulary, **sections)
+    variables = jax.jit(task.model.init)(jax.random.key(0), *models.sample(task))
+    leaves = tree.flatten(jax.tree.map(np.asarray, dict(variables)))
+    models.write(folder, meta, leaves, ("hf", *(["nemo"] if args.nemo_python else [])))
     frames = int(100 * args.seconds)
     rng = np.random.default_rng(0)
     length = (np.linspace(args.shortest, 1, args.batch)[::-1] * frames).astype(np.int32)
     mel = rng.standard_normal((args.batch, frames, args.mels), dtype=np.float32)
-    inputs = {
-        "mel": np.where(np.arange(frames)[:, None] < length[:, None, None], mel, 0),
-        "mel_len": length,
-        "tokens": rng.integers(1, args.vocabulary, (args.batch, max(1, int(4 * args.seconds)))),
-        "token_len": (length // 25).clip(1),
-    }
-    shapes = inputs["mel"][:1, :16], np.array([16], np.int32), inputs["tokens"][:1]
-    variables = jax.jit(task.model.init)(jax.random.key(0), *shapes)
-    variables = jax.tree.map(np.asarray, dict(variables))
-    meta = {"config": config(args), "tokenizer": task.tokenizer.to_dict()}
-    source.export("hf", directory / "hf", meta, tree.flatten(variables), {})
-    if args.nemo_python:
-        source.export("nemo", directory / "model.nemo", meta, tree.flatten(variables), {})
-    np.savez(directory / "inputs.npz", **inputs)
+    np.savez(
+        f"{folder}/inputs.npz",
+        mel=np.where(np.arange(frames)[:, None] < length[:, None, None], mel, 0),
+        mel_len=length,
+        tokens=rng.integers(1, args.vocabulary, (args.batch, max(1, int(4 * args.seconds)))),
+        token_len=(length // 25).clip(1),
+    )
     return tree.count(variables["params"])
 
 
 # ---- the sides: thunk -> {name: array} -----------------------------------------------------------
 
 
-def jasr_side(args, directory, inputs):
+def jasr_side(args, folder):
     import jax
     import optax
 
@@ -128,7 +90,8 @@ def jasr_side(args, directory, inputs):
     from jasr.losses.reduction import contribution, scale_and_count
     from jasr.systems import loading
 
-    task, variables, _ = loading.load(directory / "hf")
+    task, variables, _ = loading.load(f"{folder}/model.hf")
+    inputs = dict(np.load(f"{folder}/inputs.npz"))
     variables, inputs = jax.device_put((variables, inputs))
     apply = task.model.apply
     if args.part == "encoder":
@@ -174,12 +137,13 @@ def jasr_side(args, directory, inputs):
     return train
 
 
-def transformers_side(args, directory, inputs):
+def transformers_side(args, folder):
     import torch
     from transformers import ParakeetForCTC
 
     torch.set_num_threads(timing.threads())
-    model = ParakeetForCTC.from_pretrained(directory / "hf")
+    model = ParakeetForCTC.from_pretrained(f"{folder}/model.hf")
+    inputs = np.load(f"{folder}/inputs.npz")
     mel = torch.tensor(inputs["mel"])
     mask = torch.arange(mel.shape[1]) < torch.tensor(inputs["mel_len"])[:, None]
     if args.part == "encoder":
@@ -207,58 +171,46 @@ def transformers_side(args, directory, inputs):
     return train
 
 
-SIDES = {"jasr": jasr_side, "transformers": transformers_side}
+SIDES = {"transformers": transformers_side, "jasr": jasr_side}
 
 
-def serve(args):
-    """Runs one side for `timing.in_turns`; the first results go to the directory."""
-    directory = pathlib.Path(args.directory)
-    call = SIDES[args.serve](args, directory, dict(np.load(directory / "inputs.npz")))
-    np.savez(directory / f"{args.serve}.npz", **{k: np.asarray(v) for k, v in call().items()})
-    trim()
-    timing.serve(call)
-    (directory / f"{args.serve}.peak").write_text(str(resident("VmHWM")))
+def side(name, args, folder):
+    """The call of a side, whose first results and, in the end, peak of memory go to the folder."""
+    call = SIDES[name](args, folder)
+    np.savez(f"{folder}/{name}.npz", **{k: np.asarray(v) for k, v in call().items()})
+    timing.trim()
+    peak = pathlib.Path(folder, f"{name}.peak")
+    atexit.register(lambda: peak.write_text(str(timing.resident("VmHWM"))))
+    return call
 
 
 # ---- the row -------------------------------------------------------------------------------------
 
 
-def measure(args, directory, parameters, argv):
+def measure(args, folder):
     """Runs, compares and reports."""
-    own = [sys.executable, "-m", "experiments.bench.parakeet", *argv, f"--directory={directory}"]
-    lines = {side: [*own, f"--serve={side}"] for side in ("transformers", "jasr")}
-    if args.nemo_python:
-        lines["nemo"] = [
-            args.nemo_python,
-            str(RIVAL),
-            args.part,
-            f"--model={directory / 'model.nemo'}",
-            f"--input={directory / 'inputs.npz'}",
-            f"--output={directory / 'nemo.npz'}",
-            f"--threads={timing.threads()}",
-        ]
+    parameters = write(args, folder)
+    lines = {name: timing.served(side, name, args, folder) for name in SIDES}
+    lines |= timing.nemo(args, args.part, folder)
     print(timing.machine())
-    times = timing.in_turns(lines, args.rounds, ready=lambda: compare(directory, lines))
-    median = {side: timing.quartiles(values)[1] for side, values in times.items()}
-    seconds = float(np.load(directory / "inputs.npz")["mel_len"].sum()) / 100
+    times = timing.in_turns(lines, args.rounds, ready=lambda: compare(folder, lines))
+    seconds = float(np.load(f"{folder}/inputs.npz")["mel_len"].sum()) / 100
     extra = [f"{parameters / 1e6:.1f} M parameters, {seconds:.0f} s of audio a call"]
-    for side, m in median.items():
-        peak = directory / f"{side}.peak"
-        memory = f", peak memory {int(peak.read_text()) / 2**20:.0f} MiB" if peak.exists() else ""
-        extra.append(f"{side}: {seconds / m:.0f} audio-seconds a second{memory}")
-    peer = min((side for side in median if side != "jasr"), key=median.get)
+    extra += timing.speeds(times, seconds)
+    for name in SIDES:
+        peak = int(pathlib.Path(folder, f"{name}.peak").read_text())
+        extra.append(f"{name}: peak memory {peak / 2**20:.0f} MiB")
+    peer = min(set(times) - {"jasr"}, key=lambda name: np.median(times[name]))
     what = {"encoder": "encoder forward", "step": "CTC training step"}[args.part]
     title = f"{what}, {args.layers} x {args.d_model}, {args.batch} x {args.seconds:g} s"
     timing.report(title, times, ours="jasr", peer=peer, extra=extra)
 
 
-def compare(directory, sides):
+def compare(folder, names):
     """Prints the largest differences from jasr's results; raises where they are too large."""
-    ours = dict(np.load(directory / "jasr.npz"))
-    for side in sides:
-        theirs = dict(np.load(directory / f"{side}.npz"))
-        if side == "jasr":
-            continue
+    ours = dict(np.load(f"{folder}/jasr.npz"))
+    for name in set(names) - {"jasr"}:
+        theirs = np.load(f"{folder}/{name}.npz")
         if "loss" in ours:
             loss = float(ours["loss"])
             off = abs(loss / float(theirs["loss"]) - 1)
@@ -268,11 +220,6 @@ def compare(directory, sides):
             worst = np.abs(ours["encoded"] - theirs["encoded"])[valid].max()
             line, good = f"largest difference of the outputs {worst:.1e}", worst < 1e-3
             good = good and (ours["encoded_len"] == theirs["encoded_len"]).all()
-        print(f"{side}: {line}")
+        print(f"{name}: {line}")
         if not good:
             raise SystemExit("the two sides do not compute the same; nothing was timed")
-
-
-if __name__ == "__main__":
-    huge_pages.use()
-    main()

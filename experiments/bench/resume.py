@@ -50,48 +50,45 @@ def main(argv=None):
             print(f"the undisturbed run: {ended}", file=sys.stderr)
             return 1
         want = outcome(folder / "undisturbed")
-        print(f"undisturbed: {seconds:.1f} s from its first batch, state {want['state'][:16]}")
+        print(f"undisturbed: {seconds:.1f} s from its first batch")
         return torture(args, config, folder, want, seconds)
 
 
 def torture(args, config, folder, want, seconds):
     """Kills runs until there were enough kills; 0 if every run ended as `want` says."""
     rng = random.Random(args.seed)
-    counts, bad, runs, kills = collections.Counter(), 0, 0, 0
-    while kills < args.kills or counts["unfinished"]:
+    counts, bad, runs, kills, unfinished = collections.Counter(), 0, 0, 0, False
+    while kills < args.kills or unfinished:
         workdir = folder / f"run-{runs}"
         delay, instant = 0.0, ""
-        if kills < args.kills:
-            if args.instants_only:
-                instant = INSTANTS[kills % len(INSTANTS)]
-            elif kills % 2:
-                instant = INSTANTS[kills // 2 % len(INSTANTS)]
-            else:
-                delay = rng.uniform(0, seconds)
+        if kills < args.kills and (args.instants_only or kills % 2):
+            instant = INSTANTS[(kills if args.instants_only else kills // 2) % len(INSTANTS)]
+        elif kills < args.kills:
+            delay = rng.uniform(0, seconds)
         status, took = start(config, workdir, delay, instant)
-        if status == "done" and took < seconds:
-            seconds = took  # the random times fit the speed of the machine now
-        if status == "killed":
+        unfinished = status == "killed"
+        if unfinished:
             kills += 1
             counts[instant or "random time"] += 1
-            counts["unfinished"] = 1
-            torn = [p for p in (workdir / "checkpoints").glob("*.*")]
+            there = list((workdir / "checkpoints").glob("*"))
+            torn = [p.name for p in there if p.suffix]
             counts["left a half-written or half-deleted step"] += bool(torn)
-            steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.suffix == ""]
+            steps = sorted(int(p.name) for p in there if not p.suffix)
+            how = instant or f"after {delay:.2f} s"
             print(
-                f"kill {kills:>2}: {instant or f'after {delay:.2f} s':<24} run {runs}, "
-                f"steps {sorted(steps)}, remains {[p.name for p in torn]}",
-                flush=True,
+                f"kill {kills:>2}: {how:<24} run {runs}, steps {steps}, remains {torn}", flush=True
             )
             continue
         if status != "done":
             print((workdir / "log.txt").read_text()[-3000:])
             raise SystemExit(f"run {runs} failed by itself: {status}")
-        wrong = differences(want, outcome(workdir))
+        seconds = min(seconds, took)  # the random times fit the speed of the machine now
+        got = outcome(workdir)
+        wrong = [name for name in want | got if want.get(name) != got.get(name)]
         bad += bool(wrong)
-        print(f"run {runs} finished: " + ("; ".join(wrong) or "identical"), flush=True)
-        runs, counts["unfinished"] = runs + 1, 0
-    del counts["unfinished"]
+        said = f"{', '.join(wrong)} differ" if wrong else "identical"
+        print(f"run {runs} finished: {said}", flush=True)
+        runs += 1
     print(f"{kills} kills in {runs} runs: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
     print(f"{runs - bad} of {runs} runs identical to the undisturbed one")
     return 1 if bad else 0
@@ -102,29 +99,17 @@ def tiny_config(manifest, steps, save_every):
     from configs import common
 
     config = common.default()
-    config.data.train = (manifest,)
-    config.data.valid = ()
-    config.data.num_buckets = 1
-    config.data.bucket_batch_size = (4,)
-    config.data.speeds = (0.9, 1.0, 1.1)
+    config.data.update(
+        train=(manifest,), num_buckets=1, bucket_batch_size=(4,), speeds=(0.9, 1.0, 1.1)
+    )
     config.wave_augment.update(gain_db=6.0, noise_share=0.5)
     config.spec_augment.update(freq_masks=1, time_masks=1)
     config.model.update(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attn_heads=2,
-        num_lact_heads=2,
-        intermediate_size=16,
-        audio_encoder_layers=2,
-        subsampling=4,
-        conv_kernel=3,
-        lact_mode="bidirectional",
-        use_muon=False,
-        use_momentum=False,
-        positions="none",
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attn_heads=2,
+        num_lact_heads=2, audio_encoder_layers=2, subsampling=4, conv_kernel=3, dropout=0.1,
+        lact_mode="bidirectional", use_muon=False, use_momentum=False, positions="none",
         window_size=0,
-        dropout=0.1,
-    )
+    )  # fmt: skip
     config.optim.update(lr=1e-3, warmup_steps=4, ema=0.9)
     config.train.update(steps=steps, log_every=10, eval_every=10_000, save_every=save_every)
     config.checkpoint.update(keep_latest=2, keep_best=1)
@@ -133,15 +118,27 @@ def tiny_config(manifest, steps, save_every):
 
 def load_modules():
     """Imports what a run needs, so that its forks have it; nothing may start a device or thread."""
-    import flax.linen  # noqa: F401
-    import optax  # noqa: F401
     import soundfile  # noqa: F401
 
     import experiments.train  # noqa: F401
-    from jasr import audio, checkpoint, data, metrics  # noqa: F401
     from jasr.data import batches  # noqa: F401
     from jasr.systems.lact import task  # noqa: F401
-    from jasr.training import optim, start, step, validation  # noqa: F401
+    from jasr.training import loop  # noqa: F401
+
+
+def fork(work):
+    """The number of a new process that does work(); its exit status is 0 if that went well."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def start(config, workdir, delay=0.0, instant=""):
@@ -153,18 +150,7 @@ def start(config, workdir, delay=0.0, instant=""):
     """
     workdir.mkdir(exist_ok=True)
     read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.close(read)
-            child(config, workdir, instant, write)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
+    pid = fork(lambda: child(config, workdir, instant, write))
     os.close(write)
     begun = bool(os.read(read, 1))  # empty when the child is gone
     tick = time.monotonic()
@@ -216,102 +202,69 @@ def arm(directory, instant):
     """Makes this process kill itself at an instant of a save."""
     from jasr.checkpoint import files, steps
 
-    def die(name):
-        if name == instant:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def around(owner, name, before=None, after=None):
+    def around(owner, name, before=lambda *_: False, after=False):
         plain = getattr(owner, name)
 
         def wrapped(*args, **kwargs):
-            if before:
-                before(*args)
+            if before(*args):
+                die()
             result = plain(*args, **kwargs)
             if after:
-                die(after)
+                die()
             return result
 
         setattr(owner, name, wrapped)
 
-    def replacing(_, target):
-        if str(target).endswith(files.MANIFEST):
-            die("manifest not renamed")
-
-    def syncing(path):
-        if path == directory:
-            die("committed")
-
-    def removing(path, *_):
+    def half_deleted(path, *_):
         deleting = path.name.endswith(".jasr-deleting") and path.exists()
-        if deleting and instant == "old step half deleted":
-            for f in [f for f in path.rglob("*") if f.is_file()][::2]:
-                f.unlink()
-            die(instant)
+        for file in [f for f in path.rglob("*") if f.is_file()][::2] if deleting else ():
+            file.unlink()
+        return deleting
 
-    around(steps, "seal", lambda *_: die("items written"), "sealed")
-    around(files.os, "replace", replacing)
-    around(steps, "sync_directory", syncing)
-    around(files.shutil, "rmtree", removing)
+    if instant == "items written":
+        around(steps, "seal", lambda *_: True)
+    elif instant == "sealed":
+        around(steps, "seal", after=True)
+    elif instant == "manifest not renamed":
+        around(files.os, "replace", lambda _, target: str(target).endswith(files.MANIFEST))
+    elif instant == "committed":
+        around(steps, "sync_directory", lambda path: path == directory)
+    else:
+        around(files.shutil, "rmtree", half_deleted)
 
 
 def outcome(workdir):
-    """What a finished run has done: digests of its last state, and the batch at each position.
+    """What a finished run has done, {name: JSON}: see `facts`.
 
     Found out in a fork, since the process that forks runs may not have started JAX.
     """
     target = workdir / "outcome.json"
-    pid = os.fork()
-    if pid == 0:
-        try:
-            target.write_text(json.dumps(digests(workdir)))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(0)
-    os.waitpid(pid, 0)
+    os.waitpid(fork(lambda: target.write_text(json.dumps(facts(workdir)))), 0)
     return json.loads(target.read_text())
 
 
-def digests(workdir):
-    """See `outcome`."""
+def facts(workdir):
+    """The last step's number, a digest of each tree in it, and what was read at each position."""
     from jasr import checkpoint
     from jasr.checkpoint.read import leaves
 
     directory = checkpoint.find_step(workdir)
-    items = {}
+    found = {"the last step": checkpoint.load_meta(directory)["step"]}
     for name in checkpoint.items(directory):
         digest = hashlib.sha256()
         for path, leaf in sorted(leaves(checkpoint.load_params(directory, item=name)).items()):
             digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
-        items[name] = digest.hexdigest()
-    lines = (workdir / "seen.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith("]")]
-    seen = collections.defaultdict(set)
-    for position, *batch in rows:
-        seen[str(position)].add(json.dumps(batch))
-    meta = checkpoint.load_meta(directory)
-    whole = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
-    return {
-        "step": meta["step"],
-        "items": items,
-        "seen": {k: sorted(v) for k, v in seen.items()},
-        "state": whole,
-    }
-
-
-def differences(want, got):
-    """What is not as in the undisturbed run, a line each."""
-    lines = []
-    if want["step"] != got["step"]:
-        lines.append(f"ended at step {got['step']}, not {want['step']}")
-    for name in want["items"] | got["items"]:
-        if want["items"].get(name) != got["items"].get(name):
-            lines.append(f"{name} differs")
-    for position in sorted(want["seen"] | got["seen"], key=int):
-        if want["seen"].get(position) != got["seen"].get(position):
-            lines.append(f"batch {position} differs, or was read in two ways, or not at all")
-    return lines
+        found[name] = digest.hexdigest()
+    for line in (workdir / "seen.jsonl").read_text().splitlines():
+        if line.endswith("]"):  # not cut off by a kill
+            position, *batch = json.loads(line)
+            read = found.setdefault(f"batch {position}", [])
+            if batch not in read:  # two ways to read it would be two entries
+                read.append(batch)
+    return found
 
 
 if __name__ == "__main__":

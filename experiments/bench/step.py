@@ -4,11 +4,11 @@
     python -m experiments.benchmark step --recipe=lact_librispeech:improved --dtype=bfloat16
 
 Features, augmentation, model, CTC, gradient, clipping, AdamW and moving average, as training runs
-them. There is no peer that trains this model; what it prints is audio-seconds a second, and the
-analytic count of the model's floating-point operations (three forward passes) over the time.
+them, on `rows` utterances of `seconds` and `tokens`. There is no peer that trains this model; what
+it prints is audio-seconds a second, and the analytic count of the model's floating-point operations
+(three forward passes) over the time and, with --peak_tflops, as a share of the device's peak.
 """
 
-import argparse
 import functools
 import importlib
 import json
@@ -19,14 +19,10 @@ from experiments.bench import timing
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="benchmark step", description=__doc__.split("\n")[0])
+    numbers = dict(rows=8, seconds=8.0, tokens=64, rounds=9, peak_tflops=0.0)
+    parser = timing.parser("step", __doc__, **numbers)
     parser.add_argument("--recipe", default="lact_an4", help="configs/NAME.py[:variant]")
-    parser.add_argument("--rows", type=int, default=8, help="utterances in the batch")
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of each")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of each")
     parser.add_argument("--dtype", default="", help="instead of the recipe's")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--peak_tflops", type=float, default=0.0, help="peak of the device")
     args = parser.parse_args(argv)
     name, _, variant = args.recipe.partition(":")
     recipe = importlib.import_module(f"configs.{name}").get_config(variant)
@@ -79,11 +75,10 @@ def measure(config, args):
     frames = jax.eval_shape(task.features, batch)[0].shape[1]
     flops = 3 * args.rows * sum(lact_flops.forward(task.config, frames).values())
     memory = program.memory_analysis()
-    audio = args.rows * args.seconds
     extra = [
         timing.machine(),
         f"{tree.count(shapes) / 1e6:.2f} M parameters, {config['model']['dtype']}",
-        f"{audio / median:.0f} audio-seconds a second",
+        *timing.speeds(times, args.rows * args.seconds),
         f"{flops / 1e9:.1f} GFLOP a step, {flops / median / 1e12:.3f} TFLOP/s",
     ]
     if args.peak_tflops:

@@ -10,25 +10,20 @@ its loss are timed together. Peak memory is the growth of the resident set over 
 
 `greedy`: from encoder frames [B, T, 512] to token ids and the frames at which they begin; the
 encoder itself is left out on both sides (`get_audio_features` of transformers' model gives the
-frames, through its projection). Weights are random, written by `interop.hf_parakeet` for
-transformers; the blank's bias makes some three labels a second of them, as in speech. NeMo's
-greedy_batch gives text and times of words and segments too, and is compared with all of that here.
+frames, through its projection). Weights are random; the blank's bias makes some three labels a
+second of them, as in speech. NeMo's greedy_batch gives text and times of words and segments too,
+and is compared with all of that here.
 
 Outputs are compared first; each side is timed, in turns with the other, in its own process.
 """
 
 import argparse
 import functools
-import json
-import os
-import pathlib
-import subprocess
-import sys
 import tempfile
 
 import numpy as np
 
-from experiments.bench import lact, timing
+from experiments.bench import models, timing
 
 DURATIONS = (0, 1, 2, 3, 4)
 SIGMA = 0.02
@@ -36,8 +31,6 @@ SIZES = {  # of the parts' shapes: the 110M Parakeet's
     "loss": dict(B=4, T=125, U=40, V=1024, J=640),
     "greedy": dict(batch=16, seconds=10.0, V=1024, J=640, D=512),
 }
-RIVAL = pathlib.Path(__file__).resolve().parents[2] / "third_party" / "nemo" / "rival.py"
-SIDES = ("jasr", "transformers", "jasr, words")
 FRAME = 0.08  # seconds of an encoder frame
 
 
@@ -139,52 +132,27 @@ def compare_loss(ours, theirs):
 # ---- greedy --------------------------------------------------------------------------------------
 
 
-def transducer(args):
-    """A NemoModel of kind "tdt": an encoder of one small layer, the rest of full size, random."""
-    import jax
-
-    from jasr import text
-    from jasr.audio.features import FrontEndConfig
-    from jasr.models.fastconformer.settings import FastConformerConfig
-    from jasr.settings import to_dict
-    from jasr.systems.fastconformer import nemo, nemo_config
-    from jasr.systems.fastconformer.settings import LossConfig
-    from jasr.systems.fastconformer.transducer import JointConfig, PredictionConfig
-    from jasr.text import sentencepiece_model
-
-    V, J, D = args.V, args.J, args.D
-    encoder = FastConformerConfig(
-        n_layers=1, d_model=D, n_heads=8, ff_expansion_factor=1, subsampling="dw_striding",
-        subsampling_factor=8, subsampling_conv_channels=16, xscaling=False,
-    )  # fmt: skip
-    config = {
-        "front_end": to_dict(FrontEndConfig()),
-        "encoder": to_dict(encoder),
-        "decoder": to_dict(PredictionConfig(vocab_size=V, pred_hidden=J)),
-        "joint": to_dict(JointConfig(V, D, J, J, num_extra_outputs=len(DURATIONS))),
-        "loss": to_dict(LossConfig()),
-        "decoding": {"strategy": "greedy_batch", "max_symbols": 10},
-    }
+def write(args, folder):
+    """Writes a TDT model: an encoder of one small layer, the rest of full size."""
+    V, J = args.V, args.J
+    model = {"kind": "tdt", "decoder": {"pred_hidden": J}, "joint": {"joint_hidden": J}}
+    model["encoder"] = dict(
+        n_layers=1, d_model=args.D, n_heads=8, ff_expansion_factor=1, subsampling_conv_channels=16
+    )
+    task, meta = models.build(model, V)
     rng = np.random.default_rng(1)
 
     def weight(path, shape):
-        name, rows = path[-1].key, shape.shape[0]
-        spread = {"kernel": 2.0, "embedding": 10.0}.get(name, 0.5)  # that texts differ
-        scale = spread * (J if "lstm" in str(path) else rows) ** -0.5
-        return rng.uniform(-scale, scale, shape.shape).astype(np.float32)
+        spread = {"kernel": 2.0, "embedding": 10.0}.get(path.split("/")[-1], 0.5)  # texts differ
+        scale = spread * (J if "lstm" in path else shape[0]) ** -0.5
+        return rng.uniform(-scale, scale, shape).astype(np.float32)
 
-    shapes = nemo.shapes(nemo_config.Settings("tdt", config), V)
-    variables = jax.tree_util.tree_map_with_path(weight, shapes)
-    params = variables["params"]
-    params["decoder"]["prediction"]["embed"]["embedding"][V] = 0.0
-    bias = params["joint"]["joint_net"]["bias"]
+    leaves = models.random_leaves(task, weight)
+    leaves["params/decoder/prediction/embed/embedding"][V] = 0.0
+    bias = leaves["params/joint/joint_net/bias"]
     bias[V] = args.blank_bias
     bias[V + 1 + DURATIONS.index(0)] = -3.0  # transformers has no max_symbols for TDT
-    pieces = [sentencepiece_model.Piece.of("<unk>", type=sentencepiece_model.UNKNOWN)]
-    pieces += [sentencepiece_model.Piece.of(f"\u2581{i}", -i) for i in range(1, V)]
-    tokenizer = sentencepiece_model.Model((), ()).with_pieces(pieces)
-    tokenizer = text.SentencePieceTokenizer(tokenizer.to_bytes()).to_dict()
-    return nemo.NemoModel("tdt", config, tokenizer, variables)
+    models.write(folder, meta, leaves, ("hf", *(["nemo"] if args.nemo_python else [])))
 
 
 def frames_of(args):
@@ -202,7 +170,7 @@ def jasr_greedy(args, folder, words=False):
     from jasr.decoding.transducer import Steps, greedy
     from jasr.systems import loading
 
-    task, variables, _ = loading.load(folder)
+    task, variables, _ = loading.load(f"{folder}/model.hf")
 
     @jax.jit
     def decode(variables, table, frames, length):
@@ -239,7 +207,7 @@ def transformers_greedy(args, folder):
     from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderModelOutput
 
     torch.set_num_threads(timing.threads())
-    model = ParakeetForTDT.from_pretrained(folder).eval()
+    model = ParakeetForTDT.from_pretrained(f"{folder}/model.hf").eval()
     frames, length = map(torch.tensor, frames_of(args))
     mask = torch.arange(frames.shape[1])[None] < length[:, None]
 
@@ -278,68 +246,36 @@ def compare_greedy(ours, theirs, args):
 # ---- reports -------------------------------------------------------------------------------------
 
 
-def command(task, side, part, args, folder=None):
-    """The command line of this module that does `task` ("serve", "memory_of") for a side."""
-    line = [sys.executable, "-m", "experiments.bench.transducer", f"--{task}={side}"]
-    line += [f"--part={part}", f"--lengths={args.lengths}", f"--blank_bias={args.blank_bias}"]
-    line += [f"--{name}={getattr(args, name)}" for name in {**SIZES["loss"], **SIZES["greedy"]}]
-    return [*line, f"--window={args.window}", *([f"--folder={folder}"] if folder else [])]
-
-
 def loss_report(args):
     sides = {"jasr": jasr_loss, "transformers": transformers_loss}
     compare_loss(*(make(args)() for make in sides.values()))
-    lines = {side: command("serve", side, "loss", args) for side in ("transformers", "jasr")}
+    lines = {name: timing.served(sides[name], args) for name in ("transformers", "jasr")}
     times = timing.in_turns(lines, args.rounds)
-    extra = []
-    if os.path.exists("/proc/self/clear_refs"):
-        used = {side: memory(command("memory_of", side, "loss", args)) for side in sides}
-        extra.append(
-            f"peak memory: jasr {used['jasr'] / 2**20:.0f} MiB, transformers "
-            f"{used['transformers'] / 2**20:.0f} MiB, ratio "
-            f"{used['jasr'] / used['transformers']:.2f}"
-        )
+    small = argparse.Namespace(**vars(args) | dict(T=16, U=8))
+    extra = timing.peak_memory(sides, [args], [small])
     shape = " ".join(f"{name}{getattr(args, name)}" for name in SIZES["loss"])
     title = f"TDT loss + gradients, {shape}, {args.lengths} lengths, {timing.threads()} threads"
     timing.report(title, times, ours="jasr", peer="transformers", extra=extra)
 
 
-def memory(line):
-    """Bytes that a `memory_of` process prints."""
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(line)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["bytes"]
-
-
-def memory_of(side, args):
-    """Prints JSON: growth of the resident set over one step, after one of small shapes."""
-    make = {"jasr": jasr_loss, "transformers": transformers_loss}[side]
-    make(argparse.Namespace(**vars(args) | dict(T=16, U=8)))()
-    print(json.dumps({"bytes": lact.growth(make(args))}))
-
-
 def greedy_report(args):
-    from jasr.systems.fastconformer import hf_parakeet, nemo
-
     with tempfile.TemporaryDirectory() as folder:
-        model = transducer(args)
-        hf_parakeet.write(folder, model)
+        write(args, folder)
+        frames, length = frames_of(args)
+        np.savez(f"{folder}/inputs.npz", encoded=frames, encoded_len=length)
         ours = jasr_greedy(args, folder)()
         compare_greedy(ours, transformers_greedy(args, folder)(), args)
-        sides = ["transformers", "jasr", *(["jasr, words"] if args.nemo_python else [])]
-        lines = {side: command("serve", side, "greedy", args, folder) for side in sides}
+        lines = {
+            "transformers": timing.served(transformers_greedy, args, folder),
+            "jasr": timing.served(jasr_greedy, args, folder),
+        }
         ready = None
         if args.nemo_python:
-            nemo.write(f"{folder}/model.nemo", model)
-            frames, length = frames_of(args)
-            np.savez(f"{folder}/in.npz", encoded=frames, encoded_len=length)
-            given = f"--model={folder}/model.nemo --input={folder}/in.npz --output={folder}/out.npz"
-            threads = f"--threads={timing.threads()}"
-            lines["NeMo"] = [args.nemo_python, str(RIVAL), "greedy", *given.split(), threads]
+            lines["jasr, words"] = timing.served(jasr_greedy, args, folder, True)
+            lines |= timing.nemo(args, "greedy", folder)
 
             def ready():
-                compare_greedy(ours, nemo_rows(f"{folder}/out.npz"), args)
+                compare_greedy(ours, nemo_rows(f"{folder}/NeMo.npz"), args)
 
         times = timing.in_turns(lines, args.rounds, ready)
     title = f"TDT greedy, {args.batch} x {args.seconds:g} s of frames, {timing.threads()} threads"
@@ -356,40 +292,16 @@ def nemo_rows(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="benchmark transducer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    numbers = {**SIZES["loss"], **SIZES["greedy"], "rounds": 7}
+    parser = timing.parser("transducer", __doc__, **numbers)
     parser.add_argument("--part", choices=("loss", "greedy", "all"), default="all")
     parser.add_argument("--lengths", choices=("ragged", "full"), default="ragged")
-    parser.add_argument("--rounds", type=int, default=7)
-    for name, default in {**SIZES["loss"], **SIZES["greedy"]}.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--blank_bias", type=float, default=3.0, help="sets the labels a second")
     parser.add_argument("--window", type=int, default=0, help="0 = the decoder's own")
-    for task in ("serve", "memory_of"):
-        parser.add_argument(f"--{task}", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--nemo_python", default="", help="the Python of NeMo's environment")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.memory_of:
-        return memory_of(args.memory_of, args)
-    if args.serve and args.part == "loss":
-        make = {"jasr": jasr_loss, "transformers": transformers_loss}[args.serve]
-        return timing.serve(make(args))
-    if args.serve:
-        make = transformers_greedy
-        if args.serve != "transformers":
-            make = functools.partial(jasr_greedy, words="words" in args.serve)
-        return timing.serve(make(args, args.folder))
     print(timing.machine())
     if args.part != "greedy":
         loss_report(args)
     if args.part != "loss":
         greedy_report(args)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,20 +6,19 @@ Prints for every step its size, its trees with their numbers of parameters, and 
 every file that is missing, truncated or changed. The exit status is 0 only if all steps are whole.
 """
 
-import argparse
+import collections
 import math
 import pathlib
 import sys
 
+from experiments import options
 from jasr.checkpoint.files import CheckpointError, find_steps, is_step, load_metrics, verify
+
+UNFINISHED = (".orbax-checkpoint-tmp", ".jasr-deleting")  # directories of saves and deletions
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.doctor checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("doctor checkpoint", __doc__)
     parser.add_argument("path", nargs="+", help="a run, a directory of steps, or a step")
     parser.add_argument("--tree", action="store_true", help="list every parameter of the newest")
     parser.add_argument("--fast", action="store_true", help="names and sizes only, no checksums")
@@ -41,11 +40,10 @@ def check(path, checksums=True, show_tree=False):
     else:
         steps = list(find_steps(path).values())
         steps += [d for d in sorted(path.iterdir()) if d.is_dir() and is_step(d)]
-        for d in leftovers(steps[0].parent):
-            print(f"{d}: a save or deletion under way, or what is left of one that was cut off")
-    damaged = 0
-    for directory in dict.fromkeys(steps):
-        damaged += not report(directory, checksums)
+        for d in sorted(steps[0].parent.glob("*")):
+            if d.is_dir() and any(mark in d.name for mark in UNFINISHED):
+                print(f"{d}: a save or deletion under way, or what is left of one that was cut off")
+    damaged = sum(not report(directory, checksums) for directory in dict.fromkeys(steps))
     if show_tree and not damaged:
         for path, kind in sorted(kinds(steps[-1]).items()):
             print(f"  {path:<60} {str(kind.dtype):<9} {tuple(kind.shape)}")
@@ -64,13 +62,11 @@ def report(directory, checksums=True):
         print(f"  {line}")
     if damage:
         return False
-    counts = {}
+    counts = collections.defaultdict(list)
     for path, kind in kinds(directory).items():
-        item = path.split("/")[0]
-        leaves, numbers = counts.get(item, (0, 0))
-        counts[item] = (leaves + 1, numbers + math.prod(kind.shape))
-    for item, (leaves, numbers) in counts.items():
-        print(f"  {item:<12} {numbers:>14,} numbers in {leaves} arrays")
+        counts[path.split("/")[0]].append(math.prod(kind.shape))
+    for item, numbers in counts.items():
+        print(f"  {item:<12} {sum(numbers):>14,} numbers in {len(numbers)} arrays")
     return True
 
 
@@ -79,18 +75,8 @@ def kinds(directory):
     from jasr import checkpoint
     from jasr.checkpoint import read
 
-    found = {}
-    for item in checkpoint.items(directory):
-        for path, kind in read.Leaves(directory / item).kinds.items():
-            found[f"{item}/{path}"] = kind
-    return found
-
-
-def leftovers(root):
-    """Directories of saves and deletions that are not finished."""
-    marks = (".orbax-checkpoint-tmp", ".jasr-deleting")
-    return [d for d in sorted(root.iterdir()) if d.is_dir() and any(m in d.name for m in marks)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {
+        f"{item}/{path}": kind
+        for item in checkpoint.items(directory)
+        for path, kind in read.arrays(directory / item).items()
+    }

@@ -7,7 +7,6 @@ durations, sampling rates, characters, and buckets with the padding that they wo
 status is 0 only if there is no bad entry.
 """
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -15,9 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from experiments import options
 
-def parser():
-    p = argparse.ArgumentParser(prog="doctor data", description=__doc__.split("\n")[0])
+SETTINGS = "min_duration max_duration duration_tolerance num_buckets batch_duration".split()
+
+
+def main(argv=None):
+    """Prints the report; 0 if every entry can be used, else 1 (2: it cannot even be read)."""
+    p = options.parser("doctor data", __doc__)
     p.add_argument("sources", nargs="+", help="manifests, CutSets or Shar directories")
     p.add_argument("--sample", type=int, default=0, help="decode so many, and headers of the rest")
     p.add_argument("--quarantine", default="", help="write the entries left out as JSON lines")
@@ -29,27 +33,19 @@ def parser():
     p.add_argument("--num_buckets", type=int, default=4)
     p.add_argument("--batch_duration", type=float, default=120.0, help="padded seconds of a batch")
     p.add_argument("--show", type=int, default=10, help="bad entries to print")
-    return p
-
-
-def main(argv=None):
-    """Prints the report; 0 if every entry can be used, else 1 (2: it cannot even be read)."""
-    a = parser().parse_args(argv)
+    a = p.parse_args(argv)
     from jasr.data import AudioText, entries, index, plan
     from jasr.data.config import DataConfig, DataError
     from jasr.losses.ctc import frames_needed
+    from jasr.text import BLANK, CharTokenizer
 
-    cfg = DataConfig(
-        check="header",
-        min_duration=a.min_duration,
-        max_duration=a.max_duration,
-        duration_tolerance=a.duration_tolerance,
-        num_buckets=a.num_buckets,
-        batch_duration=a.batch_duration,
-        max_bad_share=1.0,
-    )
+    cfg = {name: getattr(a, name) for name in SETTINGS}
+    cfg = DataConfig(check="header", max_bad_share=1.0, **cfg)
     frames = frames_needed if a.seconds_per_frame else None
-    layout = AudioText(cfg, 16000, encoder(a.alphabet), frames, a.seconds_per_frame)
+    encode = list  # one token a character
+    if a.alphabet:
+        encode = CharTokenizer((BLANK, *dict.fromkeys(a.alphabet))).encode
+    layout = AudioText(cfg, 16000, encode, frames, a.seconds_per_frame)
     try:
         found = index.collect(a.sources, layout, cfg)
     except DataError as e:
@@ -61,7 +57,8 @@ def main(argv=None):
         print("\n".join(describe(found, facts)))
         layout = layout.for_set(0.0, found.exact)
         buckets = plan.Plan(found, layout, cfg, seed=0)
-        print(f"suggested: bucket_duration_bins={bins(buckets)}")
+        edges = [(round(n / cfg.sample_rate, 2), tokens) for _, n, tokens in buckets.shapes]
+        print(f"suggested: bucket_duration_bins={tuple(edges)}")
         print(buckets.describe())
     if a.quarantine:
         entries.write_quarantine(a.quarantine, found.bad)
@@ -74,20 +71,6 @@ def main(argv=None):
     filtered = len(found.bad) - len(bad)
     print(f"{len(found)} usable, {len(bad)} bad, {filtered} outside the limits")
     return 1 if bad or not len(found) else 0
-
-
-def encoder(alphabet):
-    """An `encode` of one token a character, that refuses characters outside the alphabet."""
-    from jasr.text import TextError
-
-    allowed = set(alphabet)
-
-    def encode(text):
-        if allowed and (unknown := sorted(set(text) - allowed)):
-            raise TextError(f"unknown characters {' '.join(map(repr, unknown))}")
-        return list(text)
-
-    return encode
 
 
 def decode(index, sample, cfg):
@@ -104,14 +87,11 @@ def decode(index, sample, cfg):
         try:
             [piece] = index.pieces_of(row)
             _, rate, channels = audio.info(recording.audio_file(piece))
-            samples = recording.read(piece, cfg.sample_rate)
+            samples = recording.read_checked(piece, cfg.sample_rate, cfg.duration_tolerance)
         except audio.AudioError as e:
             return recording.reason_of(e)
         except OSError as e:
             return f"unreadable audio: {e.strerror or e}"
-        declared, seconds = piece.seconds, len(samples) / cfg.sample_rate
-        if abs(declared - seconds) > cfg.duration_tolerance:
-            return f"duration mismatch: {declared:.2f} s declared, {seconds:.2f} s decoded"
         return rate, channels, float(np.abs(samples).max(initial=0.0))
 
     ok, facts = np.ones(len(index), bool), Counter()
@@ -133,11 +113,11 @@ def decode(index, sample, cfg):
 def describe(index, facts):
     """Lines about durations, audio and texts."""
     seconds = np.sort(index.duration)
-    quantiles = [seconds[int(q * (len(seconds) - 1))] for q in (0, 0.05, 0.5, 0.95, 1)]
+    quantiles = np.quantile(seconds, (0, 0.05, 0.5, 0.95, 1), method="lower")
     yield "seconds: least, 5 %, median, 95 %, most: " + ", ".join(f"{q:.2f}" for q in quantiles)
     yield from histogram(seconds)
-    kinds = [(k, v, n) for (k, v), n in sorted(facts.items()) if k in ("rate", "channels")]
-    yield f"decoded {facts['decoded', '']}: " + ", ".join(f"{n} × {v}" for _, v, n in kinds)
+    kinds = [f"{n} × {v}" for (k, v), n in sorted(facts.items()) if k in ("rate", "channels")]
+    yield f"decoded {facts['decoded', '']}: " + ", ".join(kinds)
     for name in ("silent", "clipped"):
         if facts[name, ""]:
             yield f"  {facts[name, '']} of them {name}"
@@ -158,13 +138,3 @@ def histogram(seconds, bins=10, width=40):
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "#" * int(np.ceil(width * count / counts.max()))
         yield f"  {low:6.2f} to {high:6.2f} s {count:8d} {bar}"
-
-
-def bins(plan):
-    """The upper edges (seconds, tokens) of a plan's buckets, as data.bucket_duration_bins."""
-    rate = plan.cfg.sample_rate
-    return tuple((round(samples / rate, 2), tokens) for _, samples, tokens in plan.shapes)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,6 @@ the front end would give if it ran in half precision, as the original LaCT ASR d
 is 0 only if all is finite.
 """
 
-import argparse
 import ast
 import dataclasses
 import functools
@@ -21,9 +20,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import checkify
 
 import jasr
+from experiments import options
 from jasr import audio as jasr_audio
 from jasr import checkpoint, compilation_cache, settings, tree
 from jasr.seam import Item, Piece
@@ -50,8 +51,7 @@ def checked(task, train=False):
             return task.loss(given, batch, divisors, keys, jnp.int32(STRENGTH_STEP))[0]
 
         value, gradient = jax.value_and_grad(loss)(variables["params"])
-        squares = sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(gradient))
-        return {"loss": value, "gradient_norm": jnp.sqrt(squares)}
+        return {"loss": value, "gradient_norm": optax.tree.norm(gradient)}
 
     def evaluation(variables, batch):
         return task.validators["loss"].run(variables, batch, jax.random.key(0))
@@ -64,11 +64,9 @@ def checked(task, train=False):
     def check(variables, batch):
         error, found = run(variables, batch)
         found = jax.device_get(found)
-        if error.get():
-            return (
-                f"{error.get().rstrip('.')} {places(error.get_exception().traceback_info)}",
-                found,
-            )
+        if what := error.get():
+            where = places(error.get_exception().traceback_info)
+            return f"{what.rstrip('.')} {where}", found
         bad = [name for name, x in found.items() if not np.all(np.isfinite(x))]
         return f"not finite: {', '.join(bad)}" if bad else "", found
 
@@ -141,16 +139,11 @@ def probes(sample_rate=16000, seconds=4.0, seed=0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.doctor numerics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("doctor numerics", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", default="", help="a run, step, average, .nemo ...")
     source.add_argument("--config", default="", help="a recipe, path.py or path.py:variant, fresh")
-    parser.add_argument("--step", type=int, default=None)
-    parser.add_argument("--item", default="", choices=["", "params", "ema"])
+    options.add_source(parser)
     parser.add_argument(
         "--model", nargs="*", default=[], metavar="KEY=VALUE", help="model settings to change"
     )
@@ -167,7 +160,9 @@ def main(argv=None):
     try:
         changes = dict(_setting(s) for s in args.model)
         if args.checkpoint:
-            task, variables, meta = loading.load(args.checkpoint, args.step, args.item, changes)
+            task, variables, meta = loading.load(
+                args.checkpoint, args.step, args.item, changes, like=args.like
+            )
             config = {**meta["config"], "model": {**meta["config"]["model"], **changes}}
         else:
             (config, task), variables = from_recipe(args.config, changes), None
@@ -259,7 +254,3 @@ def _setting(assignment):
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

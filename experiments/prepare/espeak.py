@@ -8,11 +8,11 @@ as a script with the standard library alone (40 ms to start).
 The library comes from the wheel `espeakng-loader` (extra `[tts]`) and is loaded with ctypes.
 """
 
+import base64
 import ctypes
 import importlib.util
 import json
 import os
-import struct
 import subprocess
 import sys
 import tempfile
@@ -54,19 +54,7 @@ def speak(utterances: Sequence[Say]) -> list[bytes]:
     if ran.returncode != 0:
         last = ran.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise EspeakError(f"espeak-ng stopped with status {ran.returncode}: {' '.join(last)}")
-    return _unpack(ran.stdout, len(utterances))
-
-
-def _unpack(stream: bytes, count: int) -> list[bytes]:
-    """`count` blocks, each after its length as a little-endian u32."""
-    blocks, position = [], 0
-    while position < len(stream):
-        (length,) = struct.unpack_from("<I", stream, position)
-        blocks.append(stream[position + 4 : position + 4 + length])
-        position += 4 + length
-    if len(blocks) != count or position != len(stream):
-        raise EspeakError(f"espeak-ng spoke {len(blocks)} of {count} utterances")
-    return blocks
+    return [base64.b64decode(pcm) for pcm in json.loads(ran.stdout)]
 
 
 # The worker. The constants are those of espeak-ng's speak_lib.h.
@@ -80,7 +68,7 @@ _CALLBACK = ctypes.CFUNCTYPE(
 
 
 def _worker() -> None:
-    """Reads a JSON list of Say from standard input; writes the blocks to standard output."""
+    """Reads a JSON list of Say from standard input; writes one of their audio in base64."""
     import espeakng_loader
 
     utterances = [Say(*row) for row in json.load(sys.stdin)]
@@ -94,7 +82,7 @@ def _worker() -> None:
         if rate != SAMPLE_RATE:
             raise EspeakError(f"espeak-ng does not start from its data in {data} (status {rate})")
 
-        chunks: list[bytes] = []
+        spoken, chunks = [], []
 
         @_CALLBACK
         def collect(samples, count, events):
@@ -111,9 +99,8 @@ def _worker() -> None:
                 # espeak-ng would speak on without the variant
                 raise EspeakError(f"espeak-ng has no voice variant {say.voice!r}")
             _say(lib, say)
-            pcm = b"".join(chunks)
-            sys.stdout.buffer.write(struct.pack("<I", len(pcm)) + pcm)
-        sys.stdout.buffer.flush()
+            spoken.append(base64.b64encode(b"".join(chunks)).decode())
+        print(json.dumps(spoken))
         lib.espeak_Terminate()
 
 

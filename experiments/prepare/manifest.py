@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jasr.data import shar
 from jasr.data.config import DataConfig, DataError
-from jasr.data.entries import Bad, named, reason_class, say, write_quarantine
+from jasr.data.entries import Bad, named, say, write_quarantine
 
 AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph", ".aiff", ".au")
 TRANSCRIPTS = (".txt", ".trn", ".lab")
@@ -51,18 +51,29 @@ def with_durations(entries, folder):
     return good, bad
 
 
-def report(path, entries, bad):
-    """Says what a manifest holds; names what was left out and lists it beside the manifest."""
+def finish(path, entries, bad=()):
+    """The path of a manifest that is written; says what it holds and what was left out.
+
+    Raises:
+      DataError: it holds nothing.
+    """
+    write_manifest(path, entries)
     minutes = sum(e["duration"] for e in entries) / 60
     say(f"{path}: {len(entries)} utterances, {minutes:.1f} minutes")
+    left_out(path, bad)
+    if not entries:
+        raise DataError(f"no usable utterance for {path}")
+    return path
+
+
+def left_out(path, bad):
+    """Names what was left out of a manifest or Shar directory, and lists it beside."""
     if bad:
-        listed = f"{path}.quarantine.jsonl"
+        listed = f"{os.fspath(path).rstrip('/')}.quarantine.jsonl"
         write_quarantine(listed, bad)
         for b in bad[:5]:
             say(f"  left out {named(b)}")
         say(f"  {len(bad)} left out in all, see {listed}")
-    if not entries:
-        raise DataError(f"no usable utterance for {path}")
 
 
 def within(folder, path):
@@ -92,9 +103,7 @@ def make(source, out, audio_dir="", path_column="", text_column="", lower=False)
         entries = [e | {"text": e["text"].lower()} for e in entries]
     entries, broken = with_durations(entries, source if source.is_dir() else source.parent)
     entries = [e | {"audio_filepath": within(out.parent, e["audio_filepath"])} for e in entries]
-    write_manifest(out, entries)
-    report(out, entries, bad + broken)
-    return out
+    return finish(out, entries, bad + broken)
 
 
 def _folder_entries(folder):
@@ -179,11 +188,7 @@ def to_shar(source, out_dir, shard_size=1000, max_bad_share=0.05):
     index = index_lib.build(os.fspath(source), AudioText(cfg, 16000, list), cfg)
     count = shar.write(out_dir, (shar_item(index, row) for row in range(len(index))), shard_size)
     say(f"{out_dir}: {count} utterances")
-    if index.bad:
-        listed = f"{os.fspath(out_dir).rstrip('/')}.quarantine.jsonl"
-        write_quarantine(listed, index.bad)
-        reasons = sorted({reason_class(b.reason) for b in index.bad})
-        say(f"  {len(index.bad)} left out ({', '.join(reasons)}), see {listed}")
+    left_out(out_dir, index.bad)
     return count
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.prepare.manifest import report, with_durations, within, write_manifest
+from experiments.prepare.manifest import finish, to_shar, with_durations, within
 from jasr.data.config import DataError
 from jasr.data.entries import Bad, say
 
@@ -20,13 +20,14 @@ AN4_VALID = "fejs fjmd fkdo mcfl mdcs2 mjjs2 mmap msmn".split()
 # ---- AN4 ---------------------------------------------------------------------------------------
 
 
-def an4(source, out_dir, valid_speakers=tuple(AN4_VALID), download=False):
+def an4(source, out_dir, valid_speakers=None, download=False):
     """{"train": manifest, "valid": ..., "test": ...} of CMU's AN4, audio as 16 kHz FLAC beside.
 
     source: the official `an4` folder (etc/an4_train.transcription, etc/*.fileids, wav/**.sph or
     .raw), the folder around it, or the archive. The official training part is split by speakers;
     the test part stays whole. Texts are lower case, without <s>, </s> and silence marks.
     """
+    valid_speakers = AN4_VALID if valid_speakers is None else valid_speakers
     root = _an4_root(Path(source), Path(out_dir), download)
     parts = {name: _an4_part(root, name) for name in ("train", "test")}
     speakers = {speaker for _, speaker, _, _ in parts["train"]}
@@ -118,9 +119,7 @@ def _an4_set(out_dir, name, items):
         soundfile.write(out_dir / relative, samples, AN4_RATE, subtype="PCM_16")
         entry = {"audio_filepath": relative, "duration": len(samples) / AN4_RATE, "text": text}
         entries.append(entry | {"speaker": speaker, "lang": "en"})
-    path = write_manifest(out_dir / f"{name}.jsonl", entries)
-    report(path, entries, bad)
-    return path
+    return finish(out_dir / f"{name}.jsonl", entries, bad)
 
 
 def read_raw(path):
@@ -143,8 +142,6 @@ def librispeech(corpus_dir, out_dir, parts=(), download=False, lower=True, shard
     corpus_dir: the official LibriSpeech folder (or the one around it), or where it is put with
     `download`. The FLAC files are taken as they are. Needs the extra `[data]`.
     """
-    from jasr.data import shar
-
     try:
         from lhotse.recipes import librispeech as recipe
     except ImportError as e:
@@ -171,11 +168,8 @@ def librispeech(corpus_dir, out_dir, parts=(), download=False, lower=True, shard
     for part, sets in sorted(prepared.items()):
         entries = sorted(_librispeech_entries(sets, lower), key=lambda e: e["id"])
         here = [e | {"audio_filepath": within(out_dir, e["audio_filepath"])} for e in entries]
-        manifests[part] = write_manifest(out_dir / f"{part}.jsonl", here)
-        report(manifests[part], entries, [])
-        items = ((e, Path(e["audio_filepath"]).read_bytes()) for e in entries)
-        shar.write(out_dir / "shar" / part, items, shard_size)
-        say(f"{out_dir / 'shar' / part}: the same as lhotse Shar")
+        manifests[part] = finish(out_dir / f"{part}.jsonl", here)
+        to_shar(manifests[part], out_dir / "shar" / part, shard_size)
     return manifests
 
 

@@ -10,21 +10,16 @@ A set is a pure function of its name, its size and the seed. espeak-ng speaks it
 is resampled to 16 kHz and written as FLAC, a NeMo-style manifest and lhotse Shar.
 """
 
-import argparse
 import hashlib
-import io
-import json
 import os
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from experiments.prepare import espeak
+from experiments.prepare.manifest import finish, to_shar
 from jasr.audio.resample import resample
-from jasr.data import shar as shar_format
 
 SAMPLE_RATE = 16000
 
@@ -123,74 +118,24 @@ def write_corpus(
 
 def _write_set(out_dir: Path, name: str, says: list[espeak.Say], seed: int, shar: bool) -> Path:
     """The manifest of one set, its audio written first."""
+    import soundfile
+
     (out_dir / name).mkdir(parents=True, exist_ok=True)
 
-    def write_block(start: int) -> list[tuple[dict, bytes]]:
-        block = says[start : start + _PROCESS_UTTERANCES]
-        written = []
+    def write_block(start: int) -> list[dict]:
+        block, entries = says[start : start + _PROCESS_UTTERANCES], []
         for number, (say, pcm) in enumerate(zip(block, espeak.speak(block), strict=True), start):
             audio = waveform(pcm, np.random.default_rng([seed, list(VOICES).index(name), number]))
             path = f"{name}/{name}-{number:05d}.flac"
-            entry = {
-                "audio_filepath": path,
-                "duration": len(audio) / SAMPLE_RATE,
-                "text": say.text,
-                "speaker": say.voice,
-                "lang": "en",
-            }
-            encoded = _flac(audio)
-            (out_dir / path).write_bytes(encoded)
-            written.append((entry, encoded))
-        return written
+            soundfile.write(out_dir / path, audio, SAMPLE_RATE, subtype="PCM_16")
+            entry = {"audio_filepath": path, "duration": len(audio) / SAMPLE_RATE}
+            entries.append(entry | {"text": say.text, "speaker": say.voice, "lang": "en"})
+        return entries
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         blocks = pool.map(write_block, range(0, len(says), _PROCESS_UTTERANCES))
-        written = [one for block in blocks for one in block]
+        entries = [entry for block in blocks for entry in block]
+    path = finish(out_dir / f"{name}.jsonl", entries)
     if shar:
-        shar_format.write(out_dir / "shar" / name, written)
-    manifest = out_dir / f"{name}.jsonl"
-    half = manifest.with_suffix(".jsonl.half")
-    half.write_text("".join(json.dumps(entry) + "\n" for entry, _ in written), encoding="utf-8")
-    os.replace(half, manifest)
-    return manifest
-
-
-def _flac(audio: np.ndarray) -> bytes:
-    """f32[S] as a 16-bit FLAC file."""
-    import soundfile
-
-    file = io.BytesIO()
-    soundfile.write(file, audio, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return file.getvalue()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `prepare_data synth`."""
-    parser.add_argument("--out_dir", default="corpora/synth", help="folder that is written")
-    parser.add_argument("--num_train", type=int, default=960, help="utterances for training")
-    parser.add_argument("--num_valid", type=int, default=192, help="... of unseen voices")
-    parser.add_argument("--num_accents", type=int, default=192, help="... of unseen accents")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no_shar", action="store_true", help="FLAC and manifests only")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Writes the corpus and says on standard error what it wrote."""
-    start = time.perf_counter()
-    manifests = write_corpus(
-        args.out_dir,
-        num_train=args.num_train,
-        num_valid=args.num_valid,
-        num_accents=args.num_accents,
-        seed=args.seed,
-        shar=not args.no_shar,
-    )
-    for manifest in manifests.values():
-        entries = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-        minutes = sum(entry["duration"] for entry in entries) / 60
-        voices = len({entry["speaker"] for entry in entries})
-        print(
-            f"{manifest}: {len(entries)} utterances, {minutes:.1f} minutes, {voices} voices",
-            file=sys.stderr,
-        )
-    print(f"synthesised in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        to_shar(path, out_dir / "shar" / name)
+    return path

@@ -24,7 +24,7 @@ class SpecAugmentConfig:
       ValueError: a setting that the style does not have.
     """
 
-    # nemo: cell for cell its vectorised code, see `nemo_masks`
+    # nemo: cell for cell its vectorised code, see `masks`
     style: str = settings.field("jasr", choices=("jasr", "nemo"))
     freq_masks: int = settings.field(2, least=0)
     freq_width: int = settings.field(27, least=0)  # bins, exclusive
@@ -63,34 +63,47 @@ def row_keys(key, index):
 def spec_augment(mel, mel_len, keys, cfg: SpecAugmentConfig, scale=1.0):
     """Log-mel f32[B, T, F] with its frequency axis stretched and bands of bins and frames masked.
 
-    Masks as NeMo's SpectrogramAugmentation (vectorised): width = floor(u * largest width), start =
-    floor(u' * (extent - width)). `scale` in [0, 1] shrinks widths and warp, to ramp them in. keys
-    [B], see `row_keys`; one key is split by row position. In jasr's style time masks stay inside
-    mel_len, and frames after it are left alone.
+    Masks as `masks` draws them. `scale` in [0, 1] shrinks widths and warp, to ramp them in. keys
+    [B], see `row_keys`. In jasr's style frames after mel_len are left alone.
     """
-    batch, time, bins = mel.shape
-    valid = jnp.arange(time) < mel_len[:, None]
+    valid = (jnp.arange(mel.shape[1]) < mel_len[:, None])[..., None]
     count = 1 + 2 * (cfg.time_masks + cfg.freq_masks)
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(_each_row(keys, batch))
-    warp, time_draws, freq_draws = jnp.split(draws, (1, 1 + 2 * cfg.time_masks), axis=1)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    ends = np.cumsum([1, *[cfg.time_masks] * 2, cfg.freq_masks])
+    warp, *draws = jnp.split(draws, ends, axis=1)
+    masked = masks(mel.shape, mel_len, draws, cfg, scale)
     if cfg.style == "nemo":
-        draws = (*jnp.split(time_draws, 2, axis=1), *jnp.split(freq_draws, 2, axis=1))
-        masked = nemo_masks(mel.shape, mel_len, draws, cfg, scale)
         return jnp.where(masked, jnp.asarray(cfg.mask_value, mel.dtype), mel)
     original = mel
     if cfg.warp:
         mel = warp_mel(mel, 1 + scale * cfg.warp * (2 * warp[:, 0] - 1))
-    extent = mel_len.astype(jnp.float32)[:, None]
-    widest = cfg.time_width * extent if cfg.time_width <= 1 else float(cfg.time_width)
-    widest = scale * jnp.minimum(widest, extent)
-    masked = bands(*jnp.split(time_draws, 2, axis=1), widest, extent, time)[:, :, None]
-    widest = scale * float(min(cfg.freq_width, bins))
-    masked |= bands(*jnp.split(freq_draws, 2, axis=1), widest, float(bins), bins)[:, None, :]
     fill = jnp.zeros((), mel.dtype)
     if cfg.fill == "mean":
-        total = jnp.sum(jnp.where(valid[..., None], mel, 0), axis=1, keepdims=True)
-        fill = total / jnp.maximum(extent, 1)[..., None]
-    return jnp.where(valid[..., None], jnp.where(masked, fill, mel), original)
+        total = jnp.sum(jnp.where(valid, mel, 0), axis=1, keepdims=True)
+        fill = total / jnp.maximum(mel_len.astype(jnp.float32), 1)[:, None, None]
+    return jnp.where(valid, jnp.where(masked, fill, mel), original)
+
+
+def masks(shape, mel_len, draws, cfg: SpecAugmentConfig, scale=1.0):
+    """bool[B, T, F], True where a batch is masked, as by NeMo's SpectrogramAugmentation
+    (vectorised): width = floor(u * largest width), start = trunc(u' * (extent - width)).
+
+    In NeMo's style masks of bins reach over the padding, and masks wider than the utterance may
+    reach over its end; jasr's are narrowed to it.
+
+    Args:
+      shape: (B, T, F); T is the padded length.
+      draws: uniforms in the order in which NeMo draws them: time widths and starts
+        [B, time_masks], frequency widths and starts [B, freq_masks].
+    """
+    _, time, bins = shape
+    extent = mel_len.astype(jnp.float32)[:, None]
+    over_time = cfg.time_width * extent if cfg.time_width <= 1 else float(cfg.time_width)
+    over_bins = float(cfg.freq_width)
+    if cfg.style == "jasr":
+        over_time, over_bins = jnp.minimum(over_time, extent), min(over_bins, float(bins))
+    frames = bands(*draws[:2], scale * over_time, extent, time)
+    return frames[:, :, None] | bands(*draws[2:], scale * over_bins, float(bins), bins)[:, None, :]
 
 
 def bands(width_draw, start_draw, widest, extent, size: int):
@@ -100,28 +113,6 @@ def bands(width_draw, start_draw, widest, extent, size: int):
     position = jnp.arange(size, dtype=jnp.float32)[None, None, :]
     inside = (position >= start[..., None]) & (position < (start + width)[..., None])
     return inside.any(axis=1)
-
-
-def nemo_masks(shape, mel_len, draws, cfg: SpecAugmentConfig, scale=1.0):
-    """bool[B, T, F], True where NeMo's vectorised SpecAugment masks a batch, from the same draws.
-
-    Other than jasr's own style: masks of bins reach over the padding, and masks whose width is
-    given in frames are not narrowed to a short utterance, so they may reach over its end.
-
-    Args:
-      shape: (B, T, F); T is the padded length.
-      draws: uniforms in the order in which NeMo draws them: time widths and starts
-        [B, time_masks], frequency widths and starts [B, freq_masks].
-    """
-    batch, time, bins = shape
-    extent = mel_len.astype(jnp.float32)[:, None]
-    if cfg.time_width <= 1:
-        widest = jnp.minimum(cfg.time_width * extent, float(time))
-    else:
-        widest = jnp.full((batch, 1), float(cfg.time_width))
-    over_time = bands(*draws[:2], scale * widest, extent, time)
-    over_bins = bands(*draws[2:], scale * float(cfg.freq_width), float(bins), bins)
-    return over_time[:, :, None] | over_bins[:, None, :]
 
 
 def warp_mel(mel, factor):
@@ -140,9 +131,9 @@ def augment_waveform(audio, audio_len, keys, cfg: WaveAugmentConfig, scale=1.0):
 
     The noise's power is that of the utterance over a ratio drawn from [snr_low_db, snr_high_db].
     Samples after audio_len stay 0. `scale` in [0, 1] ramps gain and share in. keys [B], see
-    `row_keys`; one key is split by row position.
+    `row_keys`.
     """
-    batch, samples = audio.shape
+    samples = audio.shape[1]
     valid = jnp.arange(samples) < audio_len[:, None]
 
     def row(x, n, key):
@@ -156,7 +147,7 @@ def augment_waveform(audio, audio_len, keys, cfg: WaveAugmentConfig, scale=1.0):
         return x * 10 ** (scale * cfg.gain_db * (2 * gain - 1) / 20)
 
     audio = jnp.where(valid, audio, 0)
-    return jnp.where(valid, jax.vmap(row)(audio, audio_len, _each_row(keys, batch)), 0)
+    return jnp.where(valid, jax.vmap(row)(audio, audio_len, keys), 0)
 
 
 def coloured_noise(key, samples: int, ratio):
@@ -185,14 +176,6 @@ def _white(key, samples: int):
     x = (x ^ x >> 15 ^ second) * jnp.uint32(0x846CA68B)
     x = x ^ x >> 16
     return ((x >> 8).astype(jnp.float32) * 2.0**-24 - 0.5) * 12**0.5
-
-
-def _each_row(keys, batch: int):
-    keys = jnp.asarray(keys) if not hasattr(keys, "dtype") else keys
-    typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
-    if keys.ndim == (0 if typed else 1):
-        return row_keys(keys, jnp.arange(batch))
-    return keys
 
 
 def speed(x, factor: float) -> np.ndarray:

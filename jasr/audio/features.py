@@ -207,21 +207,13 @@ def _normalize(mel, mel_len, cfg: FrontEndConfig):
     return (mel - mean) / (deviation + 1e-5)
 
 
-_WINDOWS = {
-    "hann": np.hanning,
-    "hamming": np.hamming,
-    "blackman": np.blackman,
-    "bartlett": np.bartlett,
-    "ones": np.ones,
-}
-
-
 @functools.lru_cache(maxsize=16)
 def stft_window(cfg: FrontEndConfig) -> np.ndarray:
     """f32[win]; "htk": periodic, and divided by its norm as torchaudio's normalized=True."""
+    window = getattr(np, {"hann": "hanning"}.get(cfg.window, cfg.window))
     if cfg.kind != "htk":
-        return _WINDOWS[cfg.window](cfg.win).astype(np.float32)
-    window = _WINDOWS[cfg.window](cfg.win + 1)[:-1]
+        return window(cfg.win).astype(np.float32)
+    window = window(cfg.win + 1)[:-1]
     return (window / np.sqrt(np.sum(window**2))).astype(np.float32)
 
 

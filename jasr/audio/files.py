@@ -43,8 +43,7 @@ def read(file, sample_rate: int = 16000) -> np.ndarray:
     Raises AudioError for a missing, truncated, empty or undecodable file and for NaN or infinite
     samples: a part of a recording is never returned as if it were all.
     """
-    name = _name(file)
-    sound, length = _open(file, name)
+    sound, length, name = _open(file)
     expected = -(-min(length, _LONGEST_TRUSTED) * sample_rate // sound.samplerate)
     with sound:
         blocks = _blocks(sound, length, name)
@@ -57,8 +56,7 @@ def read_blocks(file, sample_rate: int = 16000, notes=None):
     To a list `notes` a remark is added where channels could not be averaged. Raises AudioError as
     `read` does, at the latest where the damage lies.
     """
-    name = _name(file)
-    sound, length = _open(file, name)
+    sound, length, name = _open(file)
     with sound:
         blocks = _blocks(sound, length, name, notes)
         yield from resample_stream(blocks, sound.samplerate, sample_rate)
@@ -69,30 +67,26 @@ def info(file) -> tuple[float, int, int]:
 
     Takes what `read` takes and raises AudioError where the container alone shows that `read` would.
     """
-    sound, length = _open(file, _name(file))
+    sound, length, _ = _open(file)
     with sound:
         return length / sound.samplerate, sound.samplerate, sound.channels
 
 
-def _name(file) -> str:
-    if isinstance(file, str | os.PathLike):
-        return os.fspath(file)
-    return str(getattr(file, "name", f"<{type(file).__name__}>"))
-
-
-def _open(file, name: str):
-    """(open soundfile.SoundFile, samples a channel that it must hold)."""
+def _open(file):
+    """(open soundfile.SoundFile, samples a channel that it must hold, name of the recording)."""
     if not isinstance(file, str | os.PathLike):
+        name = str(getattr(file, "name", f"<{type(file).__name__}>"))
         data = bytes(file) if isinstance(file, bytes | bytearray | memoryview) else file.read()
         return _open_data(data, io.BytesIO(data), name)
+    name = os.fspath(file)
     if os.path.isdir(file):
         raise AudioError(name, "a directory, not a recording")
     try:
         with open(file, "rb") as stream:
-            if os.fstat(stream.fileno()).st_size == 0:
-                raise AudioError(name, "empty file (0 bytes)")
+            if os.fstat(stream.fileno()).st_size == 0:  # which cannot be mapped
+                return _open_data(b"", None, name)
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _open_data(data, os.fspath(file), name)
+                return _open_data(data, name, name)
     except FileNotFoundError as error:
         raise AudioError(name, "no such file") from error
     except OSError as error:
@@ -119,17 +113,17 @@ def _open_data(data, source, name: str):
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: *.raw, which has no header
         cause = getattr(error, "error_string", "raw samples without a header")
         raise AudioError(name, f"cannot be decoded: {cause}") from error
+    reason, rate = "", sound.samplerate
     if sound.format == "RAW":  # libsndfile's guess for an unknown file named *.au or *.snd
+        reason = "cannot be decoded: Format not recognised."
+    elif length <= 0:
+        reason = "header only: no samples"
+    elif not _RATES[0] <= rate <= _RATES[1]:
+        reason = f"sampling rate of {rate} Hz is outside {_RATES[0]} to {_RATES[1]}"
+    if reason:
         sound.close()
-        raise AudioError(name, "cannot be decoded: Format not recognised.")
-    if length <= 0:
-        sound.close()
-        raise AudioError(name, "header only: no samples")
-    if not _RATES[0] <= sound.samplerate <= _RATES[1]:
-        rate = sound.samplerate
-        sound.close()
-        raise AudioError(name, f"sampling rate of {rate} Hz is outside {_RATES[0]} to {_RATES[1]}")
-    return sound, length
+        raise AudioError(name, reason)
+    return sound, length, name
 
 
 def _mixed(samples, chosen):

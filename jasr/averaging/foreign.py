@@ -47,6 +47,15 @@ class FileAverage:
     provenance: dict = dataclasses.field(repr=False)
 
 
+def _members(given, weights, how, member_at):
+    """(Members, weights, provenance) of Members or paths, none of which may be there twice."""
+    members = [m if isinstance(m, Member) else member_at(m) for m in given]
+    how = how or ("equal" if weights is None else "given")
+    weights = averaging.normalised(weights, len(members))
+    averaging.check_once(members)
+    return members, weights, provenance(members, weights, how)
+
+
 # ---- .ckpt files ---------------------------------------------------------------------------------
 
 
@@ -66,14 +75,12 @@ def find_files(folder, ema=False):
     for path in sorted(pathlib.Path(folder).absolute().glob("*.ckpt")):
         plain = path.stem.removesuffix("-EMA")
         if path.is_file() and ema == (plain != path.stem):
-            if not averaging.is_last(plain) and not _was_averaged(path):
+            if not averaging.is_last(plain) and not _was_averaged(path, plain):
                 found.append(file_member(path))
-    if not found and ema:
-        raise AverageError(f"no -EMA.ckpt file in {folder} (last copies and averages do not count)")
     if not found:
+        what, hint = ("-EMA.ckpt", "") if ema else (".ckpt", "; -EMA.ckpt files do with --ema")
         raise AverageError(
-            f"no .ckpt file in {folder} (last copies and averages do not count; -EMA.ckpt files do "
-            "with --ema)"
+            f"no {what} file in {folder} (last copies and averages do not count{hint})"
         )
     return sorted(found, key=lambda m: m.step)
 
@@ -90,11 +97,9 @@ def file_member(path):
     return Member(path, int(step), named)
 
 
-def _was_averaged(path):
-    if path.stem.removesuffix("-EMA").endswith("-averaged"):
-        return True
+def _was_averaged(path, plain):
     try:
-        return CKPT_KEY in _saved(path)
+        return plain.endswith("-averaged") or CKPT_KEY in _saved(path)
     except (AverageError, torch_file.TorchFileError):
         return False  # it is told when the file is chosen
 
@@ -117,30 +122,26 @@ def average_files(members, weights=None, *, how="", integers="copy", best=None):
     """
     if integers not in ("copy", "sum"):
         raise ValueError(f"integers={integers!r}: choose copy or sum")
-    members = [m if isinstance(m, Member) else file_member(m) for m in members]
-    how = how or ("equal" if weights is None else "given")
-    weights = averaging.normalised(weights, len(members))
-    averaging.check_once(members)
+    members, weights, made = _members(members, weights, how, file_member)
     best = best or averaging.best_of(members)
     states, names = [_state(m.path) for m in members], [str(m.path) for m in members]
-    kinds = [
-        {k: v for k, v in s.items() if isinstance(v, np.ndarray) and not k.endswith(STATE)}
-        for s in states
-    ]
-    check_same(kinds, names)
-    first = _state(best.path)
-    tied = _tied(states)
-    floats = [k for k, v in first.items() if _has_mean(k, v) and tied.get(k, k) == k]
-    found = means([{k: s[k] for k in floats} for s in states], weights, names)
+    arrays = [{k: v for k, v in s.items() if _is_array(k, v)} for s in states]
+    check_same(arrays, names)
+    first, tied = _state(best.path), _tied(arrays)
+    floats = {
+        k for k, v in first.items() if _is_array(k, v) and jnp.issubdtype(v.dtype, np.floating)
+    }
+    own = [k for k in first if k in floats and tied.get(k, k) == k]
+    found = means([{k: s[k] for k in own} for s in states], weights, names)
     state = {}
     for key, value in first.items():
-        if _has_mean(key, value):
+        if key in floats:
             state[key] = found[tied.get(key, key)]
-        elif integers == "sum" and _is_integer(key, value):
+        elif integers == "sum" and _is_array(key, value) and value.dtype.kind in "iu":
             state[key] = np.sum([s[key] for s in states], axis=0, dtype=value.dtype)
         else:
             state[key] = np.array(value) if isinstance(value, np.ndarray) else value
-    return FileAverage(state, best, provenance(members, weights, how))
+    return FileAverage(state, best, made)
 
 
 def write_ckpt(path, average):
@@ -149,18 +150,18 @@ def write_ckpt(path, average):
     """
     saved = _saved(average.best.path)
     out = {"state_dict": average.state, CKPT_KEY: average.provenance}
-    for key in KEPT:
-        if key in saved:
-            value = plain_yaml.plain(saved[key])
-            if _is_plain(value):
-                out[key] = value
-            else:
-                warnings.warn(
-                    f"{key} of {average.best.path} has objects that are not read; it is left out "
-                    f"of {path}",
-                    UserWarning,
-                    stacklevel=2,
-                )
+    for key in filter(saved.__contains__, KEPT):
+        value = plain_yaml.plain(saved[key])
+        try:
+            json.dumps(value)
+            out[key] = value
+        except TypeError:
+            warnings.warn(
+                f"{key} of {average.best.path} has objects that are not read; it is left out "
+                f"of {path}",
+                UserWarning,
+                stacklevel=2,
+            )
     torch_file.write(path, out)
 
 
@@ -188,16 +189,8 @@ def write_nemo(output, state, input_nemo):
             if name == nemo_archive.WEIGHTS:
                 torch_file.write(files[name], {key: state[key] for key in wanted})
             else:
-                _copy_part(archive.tar, start, size, files[name])
+                np.fromfile(archive.tar, np.uint8, size, offset=start).tofile(files[name])
         nemo_archive.write(output, files)
-
-
-def _copy_part(path, start, size, output):
-    with open(path, "rb") as source, open(output, "wb") as target:
-        source.seek(start)
-        while chunk := source.read(min(size, 1 << 20)):
-            target.write(chunk)
-            size -= len(chunk)
 
 
 def _saved(path):
@@ -217,35 +210,19 @@ def _state(path):
     raise AverageError(f"{path} holds no state dict")
 
 
-def _has_mean(key, value):
-    return (
-        isinstance(value, np.ndarray)
-        and jnp.issubdtype(value.dtype, np.floating)
-        and not key.endswith(STATE)
-    )
-
-
-def _is_integer(key, value):
-    return isinstance(value, np.ndarray) and value.dtype.kind in "iu" and not key.endswith(STATE)
+def _is_array(key, value):
+    return isinstance(value, np.ndarray) and not key.endswith(STATE)
 
 
 def _tied(states):
     """{key: first key of the same memory}, for tensors that are tied in every file."""
     first, found = {}, {}
     for key in states[0]:
-        arrays = [s.get(key) for s in states]
-        if all(isinstance(a, np.ndarray) and a.size for a in arrays):
+        arrays = [s[key] for s in states]
+        if all(a.size for a in arrays):
             where = tuple((a.ctypes.data, a.shape, a.strides) for a in arrays)
             found[key] = first.setdefault(where, key)
     return found
-
-
-def _is_plain(value):
-    if isinstance(value, dict):
-        return all(_is_plain(k) and _is_plain(v) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 # ---- zarr directories ----------------------------------------------------------------------------
@@ -296,24 +273,15 @@ def average_directories(members, output, weights=None, *, how=""):
         others (but in optimizer.*), or an output that is there.
       ZarrError: an array that is damaged.
     """
-    members = [
-        m if isinstance(m, Member) else Member(pathlib.Path(m).absolute(), 0, {}) for m in members
-    ]
-    how = how or ("equal" if weights is None else "given")
-    weights = averaging.normalised(weights, len(members))
-    averaging.check_once(members)
+    members, weights, made = _members(
+        members, weights, how, lambda m: Member(pathlib.Path(m).absolute(), 0, {})
+    )
     output = pathlib.Path(output).absolute()
     if output.exists():
         raise AverageError(f"{output} exists: choose another output")
-    stores = []
-    for m in members:
-        store = zarr_checkpoint.arrays(m.path)
-        stores.append({k: v for k, v in store.items() if not _is_copied(k)})
-        _check_flat(m.path, store)
-    names = [str(m.path) for m in members]
+    stores, names = [_store(m.path) for m in members], [str(m.path) for m in members]
     check_same(stores, names)
     check_floats(stores[0], names[0])
-    made = provenance(members, weights, how)
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -333,8 +301,9 @@ def average_directories(members, output, weights=None, *, how=""):
     return made
 
 
-def _check_flat(folder, store):
-    """Raises AverageError if a directory that would be copied has an array to average below it."""
+def _store(folder):
+    """The arrays of a directory that are averaged; none may lie in what would be copied."""
+    store = {k: v for k, v in zarr_checkpoint.arrays(folder).items() if not _is_copied(k)}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name not in store and not _is_copied(path.name):
             for header in path.rglob(zarr_checkpoint.HEADER):
@@ -342,6 +311,7 @@ def _check_flat(folder, store):
                     f"{header.parent} is an array inside {path.name}, where it would not be "
                     f"averaged; arrays must lie in {folder} itself"
                 )
+    return store
 
 
 def _is_copied(name):

@@ -58,13 +58,53 @@ def means(stores, weights, names):
     rooms = threading.local()  # fresh memory for every leaf would cost as much as reading it
 
     def one(path):
-        running = _Running(stores[0][path])
+        dtype, so_far = stores[0][path].dtype, 0.0
+        wide = np.promote_types(dtype, np.float32) if dtype.kind == "f" else np.float32
+        mean = lazy.empty(stores[0][path].shape, wide)
         for store, weight in used:
-            running.add(store[path], weight, rooms)
-        return running.result(path, stores, names)
+            so_far += weight
+            _add(mean, store[path], weight / so_far, rooms)
+        with np.errstate(all="ignore"):
+            total = mean.sum()  # not finite if a value is not; faster than to ask each
+        if not np.isfinite(total) and not np.isfinite(mean).all():
+            raise AverageError(_fault(path, stores, names, wide))
+        return mean if wide == dtype else mean.astype(dtype)
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(stores[0], pool.map(one, stores[0]), strict=True))
+
+
+def _add(mean, value, share, rooms):
+    """Moves a running mean by this share towards the value; a share of 1 is the first value."""
+    if share == 1:
+        if isinstance(value, lazy.Lazy) and value.dtype == mean.dtype:
+            value.read_into(mean)
+        else:
+            np.copyto(mean, np.asarray(value), casting="unsafe")
+        return
+    if isinstance(value, lazy.Lazy):
+        if getattr(rooms, "room", np.empty(0)).nbytes < value.nbytes:
+            rooms.room = lazy.empty([value.nbytes], np.uint8)
+        room = rooms.room[: value.nbytes].view(value.dtype).reshape(value.shape)
+        value = value.read_into(room)
+    acc, x = mean.reshape(-1), np.ascontiguousarray(value).reshape(-1)
+    difference = np.empty(min(_BLOCK, acc.size), acc.dtype)
+    with np.errstate(all="ignore"):
+        for i in range(0, acc.size, _BLOCK):
+            a = acc[i : i + _BLOCK]
+            d = difference[: a.size]
+            # acc - (acc - x) share, not acc + (x - acc) share: -0.0 stays -0.0
+            np.subtract(a, x[i : i + _BLOCK], out=d)
+            np.multiply(d, acc.dtype.type(share), out=d)
+            np.subtract(a, d, out=a)
+
+
+def _fault(path, stores, names, dtype):
+    """Why a mean is not finite; the members are read again to name a bad one."""
+    for name, store in zip(names, stores, strict=True):
+        if not np.isfinite(np.asarray(store[path]).astype(dtype)).all():
+            return f"{path} of {name} has NaN or infinite values"
+    return f"{path} overflows {np.dtype(dtype)} when averaged"
 
 
 def normalised(weights, count):
@@ -85,52 +125,6 @@ def normalised(weights, count):
         text = f"weights sum to {total:g}, not 1: they are divided by it"
         warnings.warn(text, UserWarning, stacklevel=3)
     return [w / total for w in weights]
-
-
-class _Running:
-    """The running weighted mean of one leaf."""
-
-    def __init__(self, first):
-        self.dtype = first.dtype
-        wide = np.promote_types(self.dtype, np.float32) if self.dtype.kind == "f" else np.float32
-        self.sum = lazy.empty(first.shape, wide)
-        self.weight = 0.0
-
-    def add(self, value, weight, rooms):
-        self.weight += weight
-        if self.weight == weight:  # the first
-            if isinstance(value, lazy.Lazy) and value.dtype == self.sum.dtype:
-                value.read_into(self.sum)
-            else:
-                np.copyto(self.sum, np.asarray(value), casting="unsafe")
-            return
-        if isinstance(value, lazy.Lazy):
-            if getattr(rooms, "room", np.empty(0)).nbytes < value.nbytes:
-                rooms.room = lazy.empty([value.nbytes], np.uint8)
-            room = rooms.room[: value.nbytes].view(value.dtype).reshape(value.shape)
-            value = value.read_into(room)
-        share = self.sum.dtype.type(weight / self.weight)
-        acc, x = self.sum.reshape(-1), np.ascontiguousarray(value).reshape(-1)
-        difference = np.empty(min(_BLOCK, acc.size), acc.dtype)
-        with np.errstate(all="ignore"):
-            for i in range(0, acc.size, _BLOCK):
-                a = acc[i : i + _BLOCK]
-                d = difference[: a.size]
-                # acc - (acc - x) share, not acc + (x - acc) share: -0.0 stays -0.0
-                np.subtract(a, x[i : i + _BLOCK], out=d)
-                np.multiply(d, share, out=d)
-                np.subtract(a, d, out=a)
-
-    def result(self, path, stores, names):
-        """The mean in the leaf's dtype; members are read again to name a bad one."""
-        with np.errstate(all="ignore"):
-            total = self.sum.sum()  # not finite if a value is not; faster than to ask each
-        if not np.isfinite(total) and not np.isfinite(self.sum).all():
-            for name, store in zip(names, stores, strict=True):
-                if not np.isfinite(np.asarray(store[path]).astype(self.sum.dtype)).all():
-                    raise AverageError(f"{path} of {name} has NaN or infinite values")
-            raise AverageError(f"{path} overflows {self.sum.dtype} when averaged")
-        return self.sum if self.sum.dtype == self.dtype else self.sum.astype(self.dtype)
 
 
 def check_floats(store, name):

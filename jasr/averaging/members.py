@@ -1,6 +1,7 @@
 """Members of an average: found by name, chosen by step or metric, weighed."""
 
 import dataclasses
+import filecmp
 import itertools
 import math
 import os
@@ -72,6 +73,13 @@ def is_last(name):
     return bool(re.search(r"(^|-)last(-v\d+)?(\.\w+)?$", name))
 
 
+def _ranked(members, metric, mode):
+    """The members that have the metric, best first; a tie goes to the newer."""
+    sign = -1 if mode == "max" else 1
+    having = [m for m in members if not math.isnan(m.metrics.get(metric, math.nan))]
+    return sorted(having, key=lambda m: (sign * m.metrics[metric], -m.step))
+
+
 def select(members, top_n=0, steps=(), metric="val_wer", mode="min"):
     """The members with these steps, in this order, or the `top_n` best by a metric, best first.
 
@@ -89,9 +97,7 @@ def select(members, top_n=0, steps=(), metric="val_wer", mode="min"):
         if wrong:
             raise AverageError(f"steps {wrong} are not there once each; there are {numbers}")
         return [members[numbers.index(s)] for s in steps]
-    sign = -1 if mode == "max" else 1
-    ranked = [m for m in members if not math.isnan(m.metrics.get(metric, math.nan))]
-    ranked = sorted(ranked, key=lambda m: (sign * m.metrics[metric], -m.step))
+    ranked = _ranked(members, metric, mode)
     if len(ranked) < top_n:
         raise AverageError(
             f"{len(ranked)} of {len(members)} checkpoints have the metric {metric!r}, wanted the "
@@ -118,21 +124,8 @@ def weigh(members, weights=None, metric="val_wer", mode="min"):
 
 def best_of(members, metric="val_wer", mode="min"):
     """The member with the best metric if all have it, else the newest one."""
-    sign = -1 if mode == "max" else 1
-    values = [sign * m.metrics.get(metric, math.nan) for m in members]
-    if any(math.isnan(v) for v in values):
-        return max(members, key=lambda m: m.step)
-    return members[values.index(min(values))]
-
-
-def check_duplicates(members):
-    """Raises AverageError if one checkpoint, or a copy of it, is given twice."""
-    seen = {}
-    for m in members:
-        for key in (m.path.resolve(), read_manifest(m.path)["sha256"]):
-            if key in seen:
-                raise AverageError(f"{m.path} is the same checkpoint as {seen[key]}")
-            seen[key] = m.path
+    ranked = _ranked(members, metric, mode)
+    return ranked[0] if len(ranked) == len(members) else max(members, key=lambda m: m.step)
 
 
 def check_once(members):
@@ -143,23 +136,14 @@ def check_once(members):
 
 
 def _same_content(one, other):
-    """Whether two files or directories hold the same bytes: sizes first, then small files first."""
+    """Whether two files or directories hold the same bytes; a step's manifest stands for all."""
     sizes = []
     for path in (one, other):
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        inside = path.rglob(MANIFEST if (path / MANIFEST).exists() else "*")
+        files = [path] if path.is_file() else [p for p in inside if p.is_file()]
         sizes.append(sorted((p.stat().st_size, str(p.relative_to(path))) for p in files))
-    return sizes[0] == sizes[1] and all(_same_bytes(one / n, other / n, s) for s, n in sizes[0])
-
-
-def _same_bytes(one, other, size, block=1 << 20):
-    """Whether two files of a size are equal; from the end, where a zip keeps its checksums."""
-    with open(one, "rb") as f, open(other, "rb") as g:
-        for start in range(size // block * block, -1, -block):
-            f.seek(start)
-            g.seek(start)
-            if f.read(block) != g.read(block):
-                return False
-    return True
+    same = (filecmp.cmp(one / name, other / name, shallow=False) for _, name in sizes[0])
+    return sizes[0] == sizes[1] and all(same)
 
 
 def provenance(members, weights, how, **more):

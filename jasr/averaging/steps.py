@@ -7,9 +7,9 @@ import numpy as np
 
 from jasr import checkpoint, tree
 from jasr.averaging.mean import AverageError, means, normalised
-from jasr.averaging.members import PROVENANCE, Member, check_duplicates, member, provenance
+from jasr.averaging.members import PROVENANCE, Member, check_once, member, provenance
+from jasr.checkpoint import read
 from jasr.checkpoint.files import read_manifest
-from jasr.checkpoint.read import Leaves
 from jasr.systems import catalogue, compatibility, source
 
 
@@ -36,7 +36,7 @@ def average_checkpoints(members, output, weights=None, item="", *, how="given", 
     members = [m if isinstance(m, Member) else member(m) for m in members]
     output = pathlib.Path(output).absolute()
     weights = normalised(weights, len(members))
-    check_duplicates(members)
+    check_once(members)
     if output.exists() and not (output / PROVENANCE).exists():
         raise AverageError(f"{output} exists and is not an average: choose another --output")
     has = [set(checkpoint.items(m.path)) for m in members]
@@ -65,7 +65,7 @@ def average_checkpoints(members, output, weights=None, item="", *, how="given", 
 def _mean(members, weights, item):
     """The average of one item of the members, as jax.Arrays on the CPU."""
     places = [m.path / item for m in members]
-    found = means([Leaves(p).arrays() for p in places], weights, list(map(str, places)))
+    found = means([read.arrays(p) for p in places], weights, list(map(str, places)))
     cpu = jax.devices("cpu")[0]
     for path, mean in found.items():
         if mean.dtype != np.float64:  # Orbax copies numpy arrays, but not JAX's

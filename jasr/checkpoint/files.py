@@ -4,6 +4,7 @@ Needs neither JAX nor Orbax. See `jasr.checkpoint` for the layout.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ import warnings
 MANIFEST = "jasr_manifest.json"
 APART, LARGE = "tokenizer-", 1 << 16  # name of a tokenizer's file; characters from which it is one
 LATE_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them at the rename
-_READERS = min(4, os.cpu_count() or 1)  # threads that compute checksums
+READERS = min(4, os.cpu_count() or 1)  # threads that compute checksums or read leaves
 _log = logging.getLogger("jasr.checkpoint")
 
 
@@ -31,7 +32,7 @@ def seal(directory, *, step, items, metric="", mode="min"):
     late = (MANIFEST, *LATE_FILES)
     found = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
     names = sorted(set(found) - set(late))
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         digests = pool.map(_digest_and_flush, (found[n] for n in names))
         files = {n: [found[n].stat().st_size, d] for n, d in zip(names, digests, strict=True)}
     for path in [p for p in directory.rglob("*") if p.is_dir()]:
@@ -61,7 +62,7 @@ def verify(path, items=None, checksums=True):
         for name, was in manifest["files"].items()
         if items is None or name.split("/")[0] in (*items, "meta", "metrics")
     ]
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         faults = pool.map(lambda file: _fault(*file, checksums), files)
         return [f for f in faults if f]
 
@@ -139,17 +140,25 @@ def find_step(path, step=None, items=None, checksums=True):
             candidates = [found[int(step)]]
         else:
             raise CheckpointError(f"step {step} is not in {root}, which has {list(found)}")
+    directory, faults = first_whole(candidates, items, checksums, told=len(candidates) > 1)
+    if directory:
+        return directory
+    if len(faults) == 1:
+        raise CheckpointError(f"damaged checkpoint {faults[0]}")
+    raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(faults))
+
+
+def first_whole(candidates, items=None, checksums=True, told=True):
+    """(the first step directory that verifies or None, a line of damage for each before it)."""
     faults = []
     for directory in candidates:
         damage = verify(directory, items, checksums)
         if not damage:
-            return directory
+            return directory, faults
         faults.append(f"{directory}: " + "; ".join(damage))
-        if len(candidates) > 1:
+        if told:
             report(f"checkpoint {faults[-1]}. It is not used.")
-    if len(faults) == 1:
-        raise CheckpointError(f"damaged checkpoint {faults[0]}")
-    raise CheckpointError("no usable checkpoint:\n  " + "\n  ".join(faults))
+    return None, faults
 
 
 def load_metrics(directory):
@@ -187,20 +196,15 @@ def step_directories(root):
 
 def ranked(root, steps, metric="", mode=""):
     """The steps that have the metric, best first; a tie goes to the newer, NaN is left out."""
-    ranked = []
+    found = []
     for step in steps:
-        if not metric:  # by what the run itself ranked
-            try:
-                manifest = read_manifest(root / str(step))
-            except CheckpointError:
-                continue
-            name, best = manifest["metric"], manifest["mode"]
-        else:
-            name, best = metric, mode
-        value = load_metrics(root / str(step)).get(name, math.nan)
-        if not math.isnan(value):
-            ranked.append((-value if best == "max" else value, -step))
-    return [-negative for _, negative in sorted(ranked)]
+        directory, rule = root / str(step), {"metric": metric, "mode": mode}
+        with contextlib.suppress(CheckpointError):
+            rule = rule if metric else read_manifest(directory)  # by what the run itself ranked
+            value = load_metrics(directory).get(rule["metric"], math.nan)
+            if not math.isnan(value):
+                found.append((-value if rule["mode"] == "max" else value, -step))
+    return [-negative for _, negative in sorted(found)]
 
 
 def read_manifest(directory):

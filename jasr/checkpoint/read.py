@@ -1,5 +1,7 @@
 """Reading checkpoints: whole trees as numpy anywhere, onto a mesh, or one leaf at a time."""
 
+import concurrent.futures
+import contextlib
 import json
 
 import jax
@@ -8,8 +10,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jasr import tree as trees
-from jasr.checkpoint.files import CheckpointError, find_step, first_line, items, read_meta
+from jasr.checkpoint.files import (
+    READERS,
+    CheckpointError,
+    find_step,
+    first_line,
+    items,
+    read_meta,
+)
 from jasr.interop import lazy
+
+_OF_A_DICT = 2  # Orbax's number for a key of a dict
 
 
 def load_params(path, step=None, item="", verify=True):
@@ -33,14 +44,12 @@ def load_params(path, step=None, item="", verify=True):
         if name == "batch_stats":  # a model without running statistics
             return {}
         raise CheckpointError(f"{directory} has no item {name!r}, only {has}")
-    stored = Leaves(directory / name)
-    if stored.plain:
-        return trees.unflatten(stored.in_memory())
-    handler = ocp.PyTreeCheckpointHandler()
-    kinds = handler.metadata(directory / name).tree
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), kinds)
+    found = in_memory(arrays(directory / name))
+    if _is_of_dicts(directory / name):
+        return trees.unflatten(found)
     with told_where(directory / name):
-        return handler.restore(directory / name, args=ocp.args.PyTreeRestore(restore_args=args))
+        lists_too = ocp.PyTreeCheckpointHandler().metadata(directory / name).tree
+        return jax.tree.unflatten(jax.tree.structure(lists_too), found.values())
 
 
 def load_meta(path, step=None):
@@ -55,88 +64,78 @@ def leaves(tree):
 
 
 def read_like(directory, like):
-    like_encoded = jax.tree.map(_encode_abstract, like)
-    handler = ocp.PyTreeCheckpointHandler()
-    has, want, got = items(directory), {}, {}
-    for name, item in like_encoded.items():
-        want |= {f"{name}/{p}": x for p, x in leaves(item).items()}
-        if name in has:
-            kinds = handler.metadata(directory / name).tree
-            got |= {f"{name}/{p}": x for p, x in leaves(kinds).items()}
+    """The items of a step as `Checkpoints.restore` gives them."""
+    has, want = items(directory), leaves(like)
+    stored = {
+        f"{name}/{path}": x
+        for name in like
+        if name in has
+        for path, x in arrays(directory / name).items()
+    }
     try:
-        trees.compare(want, got, dtype=True, what=f"checkpoint {directory}")
+        kinds = {path: _as_stored(x) for path, x in want.items()}
+        trees.compare(kinds, stored, dtype=True, what=f"checkpoint {directory}")
     except trees.TreeError as e:
         raise CheckpointError(f"{e}\nIs this the config that the run was made with?") from None
-    state = {}
-    reader = ocp.Checkpointer(handler)
-    for name, item in like_encoded.items():
-        if not jax.tree.leaves(item):
-            state[name] = item
-            continue
-        args = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(_restore_args, item))
-        with told_where(directory / name):
-            state[name] = reader.restore(directory / name, args=args)
-    return jax.tree.map(_decode, like, state)
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(lambda path: _placed(stored[path], want[path]), want)
+        return jax.tree.unflatten(jax.tree.structure(like), list(found))
 
 
-_OF_A_DICT = 2  # Orbax's number for a key of a dict
+def arrays(directory):
+    """{path: lazy.Lazy} of one item of a step, in the order of the tree, read by slices."""
+    with told_where(directory):
+        opening = {path: _open(directory, *how) for path, how in _places(_description(directory))}
+        return {path: _lazy(directory, store.result()) for path, store in opening.items()}
 
 
-class Leaves:
-    """The leaves of one item of a step, opened and read one at a time.
+def in_memory(found):
+    """{path: numpy array} of array-likes by path; two are read at a time: all at once, tensorstore
+    takes twice the time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(found, pool.map(lazy.owned, found.values()), strict=True))
 
-    Attributes:
-      directory: of the item.
-      kinds: {path: ShapeDtypeStruct}, in the order of the tree.
-      plain: whether the tree is one of dicts alone.
-    """
 
-    def __init__(self, directory):
-        self.directory = directory
-        with told_where(directory):
-            text = json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
-            opening = {path: _open(directory, *how) for path, how in _places(text)}
-            self._stores = {path: store.result() for path, store in opening.items()}
-        self.kinds = {
-            path: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype)
-            for path, store in self._stores.items()
-        }
-        leaves = text["tree_metadata"].values()
-        keys = [key["key_type"] for leaf in leaves for key in leaf["key_metadata"]]
-        self.plain = len(leaves) == len(self.kinds) and set(keys) <= {_OF_A_DICT}
+def put(value, dtype, sharding):
+    """An array-like as a global array; each process reads the slices that it holds."""
 
-    def arrays(self):
-        """{path: Lazy}, read by slices."""
-        return {path: self._lazy(path, kind) for path, kind in self.kinds.items()}
+    def read(index):
+        return lazy.owned(value[index], dtype)
 
-    def _lazy(self, path, kind):
-        def into(out, at=...):
-            import tensorstore as ts
+    return jax.make_array_from_callback(tuple(value.shape), sharding, read)
 
-            with told_where(self.directory):
-                ts.array(out).write(self._stores[path][at]).result()
-            return out
 
-        def read(at):
-            return into(lazy.empty([a.stop - a.start for a in at], kind.dtype), at)
+def is_key(x):
+    return jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key)
 
-        return lazy.Lazy(kind.shape, kind.dtype, read, into)
 
-    def in_memory(self):
-        """{path: numpy array} of all leaves. One is read while the one before it is finished: all
-        at once, tensorstore takes twice the time."""
-        import tensorstore as ts
+def _as_stored(x):
+    if is_key(x):
+        return jax.eval_shape(jax.random.key_data, x)
+    return x if hasattr(x, "dtype") else np.asarray(x)
 
-        found, reading = {}, None
-        with told_where(self.directory):
-            for path, kind in self.kinds.items():
-                found[path] = lazy.empty(kind.shape, kind.dtype)
-                last, reading = reading, ts.array(found[path]).write(self._stores[path])
-                if last:
-                    last.result()
-            if reading:
-                reading.result()
-        return found
+
+def _placed(value, like):
+    sharding = getattr(like, "sharding", None)
+    value = lazy.owned(value) if sharding is None else put(value, value.dtype, sharding)
+    if is_key(like):
+        return jax.random.wrap_key_data(value, impl=jax.random.key_impl(jnp.empty((), like.dtype)))
+    return value
+
+
+# ---- Orbax's files -------------------------------------------------------------------------------
+
+
+def _description(directory):
+    return json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
+
+
+def _is_of_dicts(directory):
+    """Whether a tree is one of dicts with leaves alone."""
+    leaves = _description(directory)["tree_metadata"].values()
+    empty = any(leaf["value_metadata"].get("skip_deserialize") for leaf in leaves)
+    kinds = {key["key_type"] for leaf in leaves for key in leaf["key_metadata"]}
+    return not empty and kinds <= {_OF_A_DICT}
 
 
 def _places(description):
@@ -158,40 +157,26 @@ def _open(directory, name, driver, store):
     return ts.open(spec, open=True, read=True)
 
 
-def is_key(x):
-    return jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key)
+def _lazy(directory, store):
+    dtype = store.dtype.numpy_dtype
+
+    def into(out, at=...):
+        import tensorstore as ts
+
+        with told_where(directory):
+            ts.array(out).write(store[at]).result()
+        return out
+
+    def read(at):
+        return into(lazy.empty([a.stop - a.start for a in at], dtype), at)
+
+    return lazy.Lazy(store.shape, dtype, read, into)
 
 
-def _encode_abstract(x):
-    sharding = getattr(x, "sharding", None)
-    if is_key(x):
-        shape = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-    x = x if hasattr(x, "dtype") else np.asarray(x)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _decode(like, x):
-    if not is_key(like):
-        return x
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.empty((), like.dtype)))
-
-
-def _restore_args(x):
-    if x.sharding is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype)
-    return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
-
-
-class told_where:
+@contextlib.contextmanager
+def told_where(directory):
     """Turns the many-line errors of the array reader into one that names the directory."""
-
-    def __init__(self, directory):
-        self.directory = directory
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        if error is not None and isinstance(error, Exception):
-            raise CheckpointError(f"{self.directory}: {first_line(error)}") from error
+    try:
+        yield
+    except Exception as e:
+        raise CheckpointError(f"{directory}: {first_line(e)}") from e

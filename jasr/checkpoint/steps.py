@@ -30,12 +30,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jasr import settings
+from jasr import settings, sharding
 from jasr.checkpoint.files import (
     MANIFEST,
     CheckpointError,
     delete,
     first_line,
+    first_whole,
     link,
     load_metrics,
     ranked,
@@ -45,7 +46,6 @@ from jasr.checkpoint.files import (
     set_apart,
     step_directories,
     sync_directory,
-    verify,
     write_text,
 )
 from jasr.checkpoint.read import read_like
@@ -55,7 +55,6 @@ EXPORTS, EXPORTED = "export", "model"  # a step's folder of exports; their name 
 _WRITTEN = "jasr_written."  # + process: it has written its part of a temporary directory
 _PATIENCE_MS = 20 * 60 * 1000  # a process waits so long for the others' parts
 _numbers = itertools.count()  # of the saves, the same on every process
-_agreements = itertools.count()
 _REMAINS = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|jasr-deleting|jasr-probe)")
 
 
@@ -74,7 +73,7 @@ class CheckpointConfig:
     # <run>/set_aside-<step>-<time>, and as long as that is there it has been done. 0 or -1: newest
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The steps of one run, written in the background, newest and best kept.
 
     One process (of the job's process 0) owns the directory: hold `rundir.lock`. With several
@@ -86,27 +85,14 @@ class Checkpoints:
       error: what the last failure was, "" after a good save.
     """
 
-    def __init__(
-        self,
-        directory,
-        keep_latest=2,
-        keep_best=3,
-        metric="val_wer",
-        mode="min",
-        verify=True,
-        export=(),
-        resume_step=0,
-        exporter=None,
-    ):
-        """Args, beside those of CheckpointConfig:
+    def __init__(self, directory, exporter=None, **config):
+        """Args:
         exporter: (directory of a step that is written, names of its trees, `export`), which puts
           the exports into `directory`/export, on process 0.
+        config: fields of CheckpointConfig.
         """
-        CheckpointConfig(keep_latest, keep_best, metric, mode, verify)  # checks them
-        self.export, self.exporter, self.resume_step = export, exporter, resume_step
+        self.config, self.exporter = CheckpointConfig(**config), exporter
         self.directory = pathlib.Path(directory).absolute()
-        self.keep_latest, self.keep_best, self.verify = keep_latest, keep_best, verify
-        self.metric, self.mode = metric, mode
         self.failures, self.error = 0, ""
         self._damaged, self._saved = set(), set()
         self._saving = self._thread = self._saver = None
@@ -118,9 +104,6 @@ class Checkpoints:
                 if not (d / MANIFEST).exists():
                     report(f"checkpoint {d} has no {MANIFEST}: half-written, it is not used")
             self._link_exports()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exc):
         self.close()
@@ -195,11 +178,15 @@ class Checkpoints:
         self.wait()
         if step is None and not _agree(len(step_directories(self.directory))):
             return None
-        if step is None and self.resume_step > 0 and _agree(self._set_aside()):
-            step = self.resume_step
+        if step is None and self.config.resume_step > 0 and _agree(self._set_aside()):
+            step = self.config.resume_step
         chosen, faults = -1, []
         if _primary():
-            chosen, faults = self._newest_good(step)
+            numbers = [step] if step is not None else step_directories(self.directory)
+            candidates = [self.directory / str(n) for n in sorted(numbers, reverse=True)]
+            whole, faults = first_whole(candidates, checksums=self.config.verify)
+            self._damaged |= {int(d.name) for d in candidates[: len(faults)]}
+            chosen = int(whole.name) if whole else -1
         chosen = _agree(chosen)
         if chosen < 0:
             raise CheckpointError(
@@ -230,27 +217,12 @@ class Checkpoints:
             self._saver.close()
             self._saver = None
 
-    def _newest_good(self, step):
-        """(number, faults): the step to restore, -1 if none, after reporting the damaged ones."""
-        found = step_directories(self.directory)
-        candidates = sorted(found, reverse=True) if step is None else [step]
-        faults = []
-        for number in candidates:
-            directory = self.directory / str(number)
-            damage = verify(directory, checksums=self.verify)
-            if not damage:
-                return number, faults
-            self._damaged.add(number)
-            faults.append(f"{directory}: " + "; ".join(damage))
-            report(f"checkpoint {faults[-1]}. It is not used.")
-        return -1, faults
-
     def _set_aside(self):
         """Whether `resume_step` is the step to restore, after later ones were put aside; on process
         0. Not where that was done before, so that what has been trained since goes on."""
         if not _primary():
             return False
-        root, wanted = self.directory.parent, self.resume_step
+        root, wanted = self.directory.parent, self.config.resume_step
         if any(root.glob(f"set_aside-{wanted}-*")):
             return False
         found = step_directories(self.directory)
@@ -319,9 +291,9 @@ class Checkpoints:
             mark.unlink()
         for name in self._apart:
             link(self.directory.parent / name, temporary / name)
-        if self.export:
-            self.exporter(temporary, items, self.export)
-        seal(temporary, step=step, items=items, metric=self.metric, mode=self.mode)
+        if self.config.export:
+            self.exporter(temporary, items, self.config.export)
+        seal(temporary, step=step, items=items, metric=self.config.metric, mode=self.config.mode)
 
     def _finish(self, step, fault):
         """Runs in a thread: waits for the commit, then lets old steps go."""
@@ -348,8 +320,9 @@ class Checkpoints:
 
     def _retire(self, newest):
         steps = self.steps()
-        keep = {newest, *steps[-self.keep_latest :]}  # all, if it is 0
-        keep.update(ranked(self.directory, steps, self.metric, self.mode)[: self.keep_best])
+        config = self.config
+        best = ranked(self.directory, steps, config.metric, config.mode)[: config.keep_best]
+        keep = {newest, *best, *steps[-config.keep_latest :]}  # all, if it is 0
         for step in steps:
             if step not in keep:
                 delete(self.directory / str(step))
@@ -386,7 +359,5 @@ def _agree(number):
         return number
     from jax.experimental import multihost_utils
 
-    # Checksums may take process 0 minutes, and a collective is not made to wait.
-    key = f"jasr checkpoint agreement {next(_agreements)}"
-    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_PATIENCE_MS)
+    sharding.meet()  # checksums may take process 0 minutes, and a collective is not made to wait
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

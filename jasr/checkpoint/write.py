@@ -94,10 +94,7 @@ def saver_of(items, before_rename, barrier=None):
     for name in items:
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         registry.add(name, ocp.args.PyTreeSave, handler)
-        registry.add(name, ocp.args.PyTreeRestore, handler)
-    handler = ocp.JsonCheckpointHandler("metrics")
-    registry.add("metrics", ocp.args.JsonSave, handler)
-    registry.add("metrics", ocp.args.JsonRestore, handler)
+    registry.add("metrics", ocp.args.JsonSave, ocp.JsonCheckpointHandler("metrics"))
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(handler_registry=registry),
         async_options=ocp.options.AsyncOptions(

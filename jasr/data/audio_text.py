@@ -1,5 +1,6 @@
 """The layout of recognition: one recording and its text a row, or several joined by silence."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -55,24 +56,21 @@ class AudioText:
         """(seconds, tokens) of an item; see seam.Layout.sizes."""
         tokens = encode_text(item.fields["text"], self.encode, self.config.min_tokens, scored)
         seconds, count = sum([p.seconds for p in item.pieces]), len(tokens)
-        if not scored:
-            self._check(seconds, count, self.frames_needed(tokens) if self.frames_needed else 0)
-        return seconds, count
-
-    def _check(self, seconds, count, frames):
-        """Raises LengthError for what the limits exclude, and texts too long for their audio."""
-        cfg, longest = self.config, self.longest
+        if scored:
+            return seconds, count
+        cfg, frames = self.config, self.frames_needed(tokens) if self.frames_needed else 0
         if seconds < frames * self.seconds_per_frame * self.fastest:
             reason = f"text too long for its audio: {count} in {seconds:.2f} s"
             raise LengthError(reason, filtered=False)
         if seconds < cfg.min_duration:
             raise LengthError(f"too short: {seconds:.2f} s")
-        if 0 < longest < seconds:
+        if self.longest < seconds:
             raise LengthError(f"too long: {seconds:.2f} s")
         if count < cfg.min_tokens:
             raise LengthError(f"too few tokens: {count}")
         if 0 < cfg.max_tokens < count:
             raise LengthError(f"too many tokens: {count}")
+        return seconds, count
 
     @functools.cached_property
     def fastest(self):
@@ -82,12 +80,10 @@ class AudioText:
     @functools.cached_property
     def longest(self):
         """Seconds of the longest utterance allowed: max_duration, or the last explicit bucket."""
-        cfg = self.config
-        limits = [cfg.max_duration] if cfg.max_duration > 0 else []
-        if cfg.bucket_duration_bins:
-            last = cfg.bucket_duration_bins[-1]
+        limits = [self.config.max_duration if self.config.max_duration > 0 else np.inf]
+        for last in self.config.bucket_duration_bins[-1:]:
             limits.append(float(last[0] if isinstance(last, (tuple, list)) else last))
-        return min(limits, default=0.0)
+        return min(limits)
 
     def for_set(self, seconds, exact):
         """The layout for a set; see seam.Layout.for_set.
@@ -111,15 +107,10 @@ class AudioText:
 
     # ---- what is drawn ----
 
-    @functools.cached_property
-    def _speeds(self):
-        """f64[K + 1]: the speeds, and last the one where nothing is drawn."""
-        return np.asarray([*self.config.speeds, 1.0], float)
-
     def speeds(self, words):
-        """f64[M]: the speeds that words u64[M,2] draw."""
-        count = np.uint64(len(self._speeds) - 1)
-        return self._speeds[np.where(words[:, 0] > 0, words[:, 0] % count, count)]
+        """f64[M]: the speeds that words u64[M,2] draw; 1 where nothing is drawn."""
+        speeds = np.asarray(self.config.speeds, float)
+        return np.where(words[:, 0] > 0, speeds[words[:, 0] % np.uint64(len(speeds))], 1.0)
 
     def gaps(self, words):
         """i64[M]: samples of silence before an utterance behind another, as words draw them."""
@@ -130,7 +121,7 @@ class AudioText:
     def drawn(self, sizes, words):
         """(i64[M,2] samples and tokens, i64[M,2] silence and a space); see seam.Layout.drawn."""
         if words is None:
-            speed, gap = np.full(len(sizes), self._speeds[:-1].min()), 0
+            speed, gap = np.full(len(sizes), float(min(self.config.speeds))), 0
         else:
             speed, gap = self.speeds(words), self.gaps(words)
         exact = np.ceil((sizes[:, 0] + self.tolerance) / speed * self.sample_rate)
@@ -195,26 +186,18 @@ class AudioText:
         All audio passes through 16 bits (exact for 16-bit sources at the layout's rate), so that
         cached and fresh audio are the same.
         """
-        kept, key = {}, None
-        if self.cache is not None and _are_paths(pieces):
-            kept, key = self.cache, pieces
-        if (pcm := kept.get((key, speed))) is not None:
-            return pcm
-        plain = kept.get((key, 1.0))
-        if plain is None:
+        # only pieces that name files can be told apart
+        named = self.cache is not None and all(isinstance(p.source, str) for p in pieces)
+        if named and (pieces, speed) in self.cache:
+            return self.cache[pieces, speed]
+        if speed != 1.0:
+            pcm = quantise(audio.speed(self.pcm(pieces) * np.float32(2**-15), speed))
+        else:
             read = [recording.read_checked(p, self.sample_rate, self.tolerance) for p in pieces]
-            plain = quantise(read[0] if len(read) == 1 else np.concatenate(read))
-            kept[key, 1.0] = plain
-        if speed == 1.0:
-            return plain
-        pcm = quantise(audio.speed(plain * np.float32(2**-15), speed))
-        kept[key, speed] = pcm
+            pcm = quantise(read[0] if len(read) == 1 else np.concatenate(read))
+        if named:
+            self.cache[pieces, speed] = pcm
         return pcm
-
-
-def _are_paths(pieces):
-    """Whether pieces name files, so that they can be told apart."""
-    return all(isinstance(p.source, str) for p in pieces)
 
 
 def encode_text(text, encode, min_tokens, scored):
@@ -231,16 +214,12 @@ def encode_text(text, encode, min_tokens, scored):
     except TextError as e:
         if not scored:
             raise DataError(f"text cannot be encoded: {e}") from e
-    known = [word for word in text.split() if _encodes(word, encode)]
+    known = []
+    for word in text.split():
+        with contextlib.suppress(TextError):
+            encode(word)
+            known.append(word)
     return encode(" ".join(known)) if known else []
-
-
-def _encodes(text, encode):
-    try:
-        encode(text)
-    except TextError:
-        return False
-    return True
 
 
 def quantise(x):

@@ -108,11 +108,8 @@ def batch_sizes(cfg, layout, shapes, evaluation=False):
 
 
 def fill(bucket, sizes, order):
-    """[(bucket, rows)] of batches, longest first: each bucket's rows in the given order.
-
-    What a bucket's last batch lacks is taken from the buckets below, whose rows fit too, so that at
-    most one batch is not full.
-    """
+    """[(bucket, rows)] of batches, longest first: each bucket's rows in the given order; what the
+    last batch lacks is taken from the buckets below, so that at most one batch is not full."""
     waiting = [order[bucket[order] == b] for b in range(len(sizes))]
     batches = []
     for b in reversed(range(len(sizes))):
@@ -134,8 +131,7 @@ def check(cfg):
             raise DataError(f"data.{name} must be at least 1, got {getattr(cfg, name)}")
     if not cfg.speeds or min(cfg.speeds) <= 0 or len(cfg.speeds) > 255:
         raise DataError(f"data.speeds must be factors above 0, got {cfg.speeds}")
-    gap = cfg.concat_gap
-    if len(gap) != 2 or not 0 <= gap[0] <= gap[1]:
-        raise DataError(f"data.concat_gap must be (least, most) seconds, got {gap}")
+    if len(cfg.concat_gap) != 2 or not 0 <= cfg.concat_gap[0] <= cfg.concat_gap[1]:
+        raise DataError(f"data.concat_gap must be (least, most) seconds, got {cfg.concat_gap}")
     if not cfg.bucket_batch_size and cfg.batch_duration <= 0 and cfg.batch_cost <= 0:
         raise DataError("data.batch_duration must be above 0, or give data.bucket_batch_size")

@@ -6,6 +6,7 @@ are read by `spoken`.
 """
 
 import functools
+import gzip
 import json
 import math
 import os
@@ -76,12 +77,15 @@ def lines_of(source):
     if source.startswith(memory.PREFIX):
         return (Line(source, n, line) for n, line in enumerate(memory.lines(source), 1))
     if os.path.isdir(source):
-        return shar.shar_lines(source)
-    if not os.path.isfile(source):
+        yield from shar.shar_lines(source)
+    elif not os.path.isfile(source):
         raise DataError(f"data source {source} does not exist")
-    if shar.is_cutset(source):
-        return shar.cutset_lines(source)
-    return manifest_lines(source)
+    elif shar.is_cutset(source):
+        yield from shar.cut_lines(source)
+    else:
+        for number, values, reason in json_lines(source):
+            is_line = values is not None
+            yield Line(source, number, values) if is_line else Bad(source, number, "", "", reason)
 
 
 def items_of(source, items):
@@ -114,13 +118,12 @@ def id_of(values):
 
 def spoken(values):
     """The Item of a line that is a recording and its text. Raises DataError with the reason."""
-    if values.get("audio_filepath") is None or values.get("text") is None:
-        missing = [k for k in ("audio_filepath", "text") if values.get(k) is None]
+    if missing := [k for k in ("audio_filepath", "text") if values.get(k) is None]:
         raise DataError(f"missing key: {', '.join(missing)}")
     if not isinstance(values["text"], str):
         raise DataError(f"text is not a string: {values['text']!r:.80}")
-    piece = piece_of(values)
-    return Item(id_of(values), (piece,), {k: v for k, v in values.items() if k not in NAMES})
+    fields = {k: v for k, v in values.items() if k not in NAMES}
+    return Item(id_of(values), (piece_of(values),), fields)
 
 
 def piece_of(values):
@@ -128,9 +131,7 @@ def piece_of(values):
     name = values.get("audio_filepath")
     if isinstance(name, Piece):
         return name
-    start, seconds = values.get("offset"), values.get("duration")
-    start = -1.0 if start is None else start
-    seconds = -1.0 if seconds is None else seconds
+    start, seconds = (-1.0 if (x := values.get(k)) is None else x for k in ("offset", "duration"))
     if not isinstance(name, str) or not name:
         raise DataError(f"audio_filepath is not a path: {name!r:.80}")
     if not is_number(start) or not is_number(seconds):
@@ -143,23 +144,21 @@ def piece_of(values):
 
 
 def texts(sources):
-    """Yields the texts of sources without a look at the audio: what a tokenizer is made from."""
-    for path, _ in source_pairs(sources):
-        for found in items_of(path, lambda values: [spoken(values)]):
-            if not isinstance(found, Bad):
-                yield found[1].fields["text"]
+    """Yields the texts of sources without a look at the audio: what a tokenizer is made from.
 
-
-def sentences(sources):
-    """Yields the texts of manifests, CutSets, Shar directories and plain text files (.txt, a
-    sentence a line); says on standard error how many entries were left out.
+    Text files (.txt, a sentence a line) are sources here too. Says on standard error how many
+    entries were left out.
 
     Raises:
       DataError: a source that cannot be read.
     """
     for path, _ in source_pairs(sources):
         if path.endswith(".txt"):
-            yield from _lines(path)
+            try:
+                with open(path, encoding="utf-8-sig") as f:
+                    yield from f
+            except (OSError, UnicodeDecodeError) as e:
+                raise DataError(f"cannot read {path}: {e}") from e
             continue
         bad = []
         for found in items_of(path, lambda values: [spoken(values)]):
@@ -171,28 +170,14 @@ def sentences(sources):
             say(f"{path}: {len(bad)} entries left out; {named(bad[0])}")
 
 
-def _lines(path):
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            yield from f
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"cannot read {path}: {e}") from e
-
-
-def manifest_lines(path):
-    """Yields a Line or Bad for each line of a NeMo manifest."""
-    for number, values, reason in json_lines(path):
-        yield Bad(path, number, "", "", reason) if values is None else Line(path, number, values)
-
-
 def json_lines(path):
     """Yields (line number, dict or None, reason) for each line of a JSON-lines file.
 
-    Byte-order marks, CRLF and blank lines are accepted. Raises DataError for an unreadable file.
+    Byte-order marks, CRLF, blank lines and .gz are accepted. DataError: an unreadable file.
     """
     decode = json.JSONDecoder().decode
     try:
-        with open_list(path) as f:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
             for number, raw in enumerate(f, 1):
                 if not raw.strip():
                     continue
@@ -207,15 +192,6 @@ def json_lines(path):
                     yield number, None, f"bad JSON: a {type(value).__name__}, not an object"
     except (OSError, EOFError) as e:
         raise DataError(f"cannot read {path}: {e}") from e
-
-
-def open_list(path):
-    """A binary file over a manifest, decompressed where its name ends in .gz."""
-    if path.endswith(".gz"):
-        import gzip
-
-        return gzip.open(path, "rb")
-    return open(path, "rb")
 
 
 def is_number(x):

@@ -11,6 +11,7 @@ raw Philox words, whose stream NumPy guarantees; permutations are stable sorts o
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import json
 import threading
@@ -27,9 +28,8 @@ PERIOD = 64  # epochs after which the same rows come again, in other batches
 JOIN_AMONG = 256  # partners are looked for among so many items of the shuffled order
 ENOUGH = 1 << 60  # a size without limit
 
-NOT_IN_PLAN = (
-    "train valid check max_bad_share cache_audio cache_mb num_threads prefetch".split()
-)  # settings that change no batch
+# settings that change no batch
+NOT_IN_PLAN = "train valid check max_bad_share cache_audio cache_mb num_threads prefetch".split()
 LATER = ("batch_cost",)  # settings that came after plans were known by their `fingerprint` alone
 
 
@@ -81,23 +81,24 @@ class Plan:
         if any(self.weights):
             self.period = 0
         self._lock = threading.RLock()
-        self._epochs, self._ends = {}, []
+        self._kept, self._ends = functools.lru_cache(2)(self._build), []
         self.shapes = shapes or self._shapes()
 
     def facts(self):
         """Everything that a position depends on, as JSON has it: settings by name, "seed",
         "shapes", "index" (a digest) and the "version" of the rules."""
-        settings = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in NOT_IN_PLAN}
         facts = {"version": self.version, "index": self.index.fingerprint(), "seed": self.seed}
-        return json.loads(json.dumps(facts | {"shapes": self.shapes} | settings))
+        return _json(facts | {"shapes": self.shapes} | self._settings(NOT_IN_PLAN))
 
     @property
     def fingerprint(self):
         """Hex digest by which steps without `facts` know their plan."""
-        left_out = (*NOT_IN_PLAN, *LATER)
-        settings = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in left_out}
-        facts = 2, self.index.fingerprint(), self.seed, self.shapes, sorted(settings.items())
+        settings = sorted(self._settings((*NOT_IN_PLAN, *LATER)).items())
+        facts = 2, self.index.fingerprint(), self.seed, self.shapes, settings
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def _settings(self, left_out):
+        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in left_out}
 
     # ---- positions ----
 
@@ -133,11 +134,7 @@ class Plan:
     def epoch(self, number):
         """The Epoch; the last two asked for are kept."""
         with self._lock:
-            if number not in self._epochs:
-                while len(self._epochs) > 1:
-                    self._epochs.pop(next(iter(self._epochs)))
-                self._epochs[number] = self._build(number)
-            return self._epochs[number]
+            return self._kept(number)
 
     # ---- one epoch ----
 
@@ -180,21 +177,16 @@ class Plan:
         if self.concat == 1:
             return Rows(order, words, np.arange(count + 1, dtype=np.int32), sizes)
         alone = uniform(count, self.seed, number, ALONE) >= self.cfg.concat_share
-        joined = np.append(self._joined_limit(limits[0]), limits[1:])
+        most = round(self.cfg.concat_duration * self.cfg.sample_rate) or limits[0]
+        joined = np.append(min(most, limits[0]), limits[1:])
         row = join(sizes, adds, ~alone, self.concat, joined)
         by_row = np.argsort(row, kind="stable")
         begins = np.flatnonzero(np.append(True, np.diff(row[by_row]) != 0))
         adds = adds[by_row]
         adds[begins] = 0
         first = np.append(begins, count).astype(np.int32)
-        return Rows(
-            order[by_row], words[by_row], first, np.add.reduceat(sizes[by_row] + adds, begins)
-        )
-
-    def _joined_limit(self, most):
-        """Size of the first axis up to which rows are joined, given that of the largest bucket."""
-        limit = round(self.cfg.concat_duration * self.cfg.sample_rate)
-        return min(limit or most, most)
+        sizes = np.add.reduceat(sizes[by_row] + adds, begins)
+        return Rows(order[by_row], words[by_row], first, sizes)
 
     def _order(self, number):
         """i64[M] index numbers of the epoch's items in the order in which they are joined.
@@ -242,25 +234,21 @@ class Plan:
             edges = buckets.best_edges(rows[:, 0], count, cfg.length_multiple, limit)
         columns = [[buckets.rounded(e, cfg.length_multiple) for e in edges]]
         for k in range(1, len(largest)):
-            others = self._others(k, given[:, k].tolist(), largest[k], rows, edges)
+            others = given[:, k].tolist()
+            if not any(others):
+                most = int(max(largest[k], np.quantile(rows[:, k], 0.999)))
+                others = buckets.other_limits(rows[:, 0], rows[:, k], edges, most)
+            elif others[-1] < largest[k]:
+                name = self.layout.axes[k]
+                raise DataError(
+                    f"the last of data.bucket_duration_bins holds {others[-1]} {name}, but one "
+                    f"item has {largest[k]}: raise it or set data.max_{name}={others[-1]}"
+                )
             columns.append([buckets.round_up(max(x, 1), cfg.token_multiple) for x in others])
         limits = np.asarray(columns).T
         sizes = buckets.batch_sizes(cfg, self.layout, limits, self.evaluation)
         shapes = list(zip(sizes, *columns, strict=True))
         return self._even(shapes, rows) if self.evaluation else shapes
-
-    def _others(self, k, given, largest, rows, edges):
-        """The sizes of the buckets on axis k: as given, or fitted to the rows."""
-        if not any(given):
-            most = int(max(largest, np.quantile(rows[:, k], 0.999)))
-            return buckets.other_limits(rows[:, 0], rows[:, k], edges, most)
-        if given[-1] < largest:
-            name = self.layout.axes[k]
-            raise DataError(
-                f"the last of data.bucket_duration_bins holds {given[-1]} {name}, but one item "
-                f"has {largest}: raise it or set data.max_{name}={given[-1]}"
-            )
-        return given
 
     def _even(self, shapes, sizes):
         """Shapes of a fixed set: as many batches as before, with as little padding as possible."""
@@ -275,22 +263,17 @@ class Plan:
             even.append((size, *limits))
         return even
 
-    def padding_share(self, number=0):
-        """Share of what an epoch's batches cost that is padding."""
-        epoch = self.epoch(number)
-        costs = self.layout.cost(np.asarray([bucket[1:] for bucket in self.shapes]))
-        costs = costs * [bucket[0] for bucket in self.shapes]
-        return 1.0 - self.layout.cost(epoch.rows.sizes).sum() / costs[epoch.bucket].sum()
-
     def describe(self):
-        """The buckets, one line each, and the share of padding in the first epoch."""
-        epoch = self.epoch(0)
+        """The buckets, one line each, and the share of padding in the first epoch's costs."""
+        epoch, cost = self.epoch(0), self.layout.cost
         counts = np.bincount(epoch.bucket, minlength=len(self.shapes))
         lines = [
             f"bucket {b}: {count} batches of {self.layout.label(bucket)}"
             for b, (count, bucket) in enumerate(zip(counts, self.shapes, strict=True))
         ]
-        share = 100 * self.padding_share()
+        shapes = np.asarray(self.shapes)
+        room = (cost(shapes[:, 1:]) * shapes[:, 0] * counts).sum()
+        share = 100 * (1 - cost(epoch.rows.sizes).sum() / room)
         lines.append(f"{len(epoch.bucket)} batches in epoch 0, {share:.1f} % padding")
         return "\n".join(lines)
 
@@ -298,12 +281,14 @@ class Plan:
 def changes(saved, now):
     """{name: (saved, now)} of two plans' `facts` where they differ; a setting that one of them
     lacks has its default."""
-    default = json.loads(json.dumps(dataclasses.asdict(DataConfig())))
-    pairs = {
-        k: (saved.get(k, default.get(k)), now.get(k, default.get(k)))
-        for k in sorted(saved.keys() | now.keys())
-    }
-    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+    default = _json(dataclasses.asdict(DataConfig()))
+    old, new = default | saved, default | now
+    return {k: (old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)}
+
+
+def _json(x):
+    """x as it comes back from JSON."""
+    return json.loads(json.dumps(x))
 
 
 def listed(changes):

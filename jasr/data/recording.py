@@ -59,7 +59,7 @@ def read_checked(piece, sample_rate, tolerance):
     samples = read(piece, sample_rate)
     seconds = len(samples) / sample_rate
     if piece.seconds >= 0 and abs(seconds - piece.seconds) > tolerance:
-        reason = f"duration mismatch: {piece.seconds:.2f} s declared, {seconds:.2f} decoded"
+        reason = f"duration mismatch: {piece.seconds:.2f} s declared, {seconds:.2f} s decoded"
         raise audio.AudioError(named(piece), reason)
     return samples
 
@@ -97,7 +97,8 @@ def read_part(file, start, duration, channel, sample_rate):
 
 
 def header_seconds(piece, cfg):
-    """Seconds of the piece by its file's header, or (str) the reason why it cannot be used."""
+    """Seconds to plan the piece with where its list and its file's header agree, or (str) the
+    reason why it cannot be used."""
     try:
         held = in_memory(piece)
         found = len(held) / cfg.sample_rate if held is not None else None
@@ -106,33 +107,24 @@ def header_seconds(piece, cfg):
         return reason_of(e)
     except OSError as e:
         return f"unreadable audio: {e.strerror or e}"
-    return agreed_seconds(piece.start, piece.seconds, seconds, cfg)
+    start, duration, slack = piece.start, piece.seconds, cfg.duration_tolerance
+    if start < 0:
+        if duration < 0 or abs(duration - seconds) <= slack:
+            return seconds
+        return f"duration mismatch: {duration:.2f} s declared, the file has {seconds:.2f} s"
+    end = start + duration
+    if end <= seconds + slack and start < seconds:
+        return min(duration, seconds - start)
+    return f"duration mismatch: the segment ends at {end:.2f} s, the file at {seconds:.2f} s"
 
 
 def decoded_seconds(piece, cfg):
     """Seconds of the piece after decoding all of it, or (str) the reason against it."""
     try:
-        seconds = len(read(piece, cfg.sample_rate)) / cfg.sample_rate
+        samples = read_checked(piece, cfg.sample_rate, cfg.duration_tolerance)
     except audio.AudioError as e:
         return reason_of(e)
-    if abs(seconds - piece.seconds) > cfg.duration_tolerance:
-        return f"duration mismatch: {piece.seconds:.2f} s declared, {seconds:.2f} s decoded"
-    return seconds
-
-
-def agreed_seconds(start, duration, seconds, cfg):
-    """Seconds to plan with where list and file (of `seconds`) agree, else (str) the reason."""
-    slack = cfg.duration_tolerance
-    if start >= 0:
-        if start + duration <= seconds + slack and start < seconds:
-            return min(duration, seconds - start)
-        return (
-            f"duration mismatch: the segment ends at {start + duration:.2f} s, "
-            f"the file at {seconds:.2f} s"
-        )
-    if duration >= 0 and abs(duration - seconds) > slack:
-        return f"duration mismatch: {duration:.2f} s declared, the file has {seconds:.2f} s"
-    return seconds
+    return len(samples) / cfg.sample_rate
 
 
 def reason_of(e):

@@ -58,9 +58,7 @@ class _Arcs(typing.NamedTuple):
     @property
     def shortest(self):
         """The number among durations of the shortest that a blank may have."""
-        return int(
-            np.argmin(np.where(self.blank_hops > 0, self.blank_hops, np.iinfo(np.int32).max))
-        )
+        return int(np.argmin(np.where(self.blank_hops > 0, self.blank_hops, 1 << 30)))
 
 
 class _Heard(typing.NamedTuple):
@@ -143,15 +141,13 @@ def beam_search(
         room = hyps.count < L
         full = hyps.full | (stay & ~room & (heard.label[..., 0] >= heard.blank))
         left = enc_len[:, None] - hyps.t
-        score, greedy = _extend(
-            hyps, heard, arcs, active, left, stay & room, ~stay, expansion_gamma
-        )
-        hyps, parent, token, hop = _select(
-            hyps._replace(full=full), score, greedy, heard.token, arcs, enc_len
-        )
+        may = (active, left, stay & room, ~stay)
+        score, greedy = _extend(hyps, heard, arcs, *may, expansion_gamma)
+        hyps = hyps._replace(full=full)
+        hyps, parent, token, hop = _select(hyps, score, greedy, heard.token, arcs, enc_len)
         emit = token >= 0
-        at_frames = jnp.broadcast_to(at[:, None], token.shape)
-        entry = jnp.stack([hyps.node, token, at_frames, hop], axis=-1)
+        new = (hyps.node, token, jnp.broadcast_to(at[:, None], token.shape), hop)
+        entry = jnp.stack(new, axis=-1)[:, None]
         node = jnp.where(emit, c.level * K + jnp.arange(K), hyps.node)
         state, prediction = _advance(steps, axes, parent, token, emit, c, chunk)
         return _Carry(
@@ -160,48 +156,31 @@ def beam_search(
             labels_here,
             prediction,
             state,
-            jax.lax.dynamic_update_slice_in_dim(c.tree, entry[:, None], c.level, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(c.tree, entry, c.level, axis=1),
             c.level + jnp.any(emit),
         )
 
-    prediction, state = steps.predict(
-        jnp.full((B * K,), blank, jnp.int32), steps.initial_state(B * K)
-    )
-    c = _Carry(
-        _start(B, K),
-        jnp.full((B,), -1, jnp.int32),
-        jnp.zeros((B,), jnp.int32),
-        prediction,
-        state,
-        jnp.zeros((B, S, K, 4), jnp.int32),
-        jnp.zeros((), jnp.int32),
-    )
-    c = jax.lax.while_loop(lambda c: jnp.any(_earliest(c.hyps, enc_len) < enc_len), turn, c)
-    hyps, emitted = _ranked(c, L, length_normalised)
-    flat = result(
-        emitted.reshape(B * K, L, 3),
-        hyps.count.reshape(-1),
-        jnp.repeat(enc_len, K),
-        jnp.where(hyps.there, hyps.score, -jnp.inf).reshape(-1),
-        hyps.full.reshape(-1),
-        durations,
-    )
-    return {name: x.reshape(B, K, *x.shape[1:]) for name, x in flat.items()}
-
-
-def _start(B, K):
-    """One empty hypothesis a row."""
-    first = jnp.broadcast_to(jnp.arange(K) == 0, (B, K))
-    zero = jnp.zeros((B, K), jnp.int32)
-    return _Hypotheses(
-        score=jnp.where(first, 0.0, NOTHING),
+    first = jnp.full((B * K,), blank, jnp.int32)
+    prediction, state = steps.predict(first, steps.initial_state(B * K))
+    greedy, zero = jnp.broadcast_to(jnp.arange(K) == 0, (B, K)), jnp.zeros((B, K), jnp.int32)
+    start = _Hypotheses(  # one empty hypothesis a row
+        score=jnp.where(greedy, 0.0, NOTHING),
         t=zero,
         count=zero,
         prefix=jnp.zeros((B, K, 2), jnp.uint32),
         node=zero - 1,
-        greedy=first,
+        greedy=greedy,
         full=jnp.zeros((B, K), bool),
     )
+    row = zero[:, 0]
+    tree = jnp.zeros((B, S, K, 4), jnp.int32)
+    c = _Carry(start, row - 1, row, prediction, state, tree, jnp.int32(0))
+    c = jax.lax.while_loop(lambda c: jnp.any(_earliest(c.hyps, enc_len) < enc_len), turn, c)
+    hyps, emitted = _ranked(c, L, length_normalised)
+    score, full = jnp.where(hyps.there, hyps.score, -jnp.inf), hyps.full
+    rows = (hyps.count, jnp.repeat(enc_len, K), score, full)
+    flat = result(emitted.reshape(B * K, L, 3), *(x.reshape(-1) for x in rows), durations)
+    return {name: x.reshape(B, K, *x.shape[1:]) for name, x in flat.items()}
 
 
 def _earliest(hyps, enc_len):
@@ -311,9 +290,8 @@ def _select(hyps, score, greedy, best_tokens, arcs, enc_len):
 
 def _longer(prefix, token):
     """The hashes u32[N, 2] of prefixes with one more token i32[N]."""
-    mixed = (prefix ^ (token[:, None] + 1).astype(jnp.uint32)) * jnp.array(
-        [0x9E3779B1, 0x85EBCA77], jnp.uint32
-    )
+    mixed = prefix ^ (token[:, None] + 1).astype(jnp.uint32)
+    mixed *= jnp.array([0x9E3779B1, 0x85EBCA77], jnp.uint32)
     return mixed ^ (mixed >> jnp.array([15, 13], jnp.uint32))
 
 

@@ -55,19 +55,16 @@ def words(tokenizer, tokens, start_frame, end_frame, seconds_per_frame, marks=fr
       tokens, start_frame, end_frame: sequences of equal length, without padding.
       marks: characters; a word that begins with one belongs to the word before it.
     """
-    groups = []
-    open_word = False
+    groups, open_word = [], False
     for token, start, end in zip(tokens, start_frame, end_frame, strict=True):
         piece = tokenizer.piece(int(token))
-        if piece[:1].isspace():
-            open_word = False
+        open_word = open_word and not piece[:1].isspace()
         if piece.isspace() or not piece:
             continue
         if not open_word:
-            groups.append(([], int(start), int(end)))
+            groups.append(([], int(start)))
             open_word = True
-        ids, first, _ = groups[-1]
-        groups[-1] = ([*ids, int(token)], first, int(end))
+        groups[-1] = ([*groups[-1][0], int(token)], groups[-1][1], int(end))
     found = []
     for ids, first, last in groups:
         word, end = tokenizer.decode(ids), round(last * seconds_per_frame, 4)

@@ -5,7 +5,6 @@ over blanks to the first label, and runs the prediction network for the rows tha
 never wait for each other, and what a row yields does not depend on who else is in the batch.
 """
 
-import functools
 import typing
 
 import jax
@@ -83,12 +82,12 @@ def greedy(
       one at which it was emitted to its duration later (RNN-T: one), at most to enc_len;
       `durations` are as predicted.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"no strategy {strategy!r}; choose from {', '.join(STRATEGIES)}")
-    if normalise_over not in NORMALISATIONS:
-        raise ValueError(
-            f"no normalise_over {normalise_over!r}; choose from {', '.join(NORMALISATIONS)}"
-        )
+    for name, value, known in (
+        ("strategy", strategy, STRATEGIES),
+        ("normalise_over", normalise_over, NORMALISATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"no {name} {value!r}; choose from {', '.join(known)}")
     if max_symbols is not None and max_symbols < 1:
         raise ValueError(f"max_symbols must be at least 1 or None, got {max_symbols}")
     B, T, _ = enc_proj.shape
@@ -140,7 +139,13 @@ def greedy(
         if max_symbols is not None:
             onward += (labels_here >= max_symbols) & (quirk | (duration == 0))
         onward = jnp.where(emit, onward, 0)
-        state, prediction = _advance(steps, axes, token, emit, c)
+
+        def predict():
+            prediction, state = steps.predict(token, c.state)
+            new = where_rows(emit, axes, state, c.state)
+            return new, jnp.where(emit[:, None], prediction, c.prediction)
+
+        state, prediction = jax.lax.cond(jnp.any(emit), predict, lambda: (c.state, c.prediction))
         return _Carry(
             t + onward,
             jnp.where(onward > 0, 0, labels_here),
@@ -152,18 +157,17 @@ def greedy(
             c.full | (found & ~emit),
         )
 
-    state = steps.initial_state(B)
-    prediction, state = steps.predict(jnp.full((B,), blank, jnp.int32), state)
-    zero = jnp.zeros((B,), jnp.int32)
+    first, zero = jnp.full((B,), blank, jnp.int32), jnp.zeros((B,), jnp.int32)
+    prediction, state = steps.predict(first, steps.initial_state(B))
     c = _Carry(
-        zero,
-        zero,
-        prediction,
-        state,
-        jnp.zeros((B, L, 3), jnp.int32),
-        zero,
-        jnp.zeros((B,), jnp.float32),
-        jnp.zeros((B,), bool),
+        t=zero,
+        labels_here=zero,
+        prediction=prediction,
+        state=state,
+        emitted=jnp.zeros((B, L, 3), jnp.int32),
+        count=zero,
+        score=jnp.zeros((B,), jnp.float32),
+        full=jnp.zeros((B,), bool),
     )
     c = jax.lax.while_loop(lambda c: jnp.any((c.t < enc_len) & ~c.full), turn, c)
     return result(c.emitted, c.count, enc_len, c.score, c.full, durations)
@@ -186,17 +190,6 @@ def _walk(hop):
     for _ in range(W):
         offset += jnp.sum(jnp.where(ahead == offset[:, None], hop, 0), axis=1)
     return offset
-
-
-def _advance(steps, axes, token, emit, c):
-    """(state, prediction) after `token` in the rows that emit it, as they were in the others."""
-
-    def predict():
-        prediction, state = steps.predict(token, c.state)
-        keep = functools.partial(where_rows, emit, axes)
-        return keep(state, c.state), jnp.where(emit[:, None], prediction, c.prediction)
-
-    return jax.lax.cond(jnp.any(emit), predict, lambda: (c.state, c.prediction))
 
 
 def result(emitted, count, enc_len, score, full, durations):

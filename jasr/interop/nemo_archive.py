@@ -1,8 +1,8 @@
 """Archives of NeMo (.nemo): members read by name where they lie, never extracted; and written.
 
 A .nemo is a tar, in older files inside gzip, of model_config.yaml, model_weights.ckpt and
-artefacts, `<32 hex digits>_<name>`, to which the config refers as "nemo:<member>". The headers are
-read here because Python's tarfile before 3.14 can be kept busy for ever (CVE-2025-8194), follows
+artefacts, `<32 hex digits>_<name>`, to which the config refers as "nemo:<member>". Each header is
+judged here because Python's tarfile before 3.14 can be kept busy for ever (CVE-2025-8194), follows
 links inside archives and lets the last of two members of a name win.
 """
 
@@ -14,9 +14,9 @@ import os
 import re
 import tarfile
 import tempfile
-import typing
-import uuid
 import zlib
+
+from jasr.interop.files import Part, other_kind, replacing
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 LARGEST = 64 << 20  # bytes of a member that is read into memory (not weights, which are mapped)
@@ -40,23 +40,16 @@ class ArchiveError(ValueError):
     """The archive is damaged, hostile, or not NeMo's; the message begins with its path."""
 
 
-class Member(typing.NamedTuple):
-    """Where a member's bytes lie in the tar."""
-
-    start: int
-    size: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Archive:
     """An open archive: `tar` is the path of the plain tar, which may be temporary."""
 
     path: str
     tar: str
-    members: dict[str, Member]
+    members: dict[str, Part]
 
     def member(self, name):
-        """The Member of a name, with or without "./" or "nemo:" before it; ArchiveError if none."""
+        """The Part of a name, with or without "./" or "nemo:" before it; ArchiveError if none."""
         found = self.members.get(_plain(name.removeprefix("nemo:")))
         if found is None:
             names = ", ".join(sorted(self.members)[:20]) or "nothing"
@@ -104,17 +97,11 @@ class _Damage(Exception):
 
 
 def _check_is_tar(start):
-    if start[257:262] == b"ustar" or (len(start) == _BLOCK and _checksum_fits(start)):
+    if start[257:262] == b"ustar" or (any(start) and _header(start)):
         return
-    if not start:
-        raise _Damage("the file is empty")
-    if start.startswith(b"version https://git-lfs"):
-        raise _Damage("a git-lfs pointer, not the file itself; run `git lfs pull`")
     if start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\x00":
         raise _Damage("a tar packed with bzip2 or xz; NeMo writes plain tar or gzip: repack it")
-    if start.lstrip()[:1] in (b"<", b"{"):
-        raise _Damage("a text file (HTML or JSON), perhaps a failed download")
-    raise _Damage(f"not a tar file (it begins with {start[:8]!r})")
+    raise _Damage(other_kind(start, "tar file"))
 
 
 def _unpack(path, tar):
@@ -139,22 +126,23 @@ def _unpack(path, tar):
 
 
 def _members(path):
-    """{name: Member} of a plain tar, with every claim checked against the file."""
+    """{name: Part} of a plain tar, with every claim checked against the file."""
     members, folded = {}, set()
     end, at, extended = os.path.getsize(path), 0, {}
     with open(path, "rb") as file:
         while True:
             file.seek(at)
-            header = file.read(_BLOCK)
-            if len(header) < _BLOCK:
+            raw = file.read(_BLOCK)
+            if len(raw) < _BLOCK:
                 raise _Damage("a cut tar file: it ends before its end mark; copy it again")
-            if not any(header):
+            if not any(raw):
                 return members
-            if not _checksum_fits(header):
+            header = _header(raw)
+            if header is None:
                 raise _Damage(f"a damaged tar file: no header at byte {at}")
-            kind, size = header[156:157], _number(header[124:136])
-            name = extended.get("path") or _name(header)
-            size = extended.get("size", size) if kind not in (b"x", b"g", b"L") else size
+            extends = header.type in (b"x", b"g", b"L")
+            name = extended.get("path") or header.name
+            size = header.size if extends else extended.get("size", header.size)
             start = at + _BLOCK
             if size < 0 or start + size > end:
                 raise _Damage(
@@ -162,54 +150,42 @@ def _members(path):
                     "header is false"
                 )
             at = start + -(-size // _BLOCK) * _BLOCK
-            if kind in (b"x", b"g", b"L"):
+            if extends:
                 if size > _LONGEST:
                     raise _Damage(f"an extended header of {size} bytes")
                 data = file.read(size)
-                found = {"path": _text(data)} if kind == b"L" else _records(data)
-                if kind == b"g" and found:
+                found = {"path": _text(data)} if header.type == b"L" else _records(data)
+                if header.type == b"g" and found:
                     raise _Damage("an extended header that renames or resizes all members")
                 extended |= found
                 continue
             extended = {}
-            if kind not in (b"0", b"\0", b"7", b"5"):
-                what = _KINDS.get(kind, f"of kind {kind!r}")
+            if header.type not in (b"0", b"\0", b"7", b"5"):
+                what = _KINDS.get(header.type, f"of kind {header.type!r}")
                 raise _Damage(f"{name!r} is {what}; a model consists of plain files")
             plain = _plain(name)
-            _check_name(plain or ("." if kind == b"5" else ""), name)
-            if kind == b"5":  # a directory; the names of files say enough
+            # It is never used as a path; a file with such a name was made to harm other readers.
+            parts = re.split(r"[/\\]", plain or (name[:1] if header.isdir() else ""))
+            if ".." in parts or not parts[0] or re.match("[A-Za-z]:", plain):
+                raise _Damage(
+                    f"{name!r} names a place outside the archive; such a file is not NeMo's"
+                )
+            if header.isdir():  # the names of files say enough
                 continue
             if plain.casefold() in folded:
                 raise _Damage(f"{name!r} is there twice (or differs only in case)")
             folded.add(plain.casefold())
-            members[plain] = Member(start, size)
+            members[plain] = Part(start, size)
             if len(members) > MOST_MEMBERS:
                 raise _Damage(f"more than {MOST_MEMBERS} members")
 
 
-def _checksum_fits(header):
+def _header(raw):
+    """The TarInfo of a header's bytes; None if they are none, by their sum."""
     try:
-        return _number(header[148:156]) == sum(header[:148]) + 8 * 32 + sum(header[156:])
-    except _Damage:
-        return False
-
-
-def _number(field):
-    """A number of a header: octal text, or binary where its first bit is set."""
-    if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big") - (
-            1 << (8 * len(field) - 1) if field[0] & 0x40 else 0
-        )
-    text = field.split(b"\0")[0].strip()
-    if not re.fullmatch(rb"[0-7]*", text):
-        raise _Damage(f"a damaged tar file: {field!r} is not a number")
-    return int(text or b"0", 8)
-
-
-def _name(header):
-    """The name of an old or ustar header, whose prefix GNU's tar uses for other things."""
-    name, prefix = _text(header[:100]), _text(header[345:500])
-    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+        return tarfile.TarInfo.frombuf(raw, "utf-8", "replace")
+    except tarfile.HeaderError:
+        return None
 
 
 def _text(raw):
@@ -244,20 +220,7 @@ def _plain(name):
     return inside.rstrip("/") or inside[:1]
 
 
-def _check_name(plain, name):
-    """Nothing, if the name lies inside the archive. It is never used as a path; a file with such
-    a name was made to harm other readers."""
-    parts = re.split(r"[/\\]", plain)
-    if not plain or ".." in parts or not parts[0] or re.match("[A-Za-z]:", plain):
-        raise _Damage(f"{name!r} names a place outside the archive; such a file is not NeMo's")
-
-
 # ---- writing -------------------------------------------------------------------------------------
-
-
-def fresh_name(name):
-    """The member that an artefact is written as: a fresh prefix and its own name."""
-    return f"{uuid.uuid4().hex}_{name}"
 
 
 def write(path, members):
@@ -265,22 +228,19 @@ def write(path, members):
 
     The file appears whole or not at all.
     """
-    partial = f"{os.fspath(path)}.partial"
-    try:
-        with tarfile.open(partial, "w:", format=tarfile.PAX_FORMAT) as tar:
-            top = tarfile.TarInfo("./")
-            top.type, top.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(top)
-            for name, content in members.items():
-                info = tarfile.TarInfo(f"./{name}")
-                if isinstance(content, bytes):
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-                else:
-                    info.size = os.path.getsize(content)
-                    with open(content, "rb") as file:
-                        tar.addfile(info, file)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with (
+        replacing(path) as partial,
+        tarfile.open(partial, "w:", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        top = tarfile.TarInfo("./")
+        top.type, top.mode = tarfile.DIRTYPE, 0o755
+        tar.addfile(top)
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"./{name}")
+            if isinstance(content, bytes):
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                info.size = os.path.getsize(content)
+                with open(content, "rb") as file:
+                    tar.addfile(info, file)

@@ -36,11 +36,7 @@ class Opaque:
     items: list = dataclasses.field(default_factory=list)
 
 
-class _Mark:
-    pass
-
-
-_MARK = _Mark()
+_MARK = object()
 _PUSH = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
     "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
@@ -87,6 +83,83 @@ class _Machine:
         self.persistent = persistent
         self.stack, self.memo = [], {}
 
+    def step(self, op, arg):
+        pop, push = self.pop, self.stack.append
+        match op:
+            case "PROTO" | "FRAME":
+                pass
+            case op if op in _PUSH:
+                push(arg)
+            case op if op in _CONSTANT:
+                push(_CONSTANT[op])
+            case op if op in _EMPTY:
+                push(_EMPTY[op]())
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[arg] = self.stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                push(self.memo[arg])
+            case "MARK":
+                push(_MARK)
+            case "POP":
+                self.stack.pop()
+            case "POP_MARK":
+                self.pop_to_mark()
+            case "DUP":
+                push(self.stack[-1])
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                push(tuple([pop() for _ in range(int(op[-1]))][::-1]))
+            case "TUPLE":
+                push(tuple(self.pop_to_mark()))
+            case "LIST":
+                push(self.pop_to_mark())
+            case "FROZENSET":
+                push(frozenset(map(key, self.pop_to_mark())))
+            case "DICT":
+                values = self.pop_to_mark()
+                push({})
+                self.set_items(values)
+            case "APPEND":
+                self.extend([pop()])
+            case "APPENDS":
+                self.extend(self.pop_to_mark())
+            case "ADDITEMS":
+                values = self.pop_to_mark()
+                self.target(set).update(map(key, values))
+            case "SETITEM":
+                value = pop()
+                self.set_items([pop(), value])
+            case "SETITEMS":
+                self.set_items(self.pop_to_mark())
+            case "GLOBAL":
+                push(self.named(arg.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                name, module = pop(), pop()
+                if type(name) is not str or type(module) is not str:  # tuples may print for ever
+                    raise PickleError("damaged pickle: a global whose name is no text")
+                push(self.named(f"{module}.{name}"))
+            case "REDUCE" | "NEWOBJ":
+                args = pop()
+                push(self.called(pop(), args))
+            case "NEWOBJ_EX":
+                keywords, args = pop(), pop()
+                push(self.called(pop(), (*args, keywords) if keywords else args))
+            case "BUILD":
+                state = pop()
+                target = self.stack[-1]
+                if isinstance(target, Opaque):
+                    target.state = state
+                elif not isinstance(target, collections.OrderedDict):  # a state dict's _metadata
+                    what = type(target).__name__
+                    raise PickleError(f"refused: the pickle sets attributes of a {what}")
+            case "BINPERSID":
+                if self.persistent is None:
+                    raise PickleError("refused: the pickle refers to data outside itself")
+                push(self.persistent(pop()))
+            case _:
+                raise PickleError(f"refused: the pickle uses opcode {op}, which data does not need")
+
     def pop(self):
         value = self.stack.pop()
         if value is _MARK:
@@ -103,81 +176,6 @@ class _Machine:
         del self.stack[at:]
         return values
 
-    def step(self, op, arg):
-        if op in _PUSH:
-            self.stack.append(arg)
-        elif op in _CONSTANT:
-            self.stack.append(_CONSTANT[op])
-        elif op in _EMPTY:
-            self.stack.append(_EMPTY[op]())
-        elif op in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[arg] = self.stack[-1]
-        elif op == "MEMOIZE":
-            self.memo[len(self.memo)] = self.stack[-1]
-        elif op in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self.memo[arg])
-        elif op not in ("PROTO", "FRAME"):
-            method = getattr(self, "op_" + op.lower(), None)
-            if method is None:
-                raise PickleError(f"refused: the pickle uses opcode {op}, which data does not need")
-            method(arg)
-
-    # ---- containers
-
-    def op_mark(self, _):
-        self.stack.append(_MARK)
-
-    def op_pop(self, _):
-        self.stack.pop()
-
-    def op_pop_mark(self, _):
-        self.pop_to_mark()
-
-    def op_dup(self, _):
-        self.stack.append(self.stack[-1])
-
-    def op_tuple(self, _):
-        self.stack.append(tuple(self.pop_to_mark()))
-
-    def op_tuple1(self, _):
-        self.stack.append((self.pop(),))
-
-    def op_tuple2(self, _):
-        second = self.pop()
-        self.stack.append((self.pop(), second))
-
-    def op_tuple3(self, _):
-        third, second = self.pop(), self.pop()
-        self.stack.append((self.pop(), second, third))
-
-    def op_list(self, _):
-        self.stack.append(self.pop_to_mark())
-
-    def op_frozenset(self, _):
-        self.stack.append(frozenset(map(key, self.pop_to_mark())))
-
-    def op_dict(self, _):
-        values = self.pop_to_mark()
-        self.stack.append({})
-        self.set_items(values)
-
-    def op_append(self, _):
-        self.extend([self.pop()])
-
-    def op_appends(self, _):
-        self.extend(self.pop_to_mark())
-
-    def op_additems(self, _):
-        values = self.pop_to_mark()
-        self.target(set).update(map(key, values))
-
-    def op_setitem(self, _):
-        value = self.pop()
-        self.set_items([self.pop(), value])
-
-    def op_setitems(self, _):
-        self.set_items(self.pop_to_mark())
-
     def target(self, *types):
         target = self.stack[-1]
         if not isinstance(target, types):
@@ -192,69 +190,31 @@ class _Machine:
         if len(values) % 2:
             raise PickleError("damaged pickle: a key without a value")
         target = self.target(dict, Opaque)
-        for name, value in zip(values[::2], values[1::2], strict=True):
-            if isinstance(target, Opaque):
-                target.items.append((name, value))
-            else:
-                target[key(name)] = value
-
-    # ---- names and calls
-
-    def op_global(self, arg):
-        self.refer(arg.replace(" ", ".", 1))
-
-    def op_stack_global(self, _):
-        name, module = self.pop(), self.pop()
-        if type(name) is not str or type(module) is not str:  # tuples of tuples print for ever
-            raise PickleError("damaged pickle: a global whose name is no text")
-        self.refer(f"{module}.{name}")
-
-    def refer(self, name):
-        if name in self.values:
-            self.stack.append(self.values[name])
-        elif name in self.functions or self.is_opaque(name):
-            self.stack.append(Global(name))
+        items = zip(values[::2], values[1::2], strict=True)
+        if isinstance(target, Opaque):
+            target.items.extend(items)
         else:
-            raise PickleError(
-                f"refused: the pickle asks for {name!r}, which weights do not need. Nothing of it "
-                "was run. If it is only the class of a hyper-parameter, name it (or its module) in "
-                "`opaque`, and it is read as inert data"
-            )
+            target.update((key(name), value) for name, value in items)
 
-    def is_opaque(self, name):
-        return any(name == allowed or name.startswith(allowed + ".") for allowed in self.opaque)
+    def named(self, name):
+        """What the pickle gets for a name."""
+        if name in self.values:
+            return self.values[name]
+        if name in self.functions or any(f"{name}.".startswith(f"{o}.") for o in self.opaque):
+            return Global(name)
+        raise PickleError(
+            f"refused: the pickle asks for {name!r}, which weights do not need. Nothing of it "
+            "was run. If it is only the class of a hyper-parameter, name it (or its module) in "
+            "`opaque`, and it is read as inert data"
+        )
 
-    def call(self, function, args):
+    def called(self, function, args):
+        """What a call in the pickle returns: of one of `functions`, or an object that is inert."""
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise PickleError("damaged pickle: a call of something that is not a name")
         if function.name in self.functions:
             return self.functions[function.name](*args)
         return Opaque(function.name, args)
-
-    def op_reduce(self, _):
-        args = self.pop()
-        self.stack.append(self.call(self.pop(), args))
-
-    op_newobj = op_reduce
-
-    def op_newobj_ex(self, _):
-        keywords, args = self.pop(), self.pop()
-        if keywords:
-            args = (*args, keywords)
-        self.stack.append(self.call(self.pop(), args))
-
-    def op_build(self, _):
-        state = self.pop()
-        target = self.stack[-1]
-        if isinstance(target, Opaque):
-            target.state = state
-        elif not isinstance(target, collections.OrderedDict):  # a state dict's _metadata
-            raise PickleError(f"refused: the pickle sets attributes of a {type(target).__name__}")
-
-    def op_binpersid(self, _):
-        if self.persistent is None:
-            raise PickleError("refused: the pickle refers to data outside itself")
-        self.stack.append(self.persistent(self.pop()))
 
 
 def key(value):

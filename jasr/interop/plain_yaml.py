@@ -5,6 +5,7 @@ own loader: "1e-5" is a number, a date is text, a key that stands twice is an er
 with Orbax.
 """
 
+import itertools
 import re
 
 from jasr.interop.pickles import Opaque
@@ -36,12 +37,37 @@ def load(data):
 
     if len(data) > LARGEST:
         raise YamlError(f"{len(data)} bytes of YAML, more than the {LARGEST} allowed")
+    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is six times as fast
     try:
-        return yaml.load(data.decode("utf-8"), _loader())
+        text = data.decode("utf-8")
+        _check(yaml.parse(text, base))
+        return yaml.load(text, _loader(base))
     except yaml.YAMLError as e:
         raise YamlError(f"not YAML of plain data: {' '.join(str(e).split())}") from e
     except (ValueError, TypeError, RecursionError) as e:
         raise YamlError(f"not YAML of plain data: {e}") from e
+
+
+def _check(events):
+    """YamlError for a tag and for more nodes than a config has; an alias is all it stands for."""
+    import yaml
+
+    sizes, inside, nodes = {}, [], 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise YamlError(f"the anchor {event.anchor!r} is not there before, or holds itself")
+            nodes += sizes[event.anchor]
+        elif isinstance(event, yaml.NodeEvent):
+            if event.tag not in (None, *_TAGS):
+                raise YamlError(f"refused: the tag {event.tag!r}; a config is plain data")
+            inside.append((event.anchor, nodes))
+            nodes += 1
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionEndEvent):
+            anchor, before = inside.pop()
+            sizes[anchor] = nodes - before
+        if nodes > MOST_NODES or len(inside) > DEEPEST:
+            raise YamlError(f"more than {MOST_NODES} nodes or {DEEPEST} levels")
 
 
 def dump(data):
@@ -57,46 +83,10 @@ def dump(data):
     return text.encode("utf-8")
 
 
-def _loader():
+def _loader(base):
     """The loader's class; made here since PyYAML is imported where it is used."""
-    import yaml
 
-    parser = yaml.cyaml.CParser if yaml.__with_libyaml__ else None
-    if parser is None:
-        bases = (yaml.SafeLoader,)
-    else:  # six times as fast, with the composer of PyYAML's own loader
-        bases = (yaml.composer.Composer, parser, yaml.constructor.SafeConstructor)
-        bases += (yaml.resolver.Resolver,)
-
-    class Loader(*bases):
-        def __init__(self, stream):
-            for base in bases:
-                base.__init__(self, *((stream,) if base in (yaml.SafeLoader, parser) else ()))
-            self.nodes, self.depth, self.sizes = 0, 0, {}
-
-        def compose_node(self, parent, index):
-            """As PyYAML's, counting an alias as all that it stands for."""
-            event = self.peek_event()
-            if isinstance(event, yaml.AliasEvent):
-                node = super().compose_node(parent, index)
-                if id(node) not in self.sizes:
-                    raise YamlError(f"the anchor {event.anchor!r} holds itself")
-                self.nodes += self.sizes[id(node)]
-            else:
-                if getattr(event, "tag", None) not in (None, *_TAGS):
-                    raise YamlError(f"refused: the tag {event.tag!r}; a config is plain data")
-                before, self.nodes, self.depth = self.nodes, self.nodes + 1, self.depth + 1
-                self._limit()
-                node = super().compose_node(parent, index)
-                self.depth -= 1
-                self.sizes[id(node)] = self.nodes - before
-            self._limit()
-            return node
-
-        def _limit(self):
-            if self.nodes > MOST_NODES or self.depth > DEEPEST:
-                raise YamlError(f"more than {MOST_NODES} nodes or {DEEPEST} levels")
-
+    class Loader(base):
         def construct_mapping(self, node, deep=False):
             keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key.value, str)]
             if len(set(keys)) != len(keys):
@@ -106,7 +96,7 @@ def _loader():
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        for first, pairs in base.yaml_implicit_resolvers.items()
     }
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     return Loader
@@ -208,27 +198,23 @@ class _Resolver:
 # ---- OmegaConf -----------------------------------------------------------------------------------
 
 
-def plain(value):
+def plain(value, depth=0, count=None):
     """The plain data of a pickled OmegaConf config, as `pickles` reads it: DictConfig, ListConfig
     and their nodes become what they hold. Objects of other classes stay as they are.
 
     Raises:
       YamlError: more nodes or levels than any config has (a pickle can hold itself).
     """
-    return _plain(value, 0, [0])
-
-
-def _plain(value, depth, count):
-    count[0] += 1
-    if depth > DEEPEST or count[0] > MOST_NODES:
+    count = itertools.count(1) if count is None else count
+    if depth > DEEPEST or next(count) > MOST_NODES:
         raise YamlError(f"more than {MOST_NODES} nodes or {DEEPEST} levels")
     if isinstance(value, Opaque) and value.name.startswith("omegaconf."):
         state = value.state if isinstance(value.state, dict) else {}
-        return _plain(state.get("_content", state.get("_val")), depth + 1, count)
+        return plain(state.get("_content", state.get("_val")), depth + 1, count)
     if isinstance(value, Opaque) and value.name.endswith(".AttributeDict"):  # Lightning's
         value = dict(value.items)
     if isinstance(value, dict):
-        return {key: _plain(v, depth + 1, count) for key, v in value.items()}
+        return {key: plain(v, depth + 1, count) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v, depth + 1, count) for v in value]
+        return [plain(v, depth + 1, count) for v in value]
     return value

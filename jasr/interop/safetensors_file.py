@@ -12,6 +12,8 @@ import struct
 import ml_dtypes
 import numpy as np
 
+from jasr.interop.files import replacing
+
 LARGEST_HEADER = 100 << 20  # bytes, as in the original reader
 DTYPES = {
     "F64": np.float64,
@@ -118,14 +120,8 @@ def write(path, arrays):
         at = end
     raw = json.dumps(header, ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
-    partial = f"{os.fspath(path)}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.write(struct.pack("<Q", len(raw)) + raw)
-            for name in order:
-                flat = np.ascontiguousarray(arrays[name]).reshape(-1)
-                file.write(memoryview(flat.view(np.uint8)))
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name in order:
+            flat = np.ascontiguousarray(arrays[name]).reshape(-1)
+            file.write(memoryview(flat.view(np.uint8)))

@@ -7,16 +7,7 @@ import base64
 import binascii
 import re
 
-from jasr.text.sentencepiece_model import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    USER_DEFINED,
-    WORD_MARK,
-    Model,
-    Piece,
-)
+from jasr.text import sentencepiece_model as spm
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LARGEST = (2 - 2**-23) * 2.0**127  # an f32
@@ -40,10 +31,11 @@ def to_json(model, added=()):
     clash = [text for text in added if text in model.texts]
     if clash:
         raise TokenizerError(f"the pieces contain {clash[0]!r}, which is to be added to them")
-    unknown = next(i for i, p in enumerate(pieces) if p.type == UNKNOWN)
-    tokens = [(i, p.text, p.type != USER_DEFINED) for i, p in enumerate(pieces)
-              if p.type in (UNKNOWN, CONTROL, USER_DEFINED)]  # fmt: skip
+    unknown = next(i for i, p in enumerate(pieces) if p.type == spm.UNKNOWN)
+    tokens = [(i, p.text, p.type != spm.USER_DEFINED) for i, p in enumerate(pieces)
+              if p.type in (spm.UNKNOWN, spm.CONTROL, spm.USER_DEFINED)]  # fmt: skip
     tokens += [(len(pieces) + i, text, True) for i, text in enumerate(added)]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     prefix = model.setting("add_dummy_prefix")
     # "always" adds no prefix to a text that begins with a space, which only stripping rules out
     before = prefix and model.setting("remove_extra_whitespaces")
@@ -51,7 +43,9 @@ def to_json(model, added=()):
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(*token) for token in tokens],
+        "added_tokens": [
+            {"id": i, "content": text, **flags, "special": special} for i, text, special in tokens
+        ],
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(model)},
         "pre_tokenizer": _metaspace("always" if before else "never"),
         "post_processor": None,
@@ -61,12 +55,8 @@ def to_json(model, added=()):
 
 
 def _metaspace(scheme):
-    return {"type": "Metaspace", "replacement": WORD_MARK, "prepend_scheme": scheme, "split": True}
-
-
-def _added(number, text, special):
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": text, **flags, "special": special}
+    mark = spm.WORD_MARK
+    return {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme, "split": True}
 
 
 def _normalizers(model):
@@ -86,7 +76,7 @@ def _normalizers(model):
 def _bpe(model, unknown):
     """SentencePiece joins the two neighbours whose joint piece has the highest score; here every
     way to make a piece of two is a rule, in the order of the scores."""
-    scores = {p.text: p.score for p in model.pieces if p.type in (NORMAL, USER_DEFINED)}
+    scores = {p.text: p.score for p in model.pieces if p.type in (spm.NORMAL, spm.USER_DEFINED)}
     rules = [
         (-score, text[:cut], text[cut:])
         for text, score in scores.items()
@@ -101,7 +91,7 @@ def _bpe(model, unknown):
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
-        "byte_fallback": any(p.type == BYTE for p in model.pieces),
+        "byte_fallback": any(p.type == spm.BYTE for p in model.pieces),
         "ignore_merges": False,
         "vocab": {text: i for i, text in enumerate(model.texts)},
         "merges": [[left, right] for _, left, right in rules],
@@ -115,7 +105,7 @@ def _unigram(model, unknown):
         "type": "Unigram",
         "unk_id": unknown,
         "vocab": [[p.text, p.score] for p in model.pieces],
-        "byte_fallback": any(p.type == BYTE for p in model.pieces),
+        "byte_fallback": any(p.type == spm.BYTE for p in model.pieces),
     }
 
 
@@ -166,10 +156,10 @@ def _from_json(description, size):
     charsmap = [s["precompiled_charsmap"] for s in steps if s["type"] == "Precompiled"]
     space = description.get("pre_tokenizer") or {}
     prefix = "Prepend" in kinds or space.get("prepend_scheme", "always") != "never"
-    return Model(tuple(pieces), ()).with_settings(
+    return spm.Model(tuple(pieces), ()).with_settings(
         model_type={"unigram": 1, "bpe": 2}[kind],
         vocab_size=size,
-        byte_fallback=any(p.type == BYTE for p in pieces),
+        byte_fallback=any(p.type == spm.BYTE for p in pieces),
         precompiled_charsmap=base64.b64decode(charsmap[0]) if charsmap else b"",
         add_dummy_prefix=prefix,
         remove_extra_whitespaces=bool(kinds & {"Strip", "Replace"}),
@@ -185,9 +175,9 @@ def _score(text, score):
 
 def _piece(text, score, unknown, added):
     if text == unknown:
-        kind = UNKNOWN
+        kind = spm.UNKNOWN
     elif text in added:
-        kind = CONTROL if added[text].get("special") else USER_DEFINED
+        kind = spm.CONTROL if added[text].get("special") else spm.USER_DEFINED
     else:
-        kind = BYTE if _BYTE.fullmatch(text) else NORMAL
-    return Piece.of(text, score, kind)
+        kind = spm.BYTE if _BYTE.fullmatch(text) else spm.NORMAL
+    return spm.Piece.of(text, score, kind)

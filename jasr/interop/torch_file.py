@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jasr.interop import pickles, torch_zip
+from jasr.interop.files import replacing
 from jasr.interop.lazy import Lazy
 from jasr.interop.torch_zip import Damage
 
@@ -54,17 +55,8 @@ DTYPES = {
     "ComplexFloat": np.complex64,
     "ComplexDouble": np.complex128,
 }
-NAMED = {
-    f"torch.{name}": np.dtype(dtype)
-    for name, dtype in {
-        **{np.dtype(t).name: t for t in DTYPES.values()},
-        "uint16": np.uint16,
-        "uint32": np.uint32,
-        "uint64": np.uint64,
-        "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-        "float8_e5m2": ml_dtypes.float8_e5m2,
-    }.items()
-}
+_OTHERS = (np.uint16, np.uint32, np.uint64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+NAMED = {f"torch.{np.dtype(t).name}": np.dtype(t) for t in (*DTYPES.values(), *_OTHERS)}
 STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in DTYPES.items()}
 UNTYPED = {"torch.UntypedStorage": None, "torch.storage.UntypedStorage": None}
 
@@ -90,13 +82,14 @@ def read(path, *, opaque=(), start=0, size=None):
       TorchFileError: with the path, what is wrong and what to do.
     """
     path = os.fspath(path)
-    part = torch_zip.part_of(path, start, size)
+    size = os.path.getsize(path) - start if size is None else size
     try:
-        members, pickle_name = torch_zip.members(path, part)
-        archive = _Archive(path, part, members, pickle_name)
+        # an empty file cannot be mapped
+        data = np.memmap(path, np.uint8, "r", start, size) if size else np.zeros(0, np.uint8)
+        archive = _Archive(np.asarray(data))
         return pickles.loads(
             archive.bytes("data.pkl"),
-            functions=archive.functions(),
+            functions=_FUNCTIONS,
             values={**NAMED, **STORAGES, **UNTYPED},
             opaque=(*OPAQUE, *opaque),
             persistent=archive.storage,
@@ -112,29 +105,16 @@ class _Storage(typing.NamedTuple):
 class _Archive:
     """The storages and tensors of one file."""
 
-    def __init__(self, path, part, members, pickle_name):
-        self.members = members
-        self.prefix = pickle_name[: -len("data.pkl")]
-        self.map = np.asarray(np.memmap(path, np.uint8, "r", part.start, part.size))
-        if self.prefix + "byteorder" in members and self.bytes("byteorder") != b"little":
+    def __init__(self, data):
+        self.map = data
+        self.members, name = torch_zip.members(data)
+        self.prefix = name.removesuffix("data.pkl")
+        if self.prefix + "byteorder" in self.members and self.bytes("byteorder") != b"little":
             raise Damage("written on a big-endian machine; save it again on a little-endian one")
 
     def bytes(self, name):
         start, size = self.members[self.prefix + name]
         return self.map[start : start + size].tobytes()
-
-    def functions(self):
-        """What the pickle may call, by torch's names."""
-        return {
-            "collections.OrderedDict": _ordered_dict,
-            "_codecs.encode": _bytes,
-            "torch.Size": _size,
-            "torch._utils._rebuild_tensor": self.tensor,
-            "torch._utils._rebuild_tensor_v2": self.tensor,
-            "torch._utils._rebuild_tensor_v3": self.tensor_v3,
-            "torch._utils._rebuild_parameter": _data,
-            "torch._utils._rebuild_parameter_with_state": _data,
-        }
 
     def storage(self, pid):
         """The storage of a persistent id ("storage", type, key, location, number of elements)."""
@@ -156,18 +136,20 @@ class _Archive:
         part = self.map[where.start : where.start + where.size]
         return _Storage(part if dtype is None else part.view(dtype))
 
-    def tensor(self, storage, offset, size, stride, *_):
-        """The view of a storage, if its elements lie inside and are distinct."""
-        if not isinstance(storage, _Storage):
-            raise Damage("a tensor of something that is not a storage")
-        return _view(storage.array, offset, size, stride)
 
-    def tensor_v3(self, storage, offset, size, stride, grad, hooks, dtype, *_):
-        if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
-            raise Damage("a tensor of something that is not a storage, or of an unknown dtype")
-        if storage.array.nbytes % dtype.itemsize:
-            raise Damage(f"a storage of {storage.array.nbytes} bytes cannot hold {dtype}")
-        return _view(storage.array.view(dtype), offset, size, stride)
+def _tensor(storage, offset, size, stride, *_):
+    """The view of a storage, if its elements lie inside and are distinct."""
+    if not isinstance(storage, _Storage):
+        raise Damage("a tensor of something that is not a storage")
+    return _view(storage.array, offset, size, stride)
+
+
+def _tensor_v3(storage, offset, size, stride, grad, hooks, dtype, *_):
+    if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
+        raise Damage("a tensor of something that is not a storage, or of an unknown dtype")
+    if storage.array.nbytes % dtype.itemsize:
+        raise Damage(f"a storage of {storage.array.nbytes} bytes cannot hold {dtype}")
+    return _view(storage.array.view(dtype), offset, size, stride)
 
 
 def _ordered_dict(*args):
@@ -182,14 +164,6 @@ def _bytes(text, encoding):
     return text.encode("latin1")
 
 
-def _size(shape=()):
-    return tuple(shape)
-
-
-def _data(tensor, *_):
-    return tensor
-
-
 def _view(flat, offset, size, stride):
     """flat[offset + sum i·stride] for all i < size, read-only, if that lies inside `flat` and no
     two elements share memory (an expanded tensor would make a huge array of a tiny file).
@@ -200,22 +174,33 @@ def _view(flat, offset, size, stride):
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > 32 or any(type(n) is not int for n in numbers):
         raise Damage("a tensor whose shape and strides are not as many whole numbers, at most 32")
-    if min(numbers) < 0:
-        raise Damage(f"a tensor with negative numbers: shape {size}, strides {stride}, {offset}")
     shown = f"a tensor of shape {size}, strides {stride}, offset {offset}"
+    if min(numbers) < 0:
+        raise Damage(f"{shown}: negative numbers")
     if 0 in size:
         return np.zeros(size, flat.dtype)
-    last = sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if offset + last >= flat.size:
-        raise Damage(f"{shown} lies outside its storage of {flat.size} elements")
-    reach = 0
+    reach = 0  # of the elements so far, beyond the first one
     for step, n in sorted((s, n) for n, s in zip(size, stride, strict=True) if n > 1):
         if step <= reach:
             raise Damage(f"{shown} has elements that share memory; save it as .contiguous()")
         reach += (n - 1) * step
-    flat = flat[offset : offset + last + 1]
+    if offset + reach >= flat.size:
+        raise Damage(f"{shown} lies outside its storage of {flat.size} elements")
+    flat = flat[offset : offset + reach + 1]
     strides = tuple(s * flat.itemsize if n > 1 else flat.itemsize for n, s in zip(size, stride))
     return np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
+
+
+_FUNCTIONS = {  # what the pickle may call, by torch's names
+    "collections.OrderedDict": _ordered_dict,
+    "_codecs.encode": _bytes,
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+}
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -237,19 +222,13 @@ def write(path, tree):
     out = bytearray(b"\x80\x02")
     _emit(out, tree, storages, names, "")
     out += b"."
-    partial = f"{os.fspath(path)}.partial"
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            _add(archive, "archive/data.pkl", bytes(out))
-            _add(archive, "archive/byteorder", b"little")
-            for number, array in storages.values():
-                flat = np.ascontiguousarray(array).reshape(-1)  # one copy at a time
-                _add(archive, f"archive/data/{number}", memoryview(flat.view(np.uint8)))
-            _add(archive, "archive/version", b"3\n")
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, "archive/data.pkl", bytes(out))
+        _add(archive, "archive/byteorder", b"little")
+        for number, array in storages.values():
+            flat = np.ascontiguousarray(array).reshape(-1)  # one copy at a time
+            _add(archive, f"archive/data/{number}", memoryview(flat.view(np.uint8)))
+        _add(archive, "archive/version", b"3\n")
 
 
 def _add(archive, name, data):

@@ -74,7 +74,11 @@ class Array:
             )
         compressor = self.header.get("compressor")
         if isinstance(compressor, dict) and compressor.get("id") == "blosc":
-            _check_blosc(files, chunk)  # tensorstore unpacks what they claim, not what a chunk has
+            for path in files:  # tensorstore unpacks what their headers claim, not what a chunk has
+                with open(path, "rb") as file:
+                    claim = int.from_bytes(file.read(8)[4:], "little")
+                if claim > chunk:
+                    raise ZarrError(f"{path}: it unpacks to {claim} bytes, but a chunk has {chunk}")
 
     def _open(self):
         import tensorstore as ts
@@ -89,15 +93,6 @@ class Array:
             place = {"driver": "kvstack", "layers": layers}
         spec = {"driver": "zarr", "kvstore": place}
         return _done(lambda: ts.open(spec, read=True, context=context), self.path)
-
-
-def _check_blosc(files, chunk):
-    """Raises ZarrError if a file claims, in its Blosc header, more bytes than the chunk has."""
-    for path in files:
-        with open(path, "rb") as file:
-            claim = int.from_bytes(file.read(8)[4:], "little")
-        if claim > chunk:
-            raise ZarrError(f"{path}: it unpacks to {claim} bytes, but a chunk has {chunk}")
 
 
 def _header(path):
@@ -117,11 +112,6 @@ def _header(path):
     return header
 
 
-def is_array(path):
-    """Whether a directory holds a zarr v2 array."""
-    return (pathlib.Path(path) / HEADER).is_file()
-
-
 def arrays(directory):
     """{name: Array} of the arrays in a checkpoint directory, by name.
 
@@ -129,10 +119,10 @@ def arrays(directory):
       ZarrError: none there, or a damaged one.
     """
     directory = pathlib.Path(directory)
-    found = sorted(p for p in directory.iterdir() if is_array(p)) if directory.is_dir() else []
+    found = {path.parent.name: Array(path.parent) for path in sorted(directory.glob(f"*/{HEADER}"))}
     if not found:
         raise ZarrError(f"{directory}: no zarr array in it; wanted a checkpoint's directory")
-    return {p.name: Array(p) for p in found}
+    return found
 
 
 def write(directory, name, value, like=None):

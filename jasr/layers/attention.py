@@ -64,9 +64,8 @@ def softmax_attention(q, k, v, bias):
 
 
 def _product(equation, x, y, dtype):
-    return jnp.einsum(
-        equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
-    )
+    x, y = x.astype(dtype), y.astype(dtype)
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
 def _softmax_attention_forward(q, k, v, bias):
@@ -118,22 +117,19 @@ def _groups(frames, causal, window, chunk):
     edges = sorted({-(-blocks * n // 4) for n in range(5)}) if causal else [0, blocks]
     for first, last in itertools.pairwise(edges):
         high = last * QUERY_BLOCK
-        high = min(frames, -(-high // chunk) * chunk if chunk else high)
-        yield _Group(first, last, high if causal else frames, high if causal else frames)
+        high = min(frames, -(-high // chunk) * chunk if chunk else high) if causal else frames
+        yield _Group(first, last, high, high)
 
 
-def _whole_blocks(x):
-    """x [B,T,...] with zeros after it, to a whole number of query blocks."""
-    missing = -x.shape[1] % QUERY_BLOCK
-    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
+def _whole_blocks(x, axis=1):
+    """x [B,T,...] with zeros after it, to a whole number of query blocks; or a tree of such."""
 
+    def padded(x):
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (0, -x.shape[axis] % QUERY_BLOCK)
+        return jnp.pad(x, pads) if any(pads[axis]) else x
 
-def _whole_table(table):
-    """`table` with more frames, to a whole number of query blocks."""
-    if table is None:
-        return None
-    missing = -table[0].shape[0] % QUERY_BLOCK
-    return tuple(jnp.pad(t, ((0, missing), (0, 0))) for t in table)
+    return jax.tree.map(padded, x)
 
 
 def _rows(x, begin, count):
@@ -168,12 +164,6 @@ def _near(group, limits, number, qkv, table, key_mask):
     return start, _turned(near[:, :, 1], table, start), near[:, :, 2], _bias(seen, key_mask)
 
 
-def _join(blocks, frames):
-    """Blocks [count,B,QUERY_BLOCK,N,H] of all groups, one after the other: [B,T,N,H]."""
-    x = jnp.moveaxis(jnp.concatenate(blocks, axis=0), 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :frames]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def blocked_attention(qkv, table, key_mask, limits):
     """`softmax_attention` over blocks of queries and the keys within their reach, f32[B,T,N,H].
@@ -193,7 +183,7 @@ def blocked_attention(qkv, table, key_mask, limits):
 
 def _blocked_forward(qkv, table, key_mask, limits):
     frames, dtype = qkv.shape[1], qkv.dtype
-    padded, turns = _whole_blocks(qkv), _whole_table(table)
+    padded, turns = _whole_blocks(qkv), _whole_blocks(table, 0)
     outs, logs = [], []
     for group in _groups(frames, *limits):
 
@@ -210,7 +200,8 @@ def _blocked_forward(qkv, table, key_mask, limits):
         _, (out, log) = jax.lax.scan(block, None, jnp.arange(group.first, group.last))
         outs.append(out)
         logs.append(log)
-    out, log = _join(outs, frames), jnp.concatenate(logs)  # log [blocks,B,N,QUERY_BLOCK,1]
+    out, log = (jnp.concatenate(x) for x in (outs, logs))  # log [blocks,B,N,QUERY_BLOCK,1]
+    out = jnp.moveaxis(out, 0, 1).reshape(len(qkv), -1, *out.shape[3:])[:, :frames]
     return out, (qkv, table, key_mask, out, log)
 
 
@@ -218,7 +209,7 @@ def _blocked_backward(limits, kept, d_out):
     qkv, table, key_mask, out, log = kept
     frames, dtype = qkv.shape[1], qkv.dtype
     scale = 1 / np.sqrt(qkv.shape[-1])
-    padded, turns = _whole_blocks(qkv), _whole_table(table)
+    padded, turns = _whole_blocks(qkv), _whole_blocks(table, 0)
     outs, d_outs = _whole_blocks(out), _whole_blocks(d_out)
     d_qkv = jnp.zeros(padded.shape, jnp.float32)
     for group in _groups(frames, *limits):
@@ -289,17 +280,14 @@ def attend(q, k, v, *, causal, window=0, chunk=0, key_len=None):
     frames, dim = q.shape[1], q.shape[3]
     window = 0 if window >= frames else window
     if _flash(q, causal, window, chunk):
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=causal,
-            implementation="cudnn",
-            # a row of padding alone: cuDNN gives NaN where there is no key at all
-            key_value_seq_lengths=None if key_len is None else jnp.maximum(key_len, 1),
-            query_seq_lengths=None if key_len is None else jnp.full_like(key_len, frames),
-            local_window_size=(window - 1, 0) if window else None,
-        )
+        lengths = {}
+        if key_len is not None:  # a row of padding alone: cuDNN gives NaN without any key at all
+            lengths["key_value_seq_lengths"] = jnp.maximum(key_len, 1)
+            lengths["query_seq_lengths"] = jnp.full_like(key_len, frames)
+        if window:
+            lengths["local_window_size"] = (window - 1, 0)
+        flash = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return flash(q, k, v, is_causal=causal, **lengths)
     dtype = v.dtype
     key_mask = None if key_len is None else jnp.arange(frames) < key_len[:, None]
     if frames > DENSE_FRAMES:

@@ -25,13 +25,11 @@ def hash_uniform(key, shape):
     A hash of the position costs a few fused integer operations, where XLA's generators are an
     eighth of a training step on CPUs; it gives the same bits under any sharding.
     """
-    seed = jax.random.bits(key, (2,), jnp.uint32)
-    x = jnp.zeros(shape, jnp.uint32)
-    step = 1
+    x, step = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         x = x + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step)
         step *= shape[axis]
-    for word in seed:
+    for word in jax.random.bits(key, (2,), jnp.uint32):
         x = x * jnp.uint32(0x9E3779B9) + word
         x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
         x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -2,18 +2,18 @@
 functions of arrays).
 
 The fast-weight function of a head is f(x) = w1 (silu(w0 x) * (w2 x)) and its inner loss -<f(k),
-v>, so the ascent directions of one chunk have a closed form (specification fast_weights.md 1.1;
-paper arXiv 2505.23884, Algorithm 1 and Appendix A; reference lact_llm/ttt_operation.py and
+v>, so the ascent directions of one chunk have a closed form
+(paper arXiv 2505.23884, Algorithm 1 and Appendix A; reference lact_llm/ttt_operation.py and
 lact_nvs). Everything here keeps batch B and head H as separate axes and uses the reference's
 "out_in" layout: w0, w2 [B,H,M,K], w1 [B,H,V,M]; `transpose` turns lact_nvs's "in_out" layout into
 it and back.
 
-    shifted        apply, then update, chunk by chunk; the last chunk is only applied (causal when
-    a window >= chunk sits beside it) block_causal   update, then apply, chunk by chunk
-    full           one update on everything, then apply (bidirectional)
-    apply_only     no update
-    run_order      any list of (start, end, update, apply) entries, as lact_nvs has it;
-    `strided_order` and others make such lists
+    shifted       apply, then update, chunk by chunk; the last chunk is only applied (causal when a
+                  window >= chunk sits beside it)
+    block_causal  update, then apply, chunk by chunk
+    full          one update on everything, then apply (bidirectional)
+    apply_only    no update
+    run_order     any list of (start, end, update, apply), as lact_nvs has it (`strided_order`)
 
 An update adds the (momentum-smoothed, optionally orthogonalised) direction and restores the norm
 that each row of the initial weight had. Fast weights, norms, rates and momentum stay f32 whatever
@@ -50,9 +50,8 @@ class State(NamedTuple):
     """What a stream carries from chunk to chunk.
 
     w: weights that are read and differentiated. main: the un-normalised sum of pre-norm updates
-    (equal to w for post-norm).
-    momentum: zero at the start. norm: row norms of the initial weights, f32[B,H,M,1], [B,H,V,1],
-    [B,H,M,1].
+    (equal to w for post-norm). momentum: zero at the start. norm: row norms of the initial
+    weights, f32[B,H,M,1], [B,H,V,1], [B,H,M,1].
     """
 
     w: FastWeights
@@ -65,9 +64,8 @@ class Rule(NamedTuple):
     """How a chunk changes the weights. Hashable, so that it can be a static argument.
 
     muon: None for plain gradient steps, () for Frobenius normalisation only, else one (a, b, c)
-    triple per Newton-Schulz step.
-    prenorm: accumulate un-normalised, read normalised. detach_norm: no gradient through the
-    initial norms (lact_nvs).
+    triple per Newton-Schulz step. prenorm: accumulate un-normalised, read normalised. detach_norm:
+    no gradient through the initial norms (lact_nvs).
     """
 
     muon: tuple | None = None
@@ -81,7 +79,7 @@ PLAIN = Rule()
 def transpose(w):
     """The same weights in the other layout: out_in <-> in_out (lact_nvs: w0, w2 [.., K, M], w1
     [.., M, V])."""
-    return FastWeights(*(jnp.swapaxes(x, -1, -2) for x in w))
+    return FastWeights(*(jnp.matrix_transpose(x) for x in w))
 
 
 def l2_normalise(x, eps=1e-5):
@@ -100,9 +98,8 @@ def orthogonalise(g, coefficients):
     """`newton_schulz` of w0, w1 and w2 each on its own, in one stacked iteration where the shapes
     allow it."""
     if g.w0.shape[-1] == g.w1.shape[-2]:
-        stacked = jnp.stack([g.w0, jnp.swapaxes(g.w1, -1, -2), g.w2], axis=2)
-        x = newton_schulz(stacked, coefficients)
-        return FastWeights(x[:, :, 0], jnp.swapaxes(x[:, :, 1], -1, -2), x[:, :, 2])
+        x = newton_schulz(jnp.stack([g.w0, g.w1.mT, g.w2], axis=2), coefficients)
+        return FastWeights(x[:, :, 0], x[:, :, 1].mT, x[:, :, 2])
     x = newton_schulz(jnp.stack([g.w0, g.w2], axis=2), coefficients)
     return FastWeights(x[:, :, 0], newton_schulz(g.w1, coefficients), x[:, :, 1])
 
@@ -112,11 +109,11 @@ def start(w, rule=PLAIN, batch=None):
     `batch` rows."""
     w = FastWeights(*(x.astype(jnp.float32) for x in w))
     if batch is not None:
-        w = FastWeights(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in w))
-    norm = FastWeights(*(guarded_norm(x) for x in w))
+        w = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), w)
+    norm = jax.tree.map(guarded_norm, w)
     if rule.detach_norm:
         norm = jax.lax.stop_gradient(norm)
-    return State(w, w, FastWeights(*(jnp.zeros_like(x) for x in w)), norm)
+    return State(w, w, jax.tree.map(jnp.zeros_like, w), norm)
 
 
 def _product(equation, x, y):
@@ -126,9 +123,8 @@ def _product(equation, x, y):
 
 def _hidden(w, x):
     """Gate and up pre-activations of x [B,H,L,K] in one product: two f32[B,H,L,M]."""
-    return jnp.split(
-        _product("bhlk,bhmk->bhlm", x, jnp.concatenate([w.w0, w.w2], axis=2)), 2, axis=-1
-    )
+    both = jnp.concatenate([w.w0, w.w2], axis=2)
+    return jnp.split(_product("bhlk,bhmk->bhlm", x, both), 2, axis=-1)
 
 
 def _read(w, gate, up, dtype):
@@ -143,8 +139,8 @@ def apply(w, q):
 
 
 def _direction(w, gate, up, k, v, lr):
-    """Ascent direction of sum_i lr_i <f(k_i), v_i> from the pre-activations of k (specification
-    1.1)."""
+    """Ascent direction of sum_i lr_i <f(k_i), v_i>, k, v [B,H,L,..] and lr f32[B,H,L,3], from the
+    pre-activations of k: FastWeights f32[B,H,..]."""
     lr0, lr1, lr2 = lr[..., 0:1], lr[..., 1:2], lr[..., 2:3]
     s = jax.nn.sigmoid(gate)
     silu = gate * s
@@ -158,72 +154,53 @@ def _direction(w, gate, up, k, v, lr):
     return FastWeights(d0, d1, d2)
 
 
-def direction(w, k, v, lr):
-    """Sum over the chunk of the per-token ascent directions: FastWeights f32[B,H,..] for k, v
-    [B,H,L,..], lr f32[B,H,L,3]."""
-    gate, up = _hidden(w, k)
-    return _direction(w, gate, up, k, v, lr)
-
-
 def advance(state, delta, rule, beta=None, alive=None):
     """The state after one chunk.
 
-    delta: `direction` of the chunk. beta: f32[B,H,1,1] momentum of the chunk, or None for none.
+    delta: `_direction` of the chunk. beta: f32[B,H,1,1] momentum of the chunk, or None for none.
     alive: bool[B,1,1,1], False where the chunk held no valid frame: there nothing changes,
     momentum included.
     """
     momentum = state.momentum
     if beta is not None:
-        momentum = FastWeights(*(d + beta * m for d, m in zip(delta, momentum)))
-        delta = momentum
+        delta = momentum = jax.tree.map(lambda d, m: d + beta * m, delta, momentum)
     if rule.muon is not None:
         delta = orthogonalise(delta, rule.muon)
-    main = FastWeights(*(m + d for m, d in zip(state.main if rule.prenorm else state.w, delta)))
-    w = FastWeights(*(m / (guarded_norm(m) + 1e-5) * n for m, n in zip(main, state.norm)))
+    main = jax.tree.map(jnp.add, state.main if rule.prenorm else state.w, delta)
+    w = jax.tree.map(lambda m, n: m / (guarded_norm(m) + 1e-5) * n, main, state.norm)
     new = State(w, main if rule.prenorm else w, momentum, state.norm)
-    if alive is None:
-        return new
-    return State(
-        *(FastWeights(*(jnp.where(alive, x, y) for x, y in zip(a, b))) for a, b in zip(new, state))
-    )
+    return new if alive is None else jax.tree.map(functools.partial(jnp.where, alive), new, state)
 
 
-def _masked(lr, momentum, mask):
-    """Rates that are zero on pads, the chunk's mean momentum over valid frames [B,H,1,1], and
-    whether any frame is valid."""
-    lr = lr.astype(jnp.float32)
+def _valid(k, v, lr, momentum, mask):
+    """(k, v, lr, beta, alive): keys, values and rates that are zero on pads, the chunk's mean
+    momentum over valid frames [B,H,1,1] or None, and whether any frame is valid.
+
+    A pad may hold NaN, and a rate of 0 times NaN is NaN.
+    """
+    lr, beta = lr.astype(jnp.float32), None
     if mask is None:
-        beta = (
-            None
-            if momentum is None
-            else jnp.mean(momentum.astype(jnp.float32), axis=2, keepdims=True)
-        )
-        return lr, beta, None
-    m = mask[:, None, :, None].astype(jnp.float32)
-    count = jnp.sum(m, axis=2, keepdims=True)
-    beta = None
+        if momentum is not None:
+            beta = jnp.mean(momentum.astype(jnp.float32), axis=2, keepdims=True)
+        return k, v, lr, beta, None
+    m = mask[:, None, :, None]
+    count = jnp.sum(m.astype(jnp.float32), axis=2, keepdims=True)
     if momentum is not None:
-        kept = jnp.where(m > 0, momentum.astype(jnp.float32), 0.0)
+        kept = jnp.where(m, momentum.astype(jnp.float32), 0.0)
         beta = jnp.sum(kept, axis=2, keepdims=True) / jnp.maximum(count, 1)
-    return jnp.where(m > 0, lr, 0.0), beta, count > 0
-
-
-def _clean(x, mask):
-    """Tokens with pads set to zero: a pad may hold NaN, and a rate of 0 times NaN is NaN."""
-    return x if mask is None else jnp.where(mask[:, None, :, None], x, 0)
+    return *(jnp.where(m, x, 0) for x in (k, v, lr)), beta, count > 0
 
 
 def update(state, k, v, lr, rule, momentum=None, mask=None):
     """The state after one update on all of k, v; arguments as `shifted`'s."""
-    k, v = _clean(k, mask), _clean(v, mask)
-    lr, beta, alive = _masked(lr, momentum, mask)
-    return advance(state, direction(state.w, k, v, lr), rule, beta, alive)
+    k, v, lr, beta, alive = _valid(k, v, lr, momentum, mask)
+    delta = _direction(state.w, *_hidden(state.w, k), k, v, lr)
+    return advance(state, delta, rule, beta, alive)
 
 
 def _apply_then_update(state, q, k, v, lr, rule, momentum, mask):
     """One shifted chunk: q and k go through the same weights, so their rows share one product."""
-    k, v = _clean(k, mask), _clean(v, mask)
-    lr, beta, alive = _masked(lr, momentum, mask)
+    k, v, lr, beta, alive = _valid(k, v, lr, momentum, mask)
     gate, up = _hidden(state.w, jnp.concatenate([q, k], axis=2))
     n = q.shape[2]
     out = _read(state.w, gate[:, :, :n], up[:, :, :n], q.dtype)
@@ -249,25 +226,35 @@ class _Tokens(NamedTuple):
         timed = jax.tree.map(lambda x: cut(x, 2), self._replace(mask=None))
         return timed._replace(mask=None if self.mask is None else cut(self.mask, 1))
 
-    def rest(self, begin):
-        """The tokens from `begin` on."""
-        return self.map(lambda x, axis: jax.lax.slice_in_dim(x, begin, None, axis=axis))
+    def part(self, begin, end=None):
+        """The tokens from `begin` up to `end`."""
+        return self.map(lambda x, axis: x[(slice(None),) * axis + (slice(begin, end),)])
 
 
-def _as_tokens(q, k, v, lr, momentum, mask, prepare):
-    """The tokens and the function that makes (q, k, v) of a chunk of them."""
+def _run(step, last_step, count, state, q, k, v, lr, chunk, rule, momentum, mask, prepare):
+    """`step` over `count` whole chunks and `last_step` over what is left: the state and the
+    outputs."""
     if prepare is None:
-        return _Tokens((q, k, v), lr, momentum, mask), lambda tokens: tokens
-    if k is not None or v is not None:
+        q, prepare = (q, k, v), lambda tokens: tokens
+    elif k is not None or v is not None:
         raise ValueError("with prepare, q holds all that a chunk is made of: k and v must be None")
-    return _Tokens(q, lr, momentum, mask), prepare
+    tokens, outs = _Tokens(q, lr, momentum, mask), []
+    if count > 0:
+        state, out = _scan_chunks(step, prepare, state, tokens, count, chunk, rule)
+        outs.append(out)
+    if count * chunk < lr.shape[2] or not outs:
+        last = tokens.part(count * chunk)
+        q, k, v = jax.checkpoint(prepare)(last.tokens)
+        state, out = last_step(state, q, k, v, last.lr, rule, last.momentum, last.mask)
+        outs.append(out)
+    return state, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 
 
 def _scan_chunks(step, prepare, state, tokens, count, chunk, rule):
     """Scan `step` over `count` chunks of `tokens`.
 
     Returns the state and out [B,H,count*chunk,V]. Only what changes is carried; each step is
-    rematerialised but for what KEPT names (specification 4.2).
+    rematerialised but for what KEPT names.
     """
     has_momentum = tokens.momentum is not None
 
@@ -301,7 +288,7 @@ def shifted(
     state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None, update_last=False,
     prepare=None,
 ):  # fmt: skip
-    """Apply-then-update over chunks ("shifted block-causal", specification 1.6): the state and out
+    """Apply-then-update over chunks ("shifted block-causal"): the state and out
     f32[B,H,L,V].
 
     A token reads weights made from earlier chunks only. The last chunk (1..chunk tokens) is
@@ -319,38 +306,17 @@ def shifted(
       arrays with L in axis 2, and k and v are None. The backward pass prepares each chunk again,
       so that the prepared arrays never exist as a whole.
     """
-    tokens, prepare = _as_tokens(q, k, v, lr, momentum, mask, prepare)
     count = max(-(-lr.shape[2] // chunk) - 1, 0)
-    outs = []
-    if count > 0:
-        state, out = _scan_chunks(_apply_then_update, prepare, state, tokens, count, chunk, rule)
-        outs.append(out)
-    last = tokens.rest(count * chunk)
-    q, k, v = jax.checkpoint(prepare)(last.tokens)
-    if update_last:
-        state, out = _apply_then_update(state, q, k, v, last.lr, rule, last.momentum, last.mask)
-    else:
-        out = apply(state.w, q)
-    outs.append(out)
-    return state, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
+    last = _apply_then_update if update_last else apply_only
+    rest = chunk, rule, momentum, mask, prepare
+    return _run(_apply_then_update, last, count, state, q, k, v, lr, *rest)
 
 
 def block_causal(state, q, k, v, lr, *, chunk, rule=PLAIN, momentum=None, mask=None, prepare=None):
     """Update-then-apply over chunks: a token reads weights made from its own chunk and the earlier
     ones. As `shifted`."""
-    tokens, prepare = _as_tokens(q, k, v, lr, momentum, mask, prepare)
-    length = lr.shape[2]
-    count = length // chunk
-    outs = []
-    if count > 0:
-        state, out = _scan_chunks(_update_then_apply, prepare, state, tokens, count, chunk, rule)
-        outs.append(out)
-    if count * chunk < length:
-        last = tokens.rest(count * chunk)
-        q, k, v = jax.checkpoint(prepare)(last.tokens)
-        state, out = _update_then_apply(state, q, k, v, last.lr, rule, last.momentum, last.mask)
-        outs.append(out)
-    return state, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
+    count, rest = lr.shape[2] // chunk, (chunk, rule, momentum, mask, prepare)
+    return _run(_update_then_apply, _update_then_apply, count, state, q, k, v, lr, *rest)
 
 
 def full(state, q, k, v, lr, *, rule=PLAIN, momentum=None, mask=None):
@@ -359,7 +325,7 @@ def full(state, q, k, v, lr, *, rule=PLAIN, momentum=None, mask=None):
     return _update_then_apply(state, q, k, v, lr, rule, momentum, mask)
 
 
-def apply_only(state, q):
+def apply_only(state, q, *_):
     """The state unchanged and f_w(q): fast weights frozen at whatever the state holds."""
     return state, apply(state.w, q)
 
@@ -381,27 +347,19 @@ def run_order(state, q, k, v, lr, order, *, rule=PLAIN, momentum=None, mask=None
     Returns the state and the outputs of the applying entries joined in order, f32[B,H,sum,V]; the
     order is static.
     """
-    outs = []
+    tokens, outs = _Tokens((q, k, v), lr, momentum, mask), []
     for begin, end, learn, read in order:
-        part = slice(int(begin), int(end))
+        part = tokens.part(int(begin), int(end))
+        q, k, v = part.tokens
         if learn:
-            state = update(
-                state,
-                k[:, :, part],
-                v[:, :, part],
-                lr[:, :, part],
-                rule,
-                None if momentum is None else momentum[:, :, part],
-                None if mask is None else mask[:, part],
-            )
+            state = update(state, k, v, part.lr, rule, part.momentum, part.mask)
         if read:
-            outs.append(apply(state.w, q[:, :, part]))
+            outs.append(apply(state.w, q))
     return state, jnp.concatenate(outs, axis=2)
 
 
 def count_updates(lengths, chunk, mode):
-    """How many updates a sequence of `lengths` tokens makes: i32, same shape. mode: shifted |
-    block | full | off."""
+    """i32 updates that sequences of so many tokens make. mode: shifted | block | full | off."""
     lengths = jnp.asarray(lengths, jnp.int32)
     if mode == "off":
         return jnp.zeros_like(lengths)

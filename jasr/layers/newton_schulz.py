@@ -40,34 +40,25 @@ def newton_schulz(g, coefficients):
 
     f32 throughout: the reference's bf16 iteration is off by up to a quarter of the largest value.
     """
-    g = g.astype(jnp.float32)
+    g = jnp.asarray(g, jnp.float32)
     tall = g.shape[-2] > g.shape[-1]
-    x = jnp.swapaxes(g, -1, -2) if tall else g
-    x = x / (guarded_norm(x, axis=(-2, -1)) + 1e-7)
-    x = _iterate(x, coefficients)
-    return jnp.swapaxes(x, -1, -2) if tall else x
+    x = g.mT if tall else g
+    x = _iterate(x / (guarded_norm(x, axis=(-2, -1)) + 1e-7), coefficients)
+    return x.mT if tall else x
 
 
 # Accelerators multiply f32 in bf16 or TF32 unless told otherwise.
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def _transposed(x):
-    return jnp.swapaxes(x, -1, -2)
-
-
 def _outer(x, y):
     return jnp.einsum("...ij,...kj->...ik", x, y, precision=jax.lax.Precision.HIGHEST)
-
-
-def _gram(x):
-    return _outer(x, x)
 
 
 def _polynomial(x, abc):
     """A = XX' and aI + bA + cAA."""
     a, b, c = abc
-    gram = _gram(x)
+    gram = _outer(x, x)
     return gram, a * jnp.eye(gram.shape[-1]) + b * gram + c * _product(gram, gram)
 
 
@@ -97,9 +88,9 @@ def _iterate_backward(coefficients, kept, d_x):
     """
     for (_, b, c), (x, gram, poly) in zip(reversed(coefficients), reversed(kept), strict=True):
         d_poly = _outer(d_x, x)
-        both = d_poly + _transposed(d_poly)
+        both = d_poly + d_poly.mT
         product = _product(both, gram)
-        d_gram = b * both + c * (product + _transposed(product))
+        d_gram = b * both + c * (product + product.mT)
         d_x = _product(poly, d_x) + _product(d_gram, x)
     return (d_x,)
 

@@ -177,8 +177,11 @@ def relative_attention(q, k, v, key_len, *, plan, reach, relative=None, drop=Non
 
     def block(number):
         begin = number * rows
-        cut = lambda x, start, size: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)  # noqa: E731
         start = begin if plan.before >= 0 else 0
+
+        def cut(x, start, size):
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
+
         near, values = cut(k, start, plan.span), cut(v, start, plan.span)
         scores = _scores("nbrh,nbsh->nbrs", cut(q_k, begin, rows), near)
         if p is not None:
@@ -214,21 +217,6 @@ def relative_attention(q, k, v, key_len, *, plan, reach, relative=None, drop=Non
     return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :frames]
 
 
-def global_attention(q, k, v, key_len, chosen, drop=None):
-    """What the frames `chosen` i32[G] read from all frames, [N,B,G,H]; no positions.
-
-    Args:
-      q [N,B,G,H] their queries. k, v: [N,B,T,H]. key_len: i32[B]. drop: as `relative_attention`.
-    """
-    scores = _scores("nbgh,nbsh->nbgs", q * (1 / np.sqrt(q.shape[-1])), k)
-    seen = jnp.arange(k.shape[2]) < key_len[:, None]
-    weights = jax.nn.softmax(jnp.where(seen[:, None, :], scores, MASKED))
-    if drop is not None:
-        weights = drop(weights, -1)
-    out = _scores("nbgs,nbsh->nbgh", weights.astype(v.dtype), v)
-    return jnp.where((chosen < key_len[:, None])[:, :, None], out, 0).astype(v.dtype)
-
-
 def attention_with_global(q, k, v, own, key_len, chosen, **options):
     """`relative_attention` in which the frames `chosen` read all frames and are read by all.
 
@@ -239,15 +227,22 @@ def attention_with_global(q, k, v, own, key_len, chosen, **options):
     Args:
       q, k, v: [N,B,T,H]. own: the queries, keys and values of global attention, likewise.
       chosen: numbers of the global frames, ascending.
-      options: of `relative_attention`.
+      options: of `relative_attention`; drop gets the block number -1 for the chosen frames.
     """
     chosen = np.asarray(chosen)
     chosen = chosen[chosen < q.shape[2]]
     own_q, own_k, own_v = own
-    scale = 1 / np.sqrt(q.shape[-1])
-    scores = _scores("nbth,nbgh->nbtg", own_q * scale, own_k[:, :, chosen])
-    scores = jnp.where((chosen < key_len[:, None])[:, None], scores, MASKED)
-    out = relative_attention(q, k, v, key_len, extra=(scores, v[:, :, chosen]), **options)
-    drop = options.get("drop")
-    theirs = global_attention(own_q[:, :, chosen], own_k, own_v, key_len, chosen, drop)
+    own_q = own_q * (1 / np.sqrt(q.shape[-1]))
+    there = (chosen < key_len[:, None])[:, None]
+    scores = _scores("nbth,nbgh->nbtg", own_q, own_k[:, :, chosen])
+    extra = jnp.where(there, scores, MASKED), v[:, :, chosen]
+    out = relative_attention(q, k, v, key_len, extra=extra, **options)
+    # what the chosen frames read
+    scores = _scores("nbgh,nbsh->nbgs", own_q[:, :, chosen], own_k)
+    seen = jnp.arange(k.shape[2]) < key_len[:, None]
+    weights = jax.nn.softmax(jnp.where(seen[:, None, :], scores, MASKED))
+    if (drop := options.get("drop")) is not None:
+        weights = drop(weights, -1)
+    theirs = _scores("nbgs,nbsh->nbgh", weights.astype(own_v.dtype), own_v)
+    theirs = jnp.where(jnp.swapaxes(there, 1, 2), theirs, 0).astype(own_v.dtype)
     return out.at[:, :, chosen].set(theirs)

@@ -118,25 +118,22 @@ def ttt(q, k, v, eta, state, scale, bias, *, eps, remat_group=4):
     def step(state, x):
         return mini_batch_step(state, *x, scale, bias, eps)
 
-    if remat_group == 0:
-        state, out = jax.lax.scan(step, state, inputs)
-    else:
-        # A ragged last group is filled up with mini-batches of eta = 0, which leave the state as it
-        # is.
-        group = min(remat_group, batches)
-        inputs = tuple(
-            _pad_axis(a, 0, -batches % group).reshape(-1, group, *a.shape[1:]) for a in inputs
-        )
-        steps = jax.checkpoint(functools.partial(jax.lax.scan, step), prevent_cse=False)
-        state, out = jax.lax.scan(steps, state, inputs)
-        out = out.reshape(-1, *out.shape[2:])[:batches]
+    # A ragged last group is filled up with mini-batches of eta = 0, which leave the state as it is.
+    group = min(remat_group or batches, batches)
+    inputs = tuple(
+        _pad_axis(a, 0, -batches % group).reshape(-1, group, *a.shape[1:]) for a in inputs
+    )
+    steps = functools.partial(jax.lax.scan, step)
+    if remat_group:
+        steps = jax.checkpoint(steps, prevent_cse=False)
+    state, out = jax.lax.scan(steps, state, inputs)
+    out = out.reshape(-1, *out.shape[2:])[:batches]
     return jnp.moveaxis(out, 0, 2).astype(dtype), state
 
 
 def initial_state(params, batch):
     """State of a stream that has read nothing: the learnt W1, b1 (W2, b2) [N,...] of `params` for
-    each of `batch` rows, [B,N,...].
-    """
+    each of `batch` rows, [B,N,...]."""
     return {
         name: jnp.broadcast_to(params[name], (batch, *params[name].shape))
         for name in STATE_NAMES
@@ -155,8 +152,7 @@ def _pad_axis(x, axis, amount):
 
 def to_mini_batches(x, size):
     """Mini-batches [B,N,M,K,...] of x [B,T,N,...], T filled up with zeros to a multiple of K =
-    size.
-    """
+    size."""
     x = _pad_axis(x, 1, -x.shape[1] % size)
     x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
     return jnp.moveaxis(x, 3, 1)
@@ -170,8 +166,7 @@ def from_mini_batches(x, length):
 
 def token_rate(x, weight, bias, size):
     """Each token's own share of the learning rate, sigmoid(x·w + b) in (0, 1): f32[B,N,M,K] for x
-    [B,T,D], weight [N,D], bias [N].
-    """
+    [B,T,D], weight [N,D], bias [N]."""
     logits = jnp.einsum("btd,nd->btn", x.astype(jnp.float32), weight.astype(jnp.float32)) + bias
     return to_mini_batches(jax.nn.sigmoid(logits), size)
 
@@ -200,8 +195,7 @@ def video_eta(rate, base_lr, head_dim):
 
 def causal_eta(eta):
     """Eta without the entries in which a token reads the step of a later one. The state's exit
-    (last row) is unchanged.
-    """
+    (last row) is unchanged."""
     return jnp.tril(eta)
 
 
@@ -221,8 +215,7 @@ def mask_eta(eta, mask):
 
 def l2_normalize(x, eps=1e-12):
     """x with length one over the last axis; x / eps for vectors shorter than eps, with a finite
-    gradient (1/eps) at zero.
-    """
+    gradient (1/eps) at zero."""
     square = jnp.sum(x * x, -1, keepdims=True)
     return x / jnp.sqrt(jnp.maximum(square, eps * eps))
 
@@ -237,9 +230,8 @@ def video_target(k, v, scale, bias, eps):
     centred = v - k
     centred = centred - centred.mean(-1, keepdims=True)
     square = jnp.sum(centred * centred, -1, keepdims=True) / (v.shape[-1] - 1)
-    std = jnp.where(
-        square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0
-    )  # d√x/dx is infinite at 0
+    # d√x/dx is infinite at 0
+    std = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return centred / (std + eps) * scale + bias + k
 
 
@@ -259,8 +251,7 @@ def rope_tables(positions, head_dim, theta=10000.0, stretch=False):
 
 def rope(x, cos, sin):
     """x [B,T,N,H] with each interleaved pair (2i, 2i+1) turned by the angle of cos, sin [T,H/2] (or
-    [B,T,H/2]).
-    """
+    [B,T,H/2])."""
     cos, sin = cos[..., None, :].astype(x.dtype), sin[..., None, :].astype(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
@@ -318,8 +309,7 @@ def lm_inputs(params, x, size, base_lr, positions=None):
 
 def lm_output(params, x, out):
     """Layer output [B,T,D]: post-norm (eps 1e-6), times gelu(x·wg) where there is wg (the Mamba
-    backbone), then wo; out [B,T,D].
-    """
+    backbone), then wo; out [B,T,D]."""
     y = layer_norm(out, params["post_norm"]["scale"], params["post_norm"]["bias"], 1e-6)
     return dense(params["wo"], y * gelu(dense(params["wg"], x)) if "wg" in params else y)
 
@@ -338,9 +328,8 @@ def video_inputs(params, x, size, base_lr, cos_sin=None, target_eps=1e-8):
     if cos_sin is not None:
         q, k = rope(q, *cos_sin), rope(k, *cos_sin)
     v = video_target(k, v, params["ttt_norm_weight"], params["ttt_norm_bias"], target_eps)
-    rate = token_rate(
-        x, params["learnable_ttt_lr_weight"][:, 0], params["learnable_ttt_lr_bias"][:, 0], size
-    )
+    weight, bias = params["learnable_ttt_lr_weight"][:, 0], params["learnable_ttt_lr_bias"][:, 0]
+    rate = token_rate(x, weight, bias, size)
     eta = video_eta(rate, base_lr, q.shape[-1])
     return (*(to_mini_batches(a, size) for a in (q, k, v)), eta)
 
@@ -353,8 +342,7 @@ def video_output(params, out):
 
 def gated_residual(x, branch, alpha, limit=jnp.inf):
     """x + tanh(α)·branch per channel, α f32[D] clipped to ±limit (3 in TTT-Moshi); α starts at 0.1,
-    so that the branch comes in softly.
-    """
+    so that the branch comes in softly."""
     return x + jnp.tanh(jnp.clip(alpha, -limit, limit)) * branch
 
 

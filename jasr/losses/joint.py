@@ -18,7 +18,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from jasr.losses.lattice import log_sum_exp
+from jasr.losses.lattice import log_sum_exp, within
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
 # Nodes whose gradient is below this share of their row's largest are left out of the backward
@@ -31,12 +31,6 @@ def row_tokens(tokens, token_len, blank):
     is_token = jnp.arange(tokens.shape[1]) < token_len[:, None]
     tokens = jnp.where(is_token, tokens, blank).astype(jnp.int32)
     return jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=blank)
-
-
-def within(frames, nodes, enc_len, token_len):
-    """bool[B, frames, nodes]: the nodes (frame, u) within the lengths of each row."""
-    is_frame = jnp.arange(frames)[:, None] < enc_len[:, None, None]
-    return is_frame & (jnp.arange(nodes) <= token_len[:, None, None])
 
 
 class _Form(typing.NamedTuple):
@@ -80,12 +74,8 @@ def joint_cells(
     is written by hand and not differentiable again.
 
     Args:
-      enc: f[B, T, J], the encoder's side of the joint network (`Joint.encoder_part`).
-      pred: f[B, U + 1, J], the prediction network's side, of the start and of each token.
-      kernel: f[J, V + extra], bias: f[V + extra], the output layer.
-      enc_len: i32[B] valid frames.
-      tokens: i32[B, U] labels; token_len: i32[B], how many of them are valid.
-      blank: id of the blank, in 0..V-1.
+      enc, pred, kernel, bias, enc_len, tokens, token_len, blank: as `transducer.rnnt_loss`'s, with
+        `extra` more outputs of kernel f[J, V + extra] and bias.
       activation: between the sum of the two sides and the output layer, one of ACTIVATIONS.
       dropout: share of hidden units dropped after the activation, drawn for each node from `key`,
         a typed key or one of each row; without a key nothing is dropped. What is dropped at a node
@@ -120,7 +110,8 @@ def joint_cells(
         key = jax.random.split(key, B) if key.ndim == 0 else key
         seeds = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(key)
     if chunk is None:
-        chunk = _chunk(B // groups * T * U1, kernel.shape[1])
+        # so few that the last chunk's empty places do not count, but enough for a product
+        chunk = max(128, min(B // groups * T * U1 // 32, 2**23 // kernel.shape[1]) // 128 * 128)
     exists = within(T, U1, enc_len, token_len)
     own = row_tokens(tokens, token_len, blank)
     per_row = (enc.astype(jnp.float32), pred.astype(jnp.float32), own, exists, seeds)
@@ -138,11 +129,6 @@ def joint_cells(
         seeds,
     )
     return cells.reshape(B, T, U1, 2 + extra)
-
-
-def _chunk(nodes, outputs):
-    """So few nodes that the last chunk's empty places do not count, but enough for a product."""
-    return max(128, min(nodes // 32, 2**23 // outputs) // 128 * 128)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -33,6 +33,12 @@ def log_likelihood(cells, enc_len, token_len, durations=None):
     return _log_likelihood_fwd(cells, enc_len, token_len, durations)[0]
 
 
+def within(frames, nodes, enc_len, token_len):
+    """bool[B, frames, nodes]: the nodes (frame, u) within the lengths of each row."""
+    is_frame = jnp.arange(frames)[:, None] < enc_len[:, None, None]
+    return is_frame & (jnp.arange(nodes) <= token_len[:, None, None])
+
+
 def log_sum_exp(x, axis):
     """log of the sum of exp(x), as (the largest x, what the others add to it).
 
@@ -46,11 +52,11 @@ def log_sum_exp(x, axis):
 
 
 def arcs_of(durations):
-    """(frames, channel of the duration or None) of each blank arc and of each label arc."""
+    """(frames, label or blank, channel of the duration or None) of each arc, blanks first."""
     if durations is None:
-        return [(1, None)], [(0, None)]
-    arcs = [(frames, 2 + i) for i, frames in enumerate(durations)]
-    return [arc for arc in arcs if arc[0] > 0], arcs
+        return [(1, 0, None), (0, 1, None)]
+    timed = [(frames, label, 2 + i) for label in (0, 1) for i, frames in enumerate(durations)]
+    return [arc for arc in timed if arc[0] or arc[1]]
 
 
 def _reach(durations):
@@ -76,10 +82,8 @@ def _log_likelihood_fwd(cells, enc_len, token_len, durations):
 
 def _log_likelihood_bwd(durations, saved, g):
     cells, scores, enc_len, token_len = saved
-    frames = cells.shape[1]
     by_diagonal = _skew(_masked(cells, enc_len, token_len))
     reach = _reach(durations)
-    blank_arcs, label_arcs = arcs_of(durations)
     scores = jnp.pad(scores, ((0, reach), (0, 0), (0, 0)), constant_values=NEVER)
 
     def step(coming, x):
@@ -92,23 +96,19 @@ def _log_likelihood_bwd(durations, saved, g):
         here = jnp.where(top > NEVER / 2, here, 0.0)
         arcs = here / jnp.sum(weights, axis=0) * weights
         grad = [jnp.zeros_like(here)] * len(cell)
-        for (frames, channel), arc in zip(blank_arcs, arcs):
-            coming[frames - 1] += arc
-            grad[0] += arc
-            if channel is not None:
-                grad[channel] += arc
-        for (frames, channel), arc in zip(label_arcs, arcs[len(blank_arcs) :]):
-            coming[frames] += jnp.pad(arc[:, :-1], ((0, 0), (1, 0)))
-            grad[1] += arc
-            if channel is not None:
-                grad[channel] += arc
+        for (frames, label, channel), arc in zip(arcs_of(durations), arcs, strict=True):
+            after = jnp.pad(arc[:, :-1], ((0, 0), (1, 0))) if label else arc
+            coming[frames - 1 + label] += after
+            for k in (label, channel):
+                if k is not None:
+                    grad[k] += arc
         return tuple(coming), jnp.stack(grad)
 
     start = jnp.zeros(scores.shape[1:]).at[:, 0].set(g)
     coming = (start, *(jnp.zeros_like(start),) * reach)
     numbered = (jnp.arange(len(by_diagonal)), by_diagonal)
     _, grad = jax.lax.scan(step, coming, numbered)
-    return _unskew(grad, frames), None, None
+    return _unskew(grad, cells.shape[1]), None, None
 
 
 log_likelihood.defvjp(_log_likelihood_fwd, _log_likelihood_bwd)
@@ -117,10 +117,7 @@ log_likelihood.defvjp(_log_likelihood_fwd, _log_likelihood_bwd)
 def _masked(cells, enc_len, token_len):
     """The cells with NEVER for blanks and labels that the row does not have."""
     _, T, U1, channels = cells.shape
-    u = jnp.arange(U1)
-    is_frame = jnp.arange(T)[:, None] < enc_len[:, None, None]  # [B, T, 1]
-    blank = is_frame & (u <= token_len[:, None, None])
-    label = is_frame & (u < token_len[:, None, None])
+    blank, label = (within(T, U1, enc_len, n) for n in (token_len, token_len - 1))
     duration = jnp.ones_like(blank)
     exists = jnp.stack([blank, label, *[duration] * (channels - 2)], axis=-1)
     return jnp.where(exists, jnp.maximum(cells, NEVER), NEVER)
@@ -132,18 +129,17 @@ def _arc_scores(n, cell, later, enc_len, token_len, durations):
     Args:
       cell: f32[2 + E, B, U + 1]; later: the scores of the following diagonals, f32[B, U + 1] each.
     """
-    blank, label = cell[:2]
-    u = jnp.arange(blank.shape[1])
+    u = jnp.arange(cell.shape[2])
     frames_left = enc_len[:, None] - (n - u)
     at_end = u == token_len[:, None]
     scores = []
-    blank_arcs, label_arcs = arcs_of(durations)
-    for frames, channel in blank_arcs:
-        ends = at_end & (frames_left == frames)
-        score = blank + jnp.where(ends, 0.0, later[frames - 1])
-        scores.append(score if channel is None else score + cell[channel])
-    for frames, channel in label_arcs:
-        score = label + jnp.pad(later[frames][:, 1:], ((0, 0), (0, 1)), constant_values=NEVER)
+    for frames, label, channel in arcs_of(durations):
+        after = later[frames - 1 + label]
+        if label:
+            after = jnp.pad(after[:, 1:], ((0, 0), (0, 1)), constant_values=NEVER)
+        else:
+            after = jnp.where(at_end & (frames_left == frames), 0.0, after)
+        score = cell[label] + after
         scores.append(score if channel is None else score + cell[channel])
     return jnp.stack(scores)
 

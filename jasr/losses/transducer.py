@@ -3,7 +3,7 @@
     log-probabilities at each node (`joint`) -> sum over all paths through them (`lattice`) -> loss
 
 The losses apply the output layer of the joint network themselves, so that the logits of all nodes
-never exist at once. Those named `_of_logits` take logits that do, for tests and small outputs.
+never exist at once. `loss_of_logits` takes logits that do.
 """
 
 import functools
@@ -12,22 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jasr.losses.joint import joint_cells, row_tokens, within
-from jasr.losses.lattice import NEVER, log_likelihood
+from jasr.losses.joint import joint_cells, row_tokens
+from jasr.losses.lattice import NEVER, log_likelihood, within
 
 
-def rnnt_loss(
-    enc,
-    pred,
-    kernel,
-    bias,
-    enc_len,
-    tokens,
-    token_len,
-    *,
-    blank,
-    **joint,
-):
+def rnnt_loss(enc, pred, kernel, bias, enc_len, tokens, token_len, *, blank, **joint):
     """Negative log-likelihood of each row's tokens under RNN-T, and whether any path gives them.
 
     A row with neither frames nor tokens is padding: feasible, with loss 0. A row with tokens but
@@ -52,7 +41,7 @@ def rnnt_loss(
     """
     rows = (enc_len, tokens, token_len)
     cells = joint_cells(enc, pred, kernel, bias, *rows, blank=blank, **joint)
-    return _rnnt(cells, enc_len, token_len)
+    return _loss(cells, enc_len, token_len)
 
 
 def tdt_loss(
@@ -84,9 +73,8 @@ def tdt_loss(
         A number is the expectation of what NeMo does, `sampled_omega(key, omega)` is what it does.
       The rest as in `rnnt_loss`. FastEmit and the clamp leave the durations' logits alone.
     """
-    durations = _durations(durations)
-    rows = (enc_len, tokens, token_len)
-    extra = len(durations)
+    durations = check_durations(durations)
+    rows, extra = (enc_len, tokens, token_len), len(durations)
     cells = joint_cells(enc, pred, kernel, bias, *rows, blank=blank, extra=extra, **joint)
     return _tdt(cells, enc_len, token_len, durations, sigma, omega)
 
@@ -127,97 +115,67 @@ def _walks(durations, frames, tokens):
     return labels @ (blanks[np.maximum(later, 0)] & (later > 0))
 
 
-def rnnt_loss_of_logits(logits, enc_len, tokens, token_len, *, blank, fastemit_lambda=0.0):
-    """`rnnt_loss` of logits f[B, T, U + 1, V] that exist already; for tests and small outputs."""
-    cells = _cells_of_logits(logits, enc_len, tokens, token_len, blank, 0)
-    return _rnnt(_fastemit(cells, fastemit_lambda), enc_len, token_len)
-
-
-def tdt_loss_of_logits(
+def loss_of_logits(
     logits,
     enc_len,
     tokens,
     token_len,
     *,
-    durations,
     blank,
+    durations=None,
     sigma=0.0,
     omega=0.0,
     fastemit_lambda=0.0,
 ):
-    """`tdt_loss` of logits f[B, T, U + 1, V + E] that exist already."""
-    durations = _durations(durations)
-    cells = _cells_of_logits(logits, enc_len, tokens, token_len, blank, len(durations))
-    return _tdt(_fastemit(cells, fastemit_lambda), enc_len, token_len, durations, sigma, omega)
+    """`rnnt_loss`, or with durations `tdt_loss`, of logits f[B, T, U + 1, V + E] that exist
+    already; for tests and small outputs."""
+    _, T, U1, outputs = logits.shape
+    logits = logits.astype(jnp.float32)
+    logits = jnp.where(within(T, U1, enc_len, token_len)[..., None], logits, 0.0)
+    split = outputs - len(durations or ())
+    token = jax.nn.log_softmax(logits[..., :split])
+    own = row_tokens(tokens, token_len, blank)[:, None, :, None]
+    label = jnp.take_along_axis(token, own, axis=-1, mode="clip")
+    label += fastemit_lambda * (label - jax.lax.stop_gradient(label))
+    timed = jax.nn.log_softmax(logits[..., split:])
+    cells = jnp.concatenate([token[..., blank, None], label, timed], axis=-1)
+    if durations is None:
+        return _loss(cells, enc_len, token_len)
+    return _tdt(cells, enc_len, token_len, check_durations(durations), sigma, omega)
 
 
 def check_durations(durations, name="durations"):
-    """Raises ValueError unless they are numbers of frames, each once, with one above 0."""
+    """The numbers of frames as a tuple; ValueError unless each comes once and one is above 0."""
     whole = all(isinstance(d, (int, np.integer)) and d >= 0 for d in durations)
     if not whole or not any(durations) or len(set(durations)) < len(durations):
         raise ValueError(
             f"{name} {durations!r}: must be whole numbers of frames, each once, one above 0"
         )
-
-
-def _durations(durations):
-    check_durations(durations)
     return tuple(map(int, durations))
 
 
-def _fastemit(cells, weight):
-    """The cells with the gradient of the labels times 1 + weight."""
-    if not weight:
-        return cells
-    label = cells[..., 1]
-    return cells.at[..., 1].add(weight * (label - jax.lax.stop_gradient(label)))
-
-
-def _rnnt(cells, enc_len, token_len):
-    return _loss(log_likelihood(cells, enc_len, token_len), enc_len, token_len)
-
-
 def _tdt(cells, enc_len, token_len, durations, sigma, omega):
-    def tdt(cells):
-        cells = cells.at[..., :2].add(-sigma)
-        total = log_likelihood(cells, enc_len, token_len, durations)
-        return _loss(total, enc_len, token_len)
+    def timed(cells):
+        return _loss(cells.at[..., :2].add(-sigma), enc_len, token_len, durations)
 
-    def rnnt(cells):
-        return _rnnt(cells[..., :2], enc_len, token_len)
-
-    if isinstance(omega, (int, float)) and omega == 0:
-        return tdt(cells)
+    def framed(cells):
+        return _loss(cells[..., :2], enc_len, token_len)
 
     def nothing(cells):
         return jnp.zeros(cells.shape[0]), jnp.ones(cells.shape[0], bool)
 
+    if isinstance(omega, (int, float)) and omega == 0:
+        return timed(cells)
     omega = jax.lax.stop_gradient(jnp.asarray(omega, jnp.float32))
     # A draw of 0 or 1 needs only one of the two lattices.
-    by_time, timed = jax.lax.cond(omega < 1, tdt, nothing, cells)
-    by_frame, framed = jax.lax.cond(omega > 0, rnnt, nothing, cells)
-    return (1 - omega) * by_time + omega * by_frame, timed & framed
+    by_time, can_time = jax.lax.cond(omega < 1, timed, nothing, cells)
+    by_frame, can_frame = jax.lax.cond(omega > 0, framed, nothing, cells)
+    return (1 - omega) * by_time + omega * by_frame, can_time & can_frame
 
 
-def _loss(total, enc_len, token_len):
-    """Loss and feasibility from log-likelihoods; not-a-number stays one and is not infeasible."""
+def _loss(cells, enc_len, token_len, durations=None):
+    """Loss and feasibility; a likelihood that is not a number stays one and is not infeasible."""
+    total = log_likelihood(cells, enc_len, token_len, durations)
     impossible = total <= NEVER / 2
     padding = (enc_len == 0) & (token_len == 0)
     return jnp.where(impossible, 0.0, -total), padding | ~impossible
-
-
-def _cells_of_logits(logits, enc_len, tokens, token_len, blank, extra):
-    _, T, U1, _ = logits.shape
-    in_row = within(T, U1, enc_len, token_len)[..., None]
-    logits = jnp.where(in_row, logits.astype(jnp.float32), 0.0)
-    split = logits.shape[-1] - extra
-    token = jax.nn.log_softmax(logits[..., :split])
-    own = row_tokens(tokens, token_len, blank)[:, None, :, None]
-    return jnp.concatenate(
-        [
-            token[..., blank, None],
-            jnp.take_along_axis(token, own, axis=-1, mode="clip"),
-            jax.nn.log_softmax(logits[..., split:]),
-        ],
-        axis=-1,
-    )

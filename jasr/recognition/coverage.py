@@ -28,11 +28,6 @@ def coverage(spans, seconds):
     return {"windows": len(spans), "seconds": decoded, "uncovered": gaps}
 
 
-def not_decoded(uncovered):
-    """Warnings about the "uncovered" spans of `coverage`."""
-    return [f"nothing was decoded between {a:.3f} and {b:.3f} s" for a, b in uncovered]
-
-
 def doubts(found, levels, seconds):
     """Warnings about a transcript: no words at all, words in silence, or long stretches as loud as
     words without any.

@@ -24,15 +24,14 @@ def render(result, kind, name=""):
       result: transcript dict.
       name: what stands for the recording: before the text of "txt" if given, in "ctm" always.
     """
-    return {"txt": txt, "json": json_line, "srt": srt, "vtt": vtt, "ctm": ctm}[kind](result, name)
+    if kind == "txt":
+        return f"{name}\t{result['text']}\n" if name else f"{result['text']}\n"
+    if kind == "json":
+        return json_line(result)
+    return ctm(result, name) if kind == "ctm" else subtitles(result, kind)
 
 
-def txt(result, name=""):
-    """The text in one line, after `name` and a tab if a name is given."""
-    return f"{name}\t{result['text']}\n" if name else f"{result['text']}\n"
-
-
-def json_line(result, name=""):
+def json_line(result):
     """One JSON object in one line, readable where the text is Unicode."""
     row = {key: result[key] for key in FIELDS if key in result}
     line = json.dumps(row, ensure_ascii=False)
@@ -43,30 +42,24 @@ def json_line(result, name=""):
     return line + "\n"
 
 
-def srt(result, name=""):
-    """SubRip subtitles."""
-    return "".join(
-        f"{number}\n{clock(start, ',')} --> {clock(end, ',')}\n{text}\n\n"
-        for number, (start, end, text) in enumerate(_timed(result), 1)
-    )
+def subtitles(result, kind):
+    """SubRip ("srt") or WebVTT ("vtt"), whose header stands even without words; of a model without
+    times a segment each."""
+    header, point = {"srt": ("", ","), "vtt": ("WEBVTT\n\n", ".")}[kind]
+    timed = cues(result["words"])
+    if not timed and result["text"]:
+        timed = [(s["start"], s["end"], s["segment"]) for s in result["segments"]]
+    lines = [header]
+    for number, (start, end, text) in enumerate(timed, 1):
+        if kind == "srt":
+            lines.append(f"{number}\n")
+        else:  # no markup
+            text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        lines.append(f"{clock(start, point)} --> {clock(end, point)}\n{text}\n\n")
+    return "".join(lines)
 
 
-def vtt(result, name=""):
-    """WebVTT subtitles; the header stands even without words."""
-    return "WEBVTT\n\n" + "".join(
-        f"{clock(start, '.')} --> {clock(end, '.')}\n{escaped(text)}\n\n"
-        for start, end, text in _timed(result)
-    )
-
-
-def _timed(result):
-    """The subtitles [(start, end, text)]; of a model without times a segment each."""
-    if result["words"] or not result["text"]:
-        return cues(result["words"])
-    return [(s["start"], s["end"], s["segment"]) for s in result["segments"]]
-
-
-def ctm(result, name=""):
+def ctm(result, name):
     """NIST CTM: name, channel, start, duration, word; spaces in the name become underscores."""
     name = "_".join(name.split()) or "-"
     return "".join(
@@ -77,11 +70,10 @@ def ctm(result, name=""):
 
 def segments(words):
     """[{"segment", "start", "end"}]: words up to a sentence's end or a pause of CUE_PAUSE."""
-    found = []
-    for sentence in _sentences(words):
-        text = " ".join(w["word"] for w in sentence)
-        found.append({"segment": text, "start": sentence[0]["start"], "end": sentence[-1]["end"]})
-    return found
+    return [
+        {"segment": " ".join(w["word"] for w in s), "start": s[0]["start"], "end": s[-1]["end"]}
+        for s in _sentences(words)
+    ]
 
 
 def _sentences(words):
@@ -98,8 +90,7 @@ def _sentences(words):
 def cues(words):
     """[(start, end, text)] of subtitles: sentences, cut where they are longer than 7 seconds or
     two lines of text; a sentence shorter than CUE_LEAST is followed by the next in its cue, unless
-    a pause parts them.
-    """
+    a pause parts them."""
     found = []
     for sentence in _sentences(words):
         for number, w in enumerate(sentence):
@@ -121,8 +112,3 @@ def clock(seconds, point):
     hours, minutes = divmod(minutes, 60)
     whole, rest = divmod(milliseconds, 1000)
     return f"{hours:02d}:{minutes:02d}:{whole:02d}{point}{rest:03d}"
-
-
-def escaped(text):
-    """Text whose `<`, `>` and `&` are not taken for WebVTT's markup."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

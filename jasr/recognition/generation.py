@@ -45,7 +45,7 @@ def generate(stepper, variables, batch, *, key, max_steps, until, steps=None, in
     """
     keys = row_keys(key, batch["index"])
     state, prompt = stepper.start(variables, batch)
-    B = batch["index"].shape[0]
+    B = len(batch["index"])
     most = jnp.full(B, max_steps, jnp.int32) if steps is None else jnp.minimum(steps, max_steps)
     most = jnp.where(batch["index"] < 0, 0, most)
 

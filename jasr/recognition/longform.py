@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def join(pieces, windows, tokenizer):
       (tokens, start_frame, end_frame, ...) as lists, frames counted from the recording's start. No
       token of a window reaches beyond the seam at which the next one takes over.
     """
-    whole, width = [], len(pieces[0]) - 1
+    whole, width, by_start = [], len(pieces[0]) - 1, operator.itemgetter(1)
     for first, *columns in pieces:
         shift = first // windows.frame
         items = [
@@ -77,16 +78,14 @@ def join(pieces, windows, tokenizer):
         ]
         if first > 0:
             high = shift + windows.overlap // windows.frame
-            near = bisect.bisect_left(whole, shift - SEAM_CLEAR, key=lambda item: item[1])
+            near = bisect.bisect_left(whole, shift - SEAM_CLEAR, key=by_start)
             shared = find_shared(whole[near:], items, shift, high, tokenizer)
             if shared:
                 left, right = near + shared[0], shared[1]
                 seam, word_ends = items[right][1], False
             else:
                 seam, word_ends = find_seam(whole[near:], items, shift, high, tokenizer)
-                left, right = (
-                    bisect.bisect_left(x, seam, key=lambda item: item[1]) for x in (whole, items)
-                )
+                left, right = (bisect.bisect_left(x, seam, key=by_start) for x in (whole, items))
             del whole[left:]
             items = items[right:]
             for n in range(len(whole) - 1, -1, -1):
@@ -165,14 +164,11 @@ def _runs_on(left, right, tokenizer):
 def find_shared(left, right, low, high, tokenizer):
     """(index in left, index in right) of a token that both windows have, or None.
 
-    It lies in a run of tokens that difflib finds in both, and its starts differ by at most AGREE
-    frames; of those it is the one nearest the middle of (low, high), but one that begins a word may
-    be an eighth of that span further off. A seam in time tells less: where tokens touch and the
-    windows differ by a frame or two, it loses or doubles one.
-
-    Args:
-      left, right: [(token, start frame, end frame, ...)] in order.
-      low, high: frames between which the windows overlap.
+    Items are (token, start frame, end frame, ...) in order; the windows overlap between the frames
+    low and high. The token lies in a run that difflib finds in both, and its starts differ by at
+    most AGREE frames; of those it is the one nearest the middle of (low, high), but one that begins
+    a word may be an eighth of that span further off. A seam in time tells less: where tokens touch
+    and the windows differ by a frame or two, it loses or doubles one.
     """
     first = bisect.bisect_left(left, low - AGREE, key=lambda item: item[1])
     last = bisect.bisect_right(right, high + AGREE, key=lambda item: item[1])
@@ -199,10 +195,7 @@ def find_seam(left, right, low, high, tokenizer):
 
     Clear of tokens by SEAM_JITTER frames, since the windows may disagree by as much; then between
     words of both; then with the most silence around it, up to SEAM_CLEAR frames; then nearest to
-    the middle, where both windows see the most context.
-
-    Args:
-      left, right: [(token, start frame, end frame, ...)] in order.
+    the middle, where both windows see the most context. Arguments as `find_shared`'s.
     """
     margin = (high - low) // 8
     seams = np.arange(low + margin, max(high - margin, low + margin) + 1)

@@ -3,7 +3,7 @@
     model = jasr.from_pretrained("runs/an4")
     model.transcribe(["a.wav", "b.flac"])
 
-Recordings are cut into windows (decoding/longform.py), windows padded to a few fixed lengths and
+Recordings are cut into windows (`longform`), windows padded to a few fixed lengths and
 batched, so that the second file of a length compiles nothing; results come in the order of the
 inputs. A recording that cannot be used gives a result with `error` and does not stop the others.
 """
@@ -21,10 +21,9 @@ import numpy as np
 
 from jasr import audio
 from jasr.audio import resample
-from jasr.audio.inputs import padded
 from jasr.decoding.ctc import words
 from jasr.recognition import longform
-from jasr.recognition.coverage import LEVEL_SECONDS, coverage, doubts, not_decoded
+from jasr.recognition.coverage import LEVEL_SECONDS, coverage, doubts
 from jasr.recognition.formats import segments
 from jasr.systems import loading
 
@@ -75,7 +74,10 @@ def trained_seconds(meta):
     data = meta.get("config", {}).get("data", {})
     bins = data.get("bucket_duration_bins", ())
     edges = [b[0] if isinstance(b, (list, tuple)) else b for b in bins]
-    return meta.get("longest_seconds") or max(edges, default=data.get("max_duration", 0.0))
+    heard = meta.get("longest", {}).get("samples", 0) / data.get("sample_rate", 16000)
+    # "longest_seconds": in steps of earlier revisions
+    said = heard or meta.get("longest_seconds")
+    return said or max(edges, default=data.get("max_duration", 0.0))
 
 
 class Recognizer:
@@ -119,7 +121,7 @@ class Recognizer:
         self.windows = longform.Windows.of(seconds, overlap, self.sample_rate, decoder.frame)
         self.batch_seconds = batch_seconds
         self.programs = {}  # (rows, samples) -> compiled decode
-        self.compile_seconds = self.run_seconds = self.audio_seconds = 0.0
+        self.compile_seconds = self.audio_seconds = 0.0
         self._decode = jax.jit(decoder.decode)
 
     def transcribe(self, inputs, sample_rate=0):
@@ -142,7 +144,7 @@ class Recognizer:
                 f"an array of shape {inputs.shape}: give one channel, f32[S], or a list of such "
                 "arrays; `samples.mean(axis=...)` mixes channels"
             )
-        single = is_file(inputs) or getattr(inputs, "ndim", 0) == 1
+        single = is_file(inputs) or hasattr(inputs, "ndim")
         results = list(self.each([inputs] if single else inputs, sample_rate))
         for result in results:
             if "error" in result:
@@ -162,7 +164,8 @@ class Recognizer:
             for first, samples in job.read(self.windows, self.sample_rate, sample_rate):
                 bucket = self._bucket(len(samples))
                 waiting[bucket].append((job, first, samples))
-                if len(waiting[bucket]) == self._most_rows(bucket):
+                affordable = max(1, self.batch_seconds * self.sample_rate / bucket)
+                if len(waiting[bucket]) == max(r for r in BUCKET_ROWS if r <= affordable):
                     self._run(bucket, waiting.pop(bucket))
             if len(jobs) > WAITING_JOBS:
                 for bucket in list(waiting):
@@ -182,68 +185,58 @@ class Recognizer:
             edge *= 2
         return min(edge, self.windows.length)
 
-    def _most_rows(self, bucket):
-        affordable = self.batch_seconds * self.sample_rate / bucket
-        return max(r for r in BUCKET_ROWS if r <= max(1, affordable))
-
-    def program(self, rows, samples):
-        """The compiled decoder of a batch shape; compiled at its first use only."""
-        shape = rows, samples
-        if shape not in self.programs:
-            start = time.perf_counter()
-            batch = {
-                "audio": jax.ShapeDtypeStruct(shape, np.float32),
-                "audio_len": jax.ShapeDtypeStruct((rows,), np.int32),
-            }
-            self.programs[shape] = self._decode.lower(self.variables, batch).compile()
-            self.compile_seconds += time.perf_counter() - start
-        return self.programs[shape]
-
     def _run(self, bucket, items):
         """Decodes waiting windows [(job, first sample, samples)] and gives each job its tokens."""
         rows = min(r for r in BUCKET_ROWS if r >= len(items))
-        program = self.program(rows, bucket)
-        start = time.perf_counter()
-        batch = padded([samples for _, _, samples in items], rows, bucket)
+        length = np.zeros(rows, np.int32)
+        batch = {"audio": np.zeros((rows, bucket), np.float32), "audio_len": length}
+        for row, (_, _, samples) in enumerate(items):
+            batch["audio"][row, : len(samples)], length[row] = samples, len(samples)
+        program = self.programs.get((rows, bucket))
+        if program is None:  # compiled at its first use only
+            start = time.perf_counter()
+            program = self._decode.lower(self.variables, batch).compile()
+            self.programs[rows, bucket] = program
+            self.compile_seconds += time.perf_counter() - start
         out = jax.device_get(program(self.variables, batch))
         for row, (job, first, samples) in enumerate(items):
-            length = int(out["token_len"][row])
+            count = int(out["token_len"][row])
             decoded = first + min(len(samples), int(out["heard"][row]) * self.windows.frame)
-            columns = [out[k][row, :length] for k in (*COLUMNS, *self.decoder.columns)]
-            job.take(first, columns, {k: int(out[k][row]) for k in self.decoder.totals})
             job.spans.append((first / self.sample_rate, decoded / self.sample_rate))
-        self.run_seconds += time.perf_counter() - start
+            columns = [out[k][row, :count] for k in (*COLUMNS, *self.decoder.columns)]
+            job.pieces.append((first, *columns))
+            for name in self.decoder.totals:
+                job.totals[name] = job.totals.get(name, 0) + int(out[name][row])
+            job.waiting -= 1
 
     def _result(self, job):
         """The transcript of a job whose windows are all done."""
-        result = {"audio_filepath": job.name, "duration": round(job.seconds, 4)}
+        duration, decoder = round(job.seconds, 4), self.decoder
+        result = {"audio_filepath": job.name, "duration": duration}
         self.audio_seconds += job.seconds
         if job.error:
             nothing = {"windows": 0, "seconds": 0.0, "uncovered": []}
-            empty = {"duration": 0.0, "text": "", "words": [], "segments": [], "coverage": nothing}
-            return {**result, **empty, "warnings": [job.error], "error": job.error}
-        decoder = self.decoder
+            result |= {"duration": 0.0, "text": "", "words": [], "segments": []}
+            return result | {"coverage": nothing, "warnings": [job.error], "error": job.error}
         pieces = sorted(job.pieces, key=lambda p: p[0])
         if longform.timed(pieces):
             columns = longform.join(pieces, self.windows, decoder.tokenizer)
-            result["words"] = self._words(columns, result["duration"])
+            result["words"] = self._words(columns, duration)
             result["segments"] = segments(result["words"])
         else:
             parts = longform.join_texts(pieces, self.windows, decoder.tokenizer)
             ids = [token for _, tokens in parts for token in tokens]
             columns = ids, *[[-1] * len(ids)] * (len(pieces[0]) - 2)
-            result["words"], result["segments"] = [], self._segments(parts, result["duration"])
+            result |= {"words": [], "segments": self._segments(parts, duration)}
         result["text"] = decoder.text(columns[0])
         if self.timestamps:
             result["timestamp"] = decoder.extras[self.timestamps](*columns, meta=self.meta)
-        heard = result["words"] or result["segments"]
-        result["coverage"] = coverage(job.spans, job.seconds)
-        result["warnings"] = [
-            *job.notes,
-            *not_decoded(result["coverage"]["uncovered"]),
-            *doubts(heard, np.concatenate(job.levels), job.seconds),
-        ]
-        return {**result, **job.totals}
+        heard, covered = result["words"] or result["segments"], coverage(job.spans, job.seconds)
+        said = [*job.notes]
+        for start, end in covered["uncovered"]:
+            said.append(f"nothing was decoded between {start:.3f} and {end:.3f} s")
+        said += doubts(heard, np.concatenate(job.levels), job.seconds)
+        return result | {"coverage": covered, "warnings": said} | job.totals
 
     def _words(self, columns, duration):
         """The words of joined columns, with times inside the recording's `duration` in s."""
@@ -260,10 +253,10 @@ class Recognizer:
         """One segment for each window that has text, of a model without times: windows meet in the
         middle of their overlap."""
         half = self.windows.overlap // 2
-        edges = [(first + half) / self.sample_rate for first, _ in parts[1:]]
+        edges = [0.0, *((first + half) / self.sample_rate for first, _ in parts[1:]), duration]
         found = [
             {"segment": self.decoder.text(ids), "start": round(start, 4), "end": round(end, 4)}
-            for (_, ids), start, end in zip(parts, [0.0, *edges], [*edges, duration], strict=True)
+            for (_, ids), start, end in zip(parts, edges, edges[1:], strict=False)
         ]
         return [segment for segment in found if segment["segment"]]
 
@@ -303,13 +296,6 @@ class Job:
         except audio.AudioError as e:
             self.error = str(e)
         self.recording, self.ended = None, True
-
-    def take(self, first, columns, totals):
-        """Receives the tokens of one window."""
-        self.pieces.append((first, *columns))
-        for name, value in totals.items():
-            self.totals[name] = self.totals.get(name, 0) + value
-        self.waiting -= 1
 
     def _blocks(self, sample_rate, array_rate):
         """Yields the recording's samples in blocks at the model's rate, measuring them."""
@@ -376,12 +362,8 @@ def find_recordings(inputs):
         if not given.is_dir():
             found.append((given, given.stem))
             continue
-        below = sorted(
-            pathlib.Path(folder, file)
-            for folder, _, files in os.walk(given)
-            for file in files
-            if file.lower().endswith(SUFFIXES)
-        )
+        below = (pathlib.Path(folder, f) for folder, _, files in os.walk(given) for f in files)
+        below = sorted(path for path in below if path.name.lower().endswith(SUFFIXES))
         if not below:
             problems.append(f"{given}: no recordings in it ({' '.join(SUFFIXES)})")
         found += [(p, str(p.relative_to(given).with_suffix(""))) for p in below]

@@ -11,6 +11,7 @@ from jasr.recognition.recognizer import Recognizer
 from jasr.systems import loading
 
 DURATION_EDGES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)  # s
+COUNTS = ("word_errors", "words", "char_errors", "chars")  # of an utterance
 
 
 def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0, **settings):
@@ -58,45 +59,38 @@ def evaluate(task, variables, manifest, *, normalisation="", meta=None, limit=0,
         raise ValueError(
             f"{manifest}: {len(kept)} utterances without a word{others}: nothing to score"
         )
-    report = score(
-        [texts[n] for n in kept],
-        [results[n]["text"] for n in kept],
-        [results[n]["duration"] for n in kept],
-        kind,
-    )
-    for row, n in zip(report["utterances"], kept, strict=True):
+    columns = ([results[n][k] for n in kept] for k in ("text", "duration"))
+    report = score([texts[n] for n in kept], *columns, kind)
+    utterances = report.pop("utterances")
+    for row, n in zip(utterances, kept, strict=True):
         row.update(id=source.ids[n], **{name: results[n][name] for name in decoder.totals})
-    means = {
-        f"{name}_per_utterance": float(np.mean([row[name] for row in report["utterances"]]))
-        for name in decoder.totals
-    }
+    means = {f"{name}_per_utterance": words for name, words in decoder.totals.items()}
+    for name in decoder.totals:
+        report[f"{name}_per_utterance"] = float(np.mean([row[name] for row in utterances]))
     seconds = sum(r["duration"] for r in results.values())
     window = recognizer.windows.length / recognizer.sample_rate
-    return {
-        **{k: v for k, v in report.items() if k != "utterances"},
-        **means,
-        "means": {f"{name}_per_utterance": words for name, words in decoder.totals.items()},
+    left_out = [f"{source.ids[n]}: {reason}" for n, reason in sorted(failed.items())]
+    left_out += [f"{bad.source}:{bad.line}: {bad.audio}: {bad.reason}" for bad in source.bad]
+    return report | {
+        "means": means,
         "window": round(window, 3),
         "cut": sum(results[n]["duration"] > window for n in kept),
-        "left_out": [f"{source.ids[n]}: {reason}" for n, reason in sorted(failed.items())]
-        + [f"{bad.source}:{bad.line}: {bad.audio}: {bad.reason}" for bad in source.bad],
+        "left_out": left_out,
         "audio_seconds": round(seconds, 2),
         "seconds": round(wall, 3),
         "compile_seconds": round(recognizer.compile_seconds, 3),
         "real_time_factor": wall / seconds if seconds else math.nan,
-        "utterances": report["utterances"],
+        "utterances": utterances,
     }
 
 
 def _rows(source, chosen, order):
     """Yields the samples of an Eval's utterances, noting their numbers in `order`."""
     for _, batch in source.iterate():
-        for audio, length, index in zip(
-            batch["audio"], batch["audio_len"], batch["index"], strict=True
-        ):
-            if int(index) in chosen:
-                order.append(int(index))
-                yield np.asarray(audio[:length])
+        for row, index in enumerate(batch["index"].tolist()):
+            if index in chosen:
+                order.append(index)
+                yield batch["audio"][row, : batch["audio_len"][row]]
 
 
 def score(refs, hyps, durations, normalisation="none"):
@@ -114,38 +108,27 @@ def score(refs, hyps, durations, normalisation="none"):
         "normalisation": normalisation,
         "by_duration": by_duration(counts, durations),
         "utterances": [
-            {
-                "duration": float(d),
-                "ref": r,
-                "hyp": h,
-                "word_errors": int(c[0]),
-                "words": int(c[1]),
-                "char_errors": int(c[2]),
-                "chars": int(c[3]),
-            }
-            for r, h, d, c in zip(refs, hyps, durations, counts, strict=True)
+            {"duration": float(d), "ref": r, "hyp": h, **dict(zip(COUNTS, c, strict=True))}
+            for r, h, d, c in zip(refs, hyps, durations, counts.tolist(), strict=True)
         ],
     }
 
 
 def by_duration(counts, durations):
     """Error rates of the utterances in each span of DURATION_EDGES that has any."""
-    durations = np.asarray(durations, np.float64)
-    rows = []
-    for low, high in zip(DURATION_EDGES, DURATION_EDGES[1:], strict=False):
-        inside = (durations >= low) & (durations < high)
-        if inside.any():
-            total = counts[inside].sum(axis=0)
-            rows.append(
-                {
-                    "from": low,
-                    "to": high,
-                    "utterances": int(inside.sum()),
-                    "words": int(total[1]),
-                    "wer": metrics.rate(total[0], total[1]),
-                    "cer": metrics.rate(total[2], total[3]),
-                }
-            )
+    number, rows = np.digitize(durations, DURATION_EDGES), []
+    for n in np.unique(number):
+        total = counts[number == n].sum(axis=0)
+        rows.append(
+            {
+                "from": DURATION_EDGES[n - 1],
+                "to": DURATION_EDGES[n],
+                "utterances": int((number == n).sum()),
+                "words": int(total[1]),
+                "wer": metrics.rate(total[0], total[1]),
+                "cer": metrics.rate(total[2], total[3]),
+            }
+        )
     return rows
 
 
@@ -214,14 +197,7 @@ def last_line(report, label=""):
 
 def dump(report, path):
     """Writes a report as JSON; NaN and infinity become null."""
+    plain = json.loads(json.dumps(report), parse_constant=lambda name: None)
     with open(path, "w", encoding="utf-8") as f:
-        json.dump(_plain(report), f, indent=1, ensure_ascii=False, allow_nan=False)
+        json.dump(plain, f, indent=1, ensure_ascii=False)
         f.write("\n")
-
-
-def _plain(x):
-    if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_plain(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x

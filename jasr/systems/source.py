@@ -12,6 +12,7 @@ An origin is what names weights for later, as JSON:
 weights of other origins names these in its meta, as "frozen_from": one, or a list.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,10 +22,9 @@ import shutil
 import jax
 
 from jasr import checkpoint, sharding, tree
+from jasr.checkpoint import read
 from jasr.checkpoint.files import APART, delete, link, read_manifest, read_meta, seal
-from jasr.checkpoint.read import Leaves
 from jasr.checkpoint.steps import EXPORTED, EXPORTS
-from jasr.interop import lazy
 from jasr.systems import catalogue
 
 KEPT = "frozen_from"  # beside a run's checkpoints: the frozen weights that it was given
@@ -60,9 +60,8 @@ def resolve(path, item=""):
     path = origin["path"]
     if not find(path):
         return origin | {"sha256": read_manifest(pathlib.Path(path))["sha256"]}
-    files = _files(path)
-    stamps = {os.path.basename(f): _stamp(f) for f in files}
-    sha256 = _digest(files) if jax.process_index() == 0 else ""
+    stamps = _stamps(_files(path))
+    sha256 = _digest(_files(path)) if jax.process_index() == 0 else ""
     return origin | {"sha256": sha256, "files": stamps}
 
 
@@ -75,23 +74,36 @@ def place(path, item=""):
     return {"path": path, "item": item or ("ema" if "ema" in checkpoint.items(path) else "params")}
 
 
-def _stamp(path):
+def _files(path):
+    original = find(path)
+    return original.files(path, "") if original else (path,)
+
+
+@contextlib.contextmanager
+def _opened(path):
     try:
-        found = os.stat(path)
+        with open(path, "rb") as file:
+            yield file
     except OSError as e:
         raise checkpoint.CheckpointError(f"{path} cannot be read: {e.strerror}") from e
-    return [found.st_size, found.st_mtime_ns]
+
+
+def _stamps(files):
+    """{file name: [bytes, time of the last change in ns]}."""
+    found = {}
+    for path in files:
+        with _opened(path) as file:
+            stat = os.fstat(file.fileno())
+        found[os.path.basename(path)] = [stat.st_size, stat.st_mtime_ns]
+    return found
 
 
 def _digest(files):
     """SHA-256 of a file; of several that of their names and digests."""
     found = []
     for path in files:
-        try:
-            with open(path, "rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-        except OSError as e:
-            raise checkpoint.CheckpointError(f"{path} cannot be read: {e.strerror}") from e
+        with _opened(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         found.append([os.path.basename(path), digest])
     if len(found) == 1:
         return found[0][1]
@@ -101,21 +113,12 @@ def _digest(files):
 def _holds(path, origin):
     """Whether a path holds the weights that an origin names."""
     try:
-        if os.path.isdir(path) and (pathlib.Path(path) / checkpoint.MANIFEST).exists():
+        if (pathlib.Path(path) / checkpoint.MANIFEST).exists():
             return read_manifest(pathlib.Path(path))["sha256"] == origin["sha256"]
-        files = _files(path)
-        same = {os.path.basename(f): _stamp(f) for f in files} == origin.get("files")
-        return same or jax.process_index() > 0 or _digest(files) == origin["sha256"]
+        same = _stamps(_files(path)) == origin.get("files")
+        return same or jax.process_index() > 0 or _digest(_files(path)) == origin["sha256"]
     except checkpoint.CheckpointError:
         return False
-
-
-def _files(path):
-    original = find(path)
-    files = original.files(path, "") if original else (path,)
-    for file in files:
-        _stamp(file)
-    return files
 
 
 def origins(meta):
@@ -173,7 +176,7 @@ def step_leaves(directory, item, items, meta):
     found = {}
     for name, target in ((item, "params"), ("frozen", "params"), ("batch_stats", "batch_stats")):
         if name in items:
-            found |= {f"{target}/{p}": x for p, x in Leaves(directory / name).arrays().items()}
+            found |= {f"{target}/{p}": x for p, x in read.arrays(directory / name).items()}
     for origin in origins(meta):
         near = (directory, directory.parent, directory.parent.parent)
         try:
@@ -203,14 +206,9 @@ def renamed(found, origin):
     return result
 
 
-def read(origin, verify=True):
-    """(params, batch_stats) as numpy trees of what `resolve` named, with frozen parameters."""
-    return in_memory(leaves(origin, verify))
-
-
 def in_memory(found):
     """(params, batch_stats) as numpy trees of leaves {path: array-like}."""
-    made = tree.unflatten({p: lazy.owned(x) for p, x in found.items()})
+    made = tree.unflatten(read.in_memory(found))
     return made.get("params", {}), made.get("batch_stats", {})
 
 

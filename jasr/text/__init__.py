@@ -1,6 +1,5 @@
 """Tokenizers, text normalisation and SentencePiece vocabularies."""
 
-from jasr.text.scores import text_scores
 from jasr.text.tokenizers import (
     BLANK,
     NORMALISATIONS,
@@ -9,19 +8,6 @@ from jasr.text.tokenizers import (
     TextError,
     from_dict,
     normalise,
-    spellings_file,
+    text_scores,
     whisper_english,
 )
-
-__all__ = [
-    "BLANK",
-    "CharTokenizer",
-    "NORMALISATIONS",
-    "SentencePieceTokenizer",
-    "TextError",
-    "from_dict",
-    "normalise",
-    "spellings_file",
-    "text_scores",
-    "whisper_english",
-]

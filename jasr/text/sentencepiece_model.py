@@ -7,7 +7,7 @@ of which four fields matter here; everything else, known or not, is kept as the 
     [p.text for p in model.pieces], model.kind, model.setting("byte_fallback")
     model.to_bytes() == data          # for whatever protobuf's own writers wrote
 
-sentencepiece's own Python classes for this need the package protobuf, which it does not bring.
+sentencepiece's own Python classes for this refuse a protobuf older than they were made with.
 """
 
 import collections
@@ -138,17 +138,13 @@ def _with(fields, new):
 class Piece:
     """One entry of the vocabulary; its id is its position."""
 
-    fields: tuple[Field, ...] = dataclasses.field(repr=False)
+    fields: tuple[Field, ...]
 
     @classmethod
     def of(cls, text, score=0.0, type=NORMAL):
         """A new piece."""
-        fields = (
-            Field(1, _BYTES, text.encode()),
-            Field(2, _FIXED32, struct.pack("<f", score)),
-            Field(3, _VARINT, type),
-        )
-        return cls(fields)
+        kind, scored = Field(3, _VARINT, type), Field(2, _FIXED32, struct.pack("<f", score))
+        return cls((Field(1, _BYTES, text.encode()), scored, kind))
 
     @functools.cached_property
     def text(self):
@@ -171,9 +167,6 @@ class Piece:
     def with_score(self, score):
         """The same piece under another score, which is rounded to f32."""
         return Piece(_with(self.fields, Field(2, _FIXED32, struct.pack("<f", score))))
-
-    def __repr__(self):
-        return f"Piece({self.text!r}, {self.score:g}, type={self.type})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,21 +225,18 @@ class Model:
         message, number, default = _SETTINGS[name]
         wire = _BYTES if isinstance(default, str | bytes) else _VARINT
         value = _last(self._message(message), number, wire, None)
-        if value is None:
-            return default
-        return (
-            value.decode("utf-8", "replace") if isinstance(default, str) else type(default)(value)
-        )
+        if isinstance(value, bytes) and isinstance(default, str):
+            return value.decode("utf-8", "replace")
+        return default if value is None else type(default)(value)
 
     def with_settings(self, **values):
         """The model under other values of some settings."""
         others = self.others
         for name, value in values.items():
             message, number, default = _SETTINGS[name]
-            if isinstance(default, str | bytes):
-                field = Field(number, _BYTES, value.encode() if isinstance(value, str) else value)
-            else:
-                field = Field(number, _VARINT, int(value))
+            value = value.encode() if isinstance(value, str) else value
+            wire = _BYTES if isinstance(default, str | bytes) else _VARINT
+            field = Field(number, wire, value if wire == _BYTES else int(value))
             inner = _with(Model((), others)._message(message), field)
             others = _with(others, Field(message, _BYTES, serialise(inner)))
         return dataclasses.replace(self, others=others)
@@ -264,20 +254,23 @@ class Model:
             raise ModelError(f"not a SentencePiece model: field {number} is no message")
         return parse(b"".join(parts))
 
-    def check(self):
-        """The model itself. ModelError lists duplicate and empty pieces and a missing <unk>."""
-        problems = []
+    def problems(self):
+        """Lines about duplicate and empty pieces and a missing <unk>."""
         twice = duplicates(self.texts)
         if twice:
-            problems.append(f"pieces given more than once: {', '.join(map(repr, twice))}")
+            yield f"pieces given more than once: {some([*map(repr, twice)])}"
         empty = [i for i, p in enumerate(self.pieces) if not p.text]
         if empty:
-            problems.append(f"empty pieces at ids {empty}")
+            yield f"empty pieces at ids {empty}"
         unknown = [i for i, p in enumerate(self.pieces) if p.type == UNKNOWN]
         if len(unknown) != 1:
-            problems.append(f"there must be one piece of type UNKNOWN, not at ids {unknown}")
+            yield f"there must be one piece of type UNKNOWN, not at ids {unknown}"
+
+    def check(self):
+        """The model itself. ModelError lists its `problems`."""
+        problems = "; ".join(self.problems())
         if problems:
-            raise ModelError("the SentencePiece model is none: " + "; ".join(problems))
+            raise ModelError(f"the SentencePiece model is none: {problems}")
         return self
 
     @functools.cached_property
@@ -296,6 +289,12 @@ def duplicates(texts):
     return [text for text, n in collections.Counter(texts).items() if n > 1]
 
 
+def some(texts, shown=20, between=", "):
+    """The first of the texts in a line, and how many more there are."""
+    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
+    return between.join(texts[:shown]) + more
+
+
 # ---- NeMo's tokenizer directory ----------------------------------------------------------------
 
 
@@ -307,15 +306,10 @@ def vocab_tsv(model):
 def vocab_txt(model):
     """Text of NeMo's `vocab.txt`: "x" begins a word, "##x" does not; special pieces are left out.
 
-    NeMo's models never read it (specification nemo.md 6.1).
+    NeMo's models never read it.
     """
-    lines = []
-    for p in model.pieces:
-        if p.type in (UNKNOWN, CONTROL, USER_DEFINED):
-            continue
-        begins = p.text.startswith(WORD_MARK)
-        lines.append((p.text[1:] or WORD_MARK) if begins else f"##{p.text}")
-    return "".join(f"{line}\n" for line in lines)
+    texts = [p.text for p in model.pieces if p.type not in (UNKNOWN, CONTROL, USER_DEFINED)]
+    return "".join(f"{t[1:] or t}\n" if t.startswith(WORD_MARK) else f"##{t}\n" for t in texts)
 
 
 def write_directory(folder, model):

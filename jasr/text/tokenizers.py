@@ -19,6 +19,9 @@ import re
 import unicodedata
 import warnings
 
+from jasr import metrics
+from jasr.text.sentencepiece_model import duplicates, some
+
 BLANK = "<blank>"
 NORMALISATIONS = ("none", "lower", "whisper_english")
 
@@ -30,7 +33,7 @@ class TextError(ValueError):
 def normalise(text, kind):
     """`text` in one of the NORMALISATIONS, whitespace runs as single spaces.
 
-    "none" leaves all else; "lower" is LaCT ASR's rule (source document 004): lower case, and of
+    "none" leaves all else; "lower" is LaCT ASR's rule: lower case, and of
     punctuation only apostrophes stay (typographic ones inside words become plain, and combining
     marks stay, which the rule's `\\w` would strip from Hindi); "whisper_english" is the
     leaderboards' normaliser as transformers ships it.
@@ -93,6 +96,20 @@ def spellings_file():
     return None
 
 
+def text_scores(refs, hyps, normalisation="none"):
+    """Word and character error rates of hypotheses.
+
+    Args:
+      refs, hyps: lists of texts of equal length.
+      normalisation: one of the NORMALISATIONS, through which both sides go.
+
+    Returns:
+      (what `metrics.wer` says, normalised refs, normalised hyps).
+    """
+    refs, hyps = ([normalise(text, normalisation) for text in side] for side in (refs, hyps))
+    return metrics.wer(refs, hyps), refs, hyps
+
+
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer:
     """Characters as tokens; `vocabulary[id]` is the character, or "<blank>" for the blank."""
@@ -102,8 +119,7 @@ class CharTokenizer:
 
     def __post_init__(self):
         object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
-        if len(set(self.vocabulary)) != len(self.vocabulary):
-            twice = [c for c, n in collections.Counter(self.vocabulary).items() if n > 1]
+        if twice := duplicates(self.vocabulary):
             raise TextError(f"the vocabulary holds {twice} more than once")
         if self.normalisation not in NORMALISATIONS:
             normalise("", self.normalisation)
@@ -149,9 +165,8 @@ class CharTokenizer:
         text = normalise(text, self.normalisation)
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
-            named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:10])
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise TextError(f"characters not in the vocabulary: {named}{more} in {text!r:.80}")
+            named = some([f"{c!r} (U+{ord(c):04X})" for c in unknown], 10)
+            raise TextError(f"characters not in the vocabulary: {named} in {text!r:.80}")
         return [self.ids[c] for c in text]
 
     def piece(self, token):
@@ -165,11 +180,8 @@ class CharTokenizer:
 
     def to_dict(self):
         """JSON-able description for the checkpoint's meta."""
-        return {
-            "kind": "char",
-            "vocabulary": list(self.vocabulary),
-            "normalisation": self.normalisation,
-        }
+        vocabulary = list(self.vocabulary)
+        return {"kind": "char", "vocabulary": vocabulary, "normalisation": self.normalisation}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +237,7 @@ class SentencePieceTokenizer:
         if unknown in ids:
             pieces = self.processor.encode(text, out_type=str)
             named = sorted({p for p, i in zip(pieces, ids) if i == unknown})
-            raise TextError(f"not in the vocabulary: {', '.join(map(repr, named))} in {text!r:.80}")
+            raise TextError(f"not in the vocabulary: {some([*map(repr, named)])} in {text!r:.80}")
         return ids
 
     def piece(self, token):

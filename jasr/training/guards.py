@@ -4,15 +4,17 @@ import contextlib
 import json
 import logging
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+
+from jasr import sharding
 
 log = logging.getLogger("jasr.train")
 
 
 def check_same(config, tokenizer, train_data, valid_data):
     """Raises ValueError if the processes have different configs or see different data."""
-    from jasr import sharding
-
     paths = {"train", "valid"}  # they may differ between hosts
     facts = {
         "config but for paths": json.dumps(
@@ -30,14 +32,9 @@ def check_same(config, tokenizer, train_data, valid_data):
 def check_failed(loader):
     """Raises DataError on every process when too many utterances, of all processes together, could
     not be decoded (config.data.max_bad_share)."""
-    import jax
-
-    counts, processes = loader.tally(), jax.process_count()
-    if processes > 1:
-        from jax.experimental import multihost_utils
-
-        counts = multihost_utils.process_allgather(counts.astype(np.int32)).sum(0)
-    loader.judge(*counts.tolist(), processes)
+    counts = loader.tally().astype(np.int32)[None]
+    counts = multihost_utils.process_allgather(counts, tiled=True).sum(0)
+    loader.judge(*counts.tolist(), jax.process_count())
 
 
 @contextlib.contextmanager
@@ -47,8 +44,6 @@ def kept_on_failure(save):
     Where that save fails too, it is logged, and what was raised first is what is passed on. Not
     with several processes: one that fails alone would wait for the others for ever.
     """
-    import jax
-
     try:
         yield
     except Exception:
@@ -74,12 +69,6 @@ def check_finite(sums, limit, step, workdir, save):
 
 def asked_to_stop(stop, meeting):
     """Whether to save and leave; several processes decide together, every few steps."""
-    import jax
-
     if jax.process_count() == 1:
         return stop()
-    if not meeting:
-        return False
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.asarray(stop())).any())
+    return meeting and bool(multihost_utils.process_allgather(np.asarray(stop())).any())

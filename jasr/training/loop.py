@@ -44,8 +44,7 @@ def train(config, workdir, stop=lambda: False, allow_data_change=False):
     state, position, done = begin(run, allow_data_change)
     if done is not None:
         return done
-    programs, measured, compile_seconds = compiled(run, state)
-    results = Loop(run, programs, measured, state, position, compile_seconds).run(stop)
+    results = Loop(run, state, position).run(stop)
     log.info("finished after %.0f s", time.monotonic() - started)
     return results
 
@@ -60,7 +59,6 @@ class Run:
     optim: optim.OptimConfig
     given: start.InitConfig
     mesh: Any
-    tokenizer: Any
     task: Any
     train_data: Any
     valid_data: dict  # {name of the set: data}
@@ -70,26 +68,28 @@ class Run:
     frozen: frozenset = frozenset()
     tx: Any = None
     rate: Callable | None = None
-    state_shapes: Any = None
-    shardings: Any = None
+    state_shapes: Any = None  # with their shardings
     origins: list = dataclasses.field(default_factory=list)  # of frozen weights
     written: frozenset = frozenset()  # frozen parameters that no origin holds
 
 
 def prepare(plain, workdir):
     """The Run of a plain config: everything is checked, nothing is drawn or compiled."""
-    run = settings.build(steps.RunConfig, plain["train"], "config.train")
-    opt = settings.build(optim.OptimConfig, plain["optim"], "config.optim")
-    given = start.init_config(plain["init"])
-    kept = settings.build(checkpoint.CheckpointConfig, plain["checkpoint"], "config.checkpoint")
     check_keys(plain)
-    mesh = sharding.make_mesh(settings.build(sharding.MeshConfig, plain["mesh"], "config.mesh"))
-    sources = settings.build(data.DataConfig, plain["data"], "config.data")
-    words = settings.build(start.TextConfig, plain["text"], "config.text")
+
+    def section(cls, name):
+        return settings.build(cls, plain[name], f"config.{name}")
+
+    rhythm, opt = section(steps.RunConfig, "train"), section(optim.OptimConfig, "optim")
+    given, kept = (
+        start.init_config(plain["init"]),
+        section(checkpoint.CheckpointConfig, "checkpoint"),
+    )
+    mesh = sharding.make_mesh(section(sharding.MeshConfig, "mesh"))
+    sources, words = section(data.DataConfig, "data"), section(start.TextConfig, "text")
     texts = functools.partial(data.texts, sources.train)
     tokenizer = start.make_tokenizer(words, texts, given, workdir / "checkpoints")
     task = loading.build(plain, tokenizer, sharding.batch_ways(mesh))
-    tokenizer = task.tokenizer  # with a blank or without
     train_data = data.open_train(
         sources,
         task.layout,
@@ -100,26 +100,24 @@ def prepare(plain, workdir):
     )
     valid_data = open_valid(sources, train_data.shapes, opt, mesh, task.layout, workdir)
     log.info("training: %s", train_data.describe())
-    guards.check_same(plain, tokenizer, train_data, valid_data)
+    guards.check_same(plain, task.tokenizer, train_data, valid_data)
     sharding.check_batch_sizes([bucket[0] for bucket in train_data.shapes], mesh, opt.accumulate)
     task.check(train_data.shapes)
-    if run.epochs:
-        run = dataclasses.replace(run, steps=max(1, train_data.batches_in(run.epochs)))
-        log.info("%g epochs are %d steps", run.epochs, run.steps)
-    validators = validation.chosen(task, run.validate)
+    if rhythm.epochs:
+        whole = max(1, train_data.batches_in(rhythm.epochs))
+        rhythm = dataclasses.replace(rhythm, steps=whole)
+        log.info("%g epochs are %d steps", rhythm.epochs, whole)
+    validators = validation.chosen(task, rhythm.validate)
     check_metric(kept, validation.metric_names(validators, valid_data), bool(valid_data))
     for name in kept.export:
         source.parse_export(plain["task"], name)
     exporter = source.exports(plain["task"])
-    store = checkpoint.Checkpoints(
-        workdir / "checkpoints", exporter=exporter, **settings.to_dict(kept)
+    store = checkpoint.Checkpoints(workdir / "checkpoints", exporter, **settings.to_dict(kept))
+    run = Run(
+        plain, workdir, rhythm, opt, given, mesh, task, train_data, valid_data, validators, store
     )
-    made = Run(
-        plain, workdir, run, opt, given, mesh, tokenizer, task, train_data, valid_data, validators,
-        store,
-    )  # fmt: skip
-    shape(made)
-    return made
+    shape(run)
+    return run
 
 
 def open_valid(sources, shapes, opt, mesh, layout, workdir):
@@ -159,9 +157,13 @@ def shape(run):
     run.frozen = frozenset(start.frozen_paths(run.shapes["params"], run.given.freeze))
     trainable, _ = tree.split(run.shapes["params"], paths - run.frozen)
     run.tx, run.rate = optim.make(opt, trainable, run.rhythm.steps, run.frozen)
-    run.state_shapes = jax.eval_shape(lambda: fresh(run))
+    state = jax.eval_shape(lambda: fresh(run))
     by_param = sharding.param_shardings(run.shapes["params"], run.mesh, task.sharding)
-    run.shardings = sharding.like_params(run.state_shapes, run.shapes["params"], by_param, run.mesh)
+    run.state_shapes = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        sharding.like_params(state, run.shapes["params"], by_param, run.mesh),
+    )
     log.info(
         "task %s: %d parameters, %d of them trained, on %d x %s, mesh %s",
         run.config["task"], tree.count(run.shapes["params"]), tree.count(trainable),
@@ -181,27 +183,25 @@ def fresh(run):
 def begin(run, allow_data_change=False):
     """(state, position in the data, None) to train from: the run's own checkpoint, else given
     weights, else scratch. Of a complete run (None, 0, its metrics)."""
-    shapes, shardings, given = run.shapes, run.shardings, run.given
-    placed = start.with_shardings(run.state_shapes, shardings)
+    shapes, given = run.shapes, run.given
     restored = run.store.restore(
-        like=lambda meta: start.to_items(placed, start.written_of(run.frozen, meta))
+        like=lambda meta: start.to_items(run.state_shapes, start.written_of(run.frozen, meta))
     )
     if restored is None:
         origins = start.origins(given, run.config) if given.path else []
         for origin in origins:
-            paths = set(tree.flatten(shapes["params"]))
-            start.check_source(origin, given, run.task, paths, run.config)
+            start.check_source(origin, given, run.task, tree.flatten(shapes["params"]), run.config)
         leaves = start.given_leaves(origins, given, shapes)
         origins, leaves = start.keep(origins, leaves, run.frozen, run.workdir)
         run.origins = [origin for origin in origins if "leaves" in origin]
         run.written = start.written_of(run.frozen, {"frozen_from": run.origins})
         known = {path: leaf for found in leaves for path, leaf in found.items()}
-        state = start.state_from(functools.partial(fresh, run), run.state_shapes, shardings, known)
+        state = start.state_from(functools.partial(fresh, run), run.state_shapes, known)
         for origin in origins:
             log.info("%s from %s", origin["item"], origin["path"])
         return state, 0, None
     _, saved, meta = restored
-    start.check_resume(meta, run.train_data, run.tokenizer, run.config, allow_data_change)
+    start.check_resume(meta, run.train_data, run.task.tokenizer, run.config, allow_data_change)
     found = run.store.metrics(meta["step"])
     if meta["step"] >= run.rhythm.steps and (found or not run.valid_data):
         log.info(
@@ -211,22 +211,21 @@ def begin(run, allow_data_change=False):
         run.store.close()
         return None, 0, found
     run.written = start.written_of(run.frozen, meta)
-    rest, run.origins = start.read_frozen(meta, shapes, shardings, run.frozen, run.workdir)
+    rest, run.origins = start.read_frozen(meta, run.state_shapes.frozen, run.workdir)
     state = start.from_items(run.state_shapes, saved, rest)
     log.info("resumed from step %d, batch %d of the data", int(state.step), meta["position"])
     return state, meta["position"], None
 
 
 def compiled(run, state):
-    """({bucket: training program}, {set: {bucket: validation program}}, seconds it took).
+    """({bucket: training program}, {set: {bucket: validation program}}).
 
     One program a bucket, all before the first step: memory runs out now or never.
     """
-    tick = time.monotonic()
     step_fn = jax.jit(
         functools.partial(steps.train_step, run.task, run.tx, run.optim),
         donate_argnums=0,
-        out_shardings=(run.shardings, None),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, run.state_shapes), None),
     )
     programs, measured, known = {}, {}, {}
     for number, bucket in enumerate(run.train_data.shapes):
@@ -239,7 +238,7 @@ def compiled(run, state):
                 known[bucket] = compile_step(run, bucket, measure, "validation", variables, key)
         measured[name] = {number: known[bucket] for number, bucket in enumerate(valid.shapes)}
     sharding.meet()
-    return programs, measured, time.monotonic() - tick
+    return programs, measured
 
 
 def compile_step(run, bucket, fn, what, first, *rest):
@@ -257,9 +256,11 @@ def compile_step(run, bucket, fn, what, first, *rest):
 class Loop:
     """The steps of a run with its reports and saves."""
 
-    def __init__(self, run, programs, measured, state, position, compile_seconds):
+    def __init__(self, run, state, position):
+        tick = time.monotonic()
         self.made, self.state, self.position = run, state, position
-        self.programs, self.measured, self.compile_seconds = programs, measured, compile_seconds
+        self.programs, self.measured = compiled(run, state)
+        self.compile_seconds = time.monotonic() - tick
         self.first = self.step = int(state.step)
         self.writer = None
         if jax.process_index() == 0:
@@ -342,7 +343,7 @@ class Loop:
         if self.writer:
             self.writer.write(self.step, line)
         self.check_finite(sums)
-        guards.check_failed(self.made.train_data.loader)
+        guards.check_failed(self.made.train_data)
         self.window, self.waited, self.paused, self.compile_seconds = [], 0.0, 0.0, 0.0
         self.mark = time.monotonic()
 
@@ -355,7 +356,7 @@ class Loop:
             validation.variables(self.state), key, batches,
         )  # fmt: skip
         for valid in run.valid_data.values():
-            guards.check_failed(valid.loader)
+            guards.check_failed(valid)
         if self.writer:
             head = f"=== Sample Prediction at Step {self.step} ==="
             print("\n".join([head, *lines]), file=sys.stderr, flush=True)
@@ -372,9 +373,9 @@ class Loop:
             "epoch": run.train_data.epoch_of(self.position),
             "plan": run.train_data.facts(),
             "config": run.config,
-            "tokenizer": run.tokenizer.to_dict(),
+            "tokenizer": run.task.tokenizer.to_dict(),
             "task": run.config["task"],
-            "longest_seconds": run.train_data.longest_seconds,
+            "longest": run.train_data.longest(),
             "frozen_from": start.frozen_from(run.origins),
         }
         run.store.save(self.step, start.to_items(self.state, run.written), meta, values, wait=wait)

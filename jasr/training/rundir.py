@@ -3,24 +3,25 @@
 The lock is `flock` on `<workdir>/run.lock`: the kernel gives it to exactly one starter and frees
 it when the holder dies, however it dies. The file names the holder; it stays when the lock is
 released, since removing it would open a race. On NFS `flock` is as good as the server's lock
-service (NFSv4: good). A file system without `flock` gets numbered files instead, taken over when
-their holder is provably gone (same host, and no such process or another boot).
+service (NFSv4: good). On a file system without `flock` the run starts with a warning, unless the
+file names a living process of this host; that does not tell two simultaneous starters apart.
 """
 
 import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import signal
 import socket
 import sys
-import threading
 import time
 
 LOCK = "run.lock"
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+log = logging.getLogger("jasr.train")
 
 
 class WorkdirBusy(RuntimeError):
@@ -42,22 +43,61 @@ def lock(workdir):
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        os.close(fd)
-        if e.errno not in _NO_FLOCK:
-            raise WorkdirBusy(_busy(workdir, _holder(path))) from None
-        with _numbered_file(workdir):
-            yield
-        return
+        if e.errno not in _NO_FLOCK or _runs_here(_read(path)):
+            os.close(fd)
+            raise WorkdirBusy(_busy(path)) from None
+        log.warning("%s has no file locks: start no second process there meanwhile", workdir)
     # A forked child shares the lock and would keep it after our death: it lets go at once.
     held = [fd]
     os.register_at_fork(after_in_child=lambda: [os.close(held.pop()) for _ in held[:]])
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    me = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
     try:
-        _write(fd, _me())
+        _write(fd, json.dumps(me))
         yield
     finally:
         if held:
-            _write(fd, None)
+            _write(fd, "")
             os.close(held.pop())
+
+
+def _write(fd, text):
+    os.truncate(fd, 0)
+    os.pwrite(fd, text.encode(), 0)
+    os.fsync(fd)
+
+
+def _read(path):
+    """What the holder has written of itself, {} if nothing."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _runs_here(holder):
+    """Whether another process of this host has the holder's number."""
+    if holder.get("host") != socket.gethostname() or holder["pid"] == os.getpid():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _busy(path):
+    for _ in range(20):  # the winner of a race needs a moment to write its name
+        if holder := _read(path):
+            return (
+                f"{path.parent} is in use by process {holder['pid']} on {holder['host']}, started "
+                f"{holder['started']}. Wait for it, stop it, or choose another --workdir. (If it "
+                "is gone, a process that it started still holds the lock.)"
+            )
+        time.sleep(0.02)
+    return f"{path.parent} is in use by another process that has just started."
 
 
 class StopFlag:
@@ -98,118 +138,3 @@ class StopFlag:
         text = f"\n{name}: the run saves a checkpoint and stops; Ctrl-C again stops at once\n"
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
-
-
-@contextlib.contextmanager
-def _numbered_file(workdir):
-    """The lock without flock: whoever makes the next file `run.lock.<n>` holds the directory.
-
-    A file appears with its holder's name in it (hard link) and the highest number always stays,
-    so that of several starters that find the last holder gone exactly one makes the next.
-    """
-    mine = workdir / f"{LOCK}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-    mine.write_text(json.dumps(_me()))
-    try:
-        while True:
-            found = [
-                int(n)
-                for p in workdir.glob(f"{LOCK}.*")
-                if (n := p.suffix[1:]).isdecimal() and p.name == f"{LOCK}.{n}"
-            ]
-            last = max(found, default=0)
-            holder = _holder(workdir / f"{LOCK}.{last}") if found else {}
-            if holder and not holder.get("released") and not _gone(holder):
-                raise WorkdirBusy(
-                    _busy(workdir, holder)
-                    + f" If it is surely gone, remove {workdir / LOCK}.{last}."
-                )
-            path = workdir / f"{LOCK}.{last + 1}"
-            try:
-                os.link(mine, path)
-                break
-            except FileExistsError:
-                continue
-        for n in found:
-            (workdir / f"{LOCK}.{n}").unlink(missing_ok=True)
-    finally:
-        mine.unlink()
-    try:
-        yield
-    finally:
-        released = path.with_suffix(".released")
-        released.write_text(json.dumps(_me() | {"released": True}))
-        os.replace(released, path)
-
-
-def _me():
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "boot": _boot(),
-        "born": _born(os.getpid()),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def _boot():
-    """An id of this start of the machine: pids mean nothing across a reboot."""
-    try:
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _born(pid):
-    """When a process started, in clock ticks since boot: pids are used again."""
-    try:
-        text = pathlib.Path(f"/proc/{pid}/stat").read_text()
-        return text.rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _gone(holder):
-    """Whether the holder is provably not running; another host's processes cannot be seen."""
-    if holder.get("host") != socket.gethostname() or "pid" not in holder:
-        return False
-    if holder.get("boot") != _boot():
-        return True
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return bool(holder.get("born")) and holder["born"] != _born(holder["pid"])
-
-
-def _holder(path):
-    for _ in range(20):  # the winner of a race needs a moment to write its name
-        try:
-            holder = json.loads(path.read_text())
-            if holder:
-                return holder
-        except (OSError, ValueError):
-            pass
-        time.sleep(0.02)
-    return {}
-
-
-def _busy(workdir, holder):
-    if not holder:
-        return f"{workdir} is in use by another process that has just started."
-    text = (
-        f"{workdir} is in use by process {holder.get('pid')} on {holder.get('host')}, started "
-        f"{holder.get('started')}. Wait for it, stop it, or choose another --workdir."
-    )
-    if _gone(holder):
-        text += " (That process is gone, but one that it started still holds the lock.)"
-    return text
-
-
-def _write(fd, record):
-    data = b"" if record is None else json.dumps(record).encode()
-    os.lseek(fd, 0, os.SEEK_SET)
-    os.truncate(fd, 0)
-    os.write(fd, data)
-    os.fsync(fd)

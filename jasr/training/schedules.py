@@ -30,7 +30,7 @@ def make(config, total_steps):
         return _own(config, end)
     if config.lr < config.min_lr:
         raise ValueError(f"config.optim.lr {config.lr} is below min_lr {config.min_lr}")
-    return NEMO[config.schedule](config, end)
+    return (_noam if config.schedule == "NoamAnnealing" else _policy)(config, end)
 
 
 def _own(config, end):
@@ -65,22 +65,26 @@ def _own(config, end):
 
 
 def _policy(config, end):
-    """Warm-up, `hold_steps` at the peak, a fall, and `min_lr` after `end` updates."""
-    warm, held = config.warmup_steps, config.warmup_steps + config.hold_steps
-    if held >= end:
+    """Warm-up, `hold_steps` at the peak, a fall, and `min_lr` for the last `constant_steps` and on.
+
+    With constant_steps, as Megatron's, the warm-up is s / w.
+    """
+    warm, hold, constant = config.warmup_steps, config.hold_steps, config.constant_steps
+    held, last = warm + hold, end - constant
+    if held >= last:
         raise ValueError(
-            f"config.optim.warmup_steps {warm} and hold_steps {config.hold_steps} must be below "
-            f"the {end} decay steps"
+            f"config.optim.warmup_steps {warm}, hold_steps {hold} and constant_steps {constant} "
+            f"together must be below the {end} decay steps"
         )
     fall = _fall(config, end)
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
-        left = jnp.maximum(end - step, 0) / (end - held)
+        left = jnp.maximum(last - step, 0) / (last - held)
         value = jnp.where(step < held, config.lr, fall(step, left))
-        value = jnp.where(step > end, config.min_lr, value)
-        rising = (step <= warm) & (warm > 0)
-        return jnp.where(rising, config.lr * ((step + 1) / (warm + 1)), value)
+        value = jnp.where(step > last, config.min_lr, value)
+        rise = step / max(warm, 1) if constant else (step + 1) / (warm + 1)
+        return jnp.where((step <= warm) & (warm > 0), config.lr * rise, value)
 
     return rate
 
@@ -89,6 +93,9 @@ def _fall(config, end):
     """fall(step, left) of a policy; left is what is left of the fall, from 1 to 0."""
     lr, low, warm, hold = config.lr, config.min_lr, config.warmup_steps, config.hold_steps
     match config.schedule:
+        case "CosineAnnealing":
+            # (1 + cos(pi (1 - left))) / 2, without the loss of digits near the end
+            return lambda step, left: low + jnp.square(jnp.sin(0.5 * jnp.pi * left)) * (lr - low)
         case "WarmupAnnealing":
             return lambda step, left: low + left * (lr - low)
         case "PolynomialDecayAnnealing" | "PolynomialHoldDecayAnnealing":
@@ -111,28 +118,6 @@ def _fall(config, end):
     return lambda step, left: lr
 
 
-def _cosine(config, end):
-    """With constant_steps, as Megatron's: a warm-up of s / w, and min_lr in the last of N steps."""
-    warm, constant = config.warmup_steps, config.constant_steps
-    decay = end - warm - constant
-    if decay < 1:
-        raise ValueError(
-            f"config.optim.warmup_steps {warm} and constant_steps {constant} must be below the "
-            f"{end} decay steps"
-        )
-
-    def rate(step):
-        step = jnp.asarray(step, jnp.float32)
-        left = jnp.clip((end - constant - step) / decay, 0.0, 1.0)
-        # (1 + cos(pi (1 - left))) / 2, without the loss of digits near the end
-        fall = jnp.square(jnp.sin(0.5 * jnp.pi * left))
-        value = config.min_lr + (config.lr - config.min_lr) * fall
-        rise = step / max(warm, 1) if constant else (step + 1) / (warm + 1)
-        return jnp.where((step <= warm) & (warm > 0), config.lr * rise, value)
-
-    return rate
-
-
 def _noam(config, end):
     """lr is a factor, not the peak: the peak is lr / sqrt(d_model * warmup_steps)."""
     if not config.d_model:
@@ -149,19 +134,11 @@ def _noam(config, end):
     return rate
 
 
-NEMO = {
-    "CosineAnnealing": _cosine,
-    "NoamAnnealing": _noam,
-    "NoamHoldAnnealing": _policy,
-    "InverseSquareRootAnnealing": _policy,
-    "WarmupAnnealing": _policy,
-    "PolynomialDecayAnnealing": _policy,
-    "PolynomialHoldDecayAnnealing": _policy,
-    "SquareRootAnnealing": _policy,
-    "SquareAnnealing": _policy,
-    "WarmupPolicy": _policy,
-    "WarmupHoldPolicy": _policy,
-}
+NEMO = (
+    "CosineAnnealing", "NoamAnnealing", "NoamHoldAnnealing", "InverseSquareRootAnnealing",
+    "WarmupAnnealing", "PolynomialDecayAnnealing", "PolynomialHoldDecayAnnealing",
+    "SquareRootAnnealing", "SquareAnnealing", "WarmupPolicy", "WarmupHoldPolicy",
+)  # fmt: skip
 SCHEDULES = (*OWN, *NEMO)
 ONLY = {  # settings that other schedules have no use for
     "hold_steps": ("NoamHoldAnnealing", "PolynomialHoldDecayAnnealing", "WarmupHoldPolicy"),

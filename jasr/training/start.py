@@ -2,19 +2,18 @@
 
 import concurrent.futures
 import contextlib
-import os
 import re
 
 import jax
 
 from jasr import checkpoint, settings, text, tree
+from jasr.checkpoint.files import READERS
+from jasr.checkpoint.read import put
 from jasr.data import plan
-from jasr.interop import lazy
 from jasr.systems import catalogue, compatibility, source
 
 ITEMS = ("params", "batch_stats", "opt_state", "ema")
 COUNTERS = ("step", "bad_steps", "bad_in_row", "rng")
-_READERS = min(4, os.cpu_count() or 1)  # threads that read leaves
 
 
 @settings.section
@@ -133,19 +132,11 @@ def written_of(frozen, meta):
     return frozenset(frozen) - {path for origin in origins for path in origin["leaves"]}
 
 
-def with_shardings(shapes, shardings):
-    """ShapeDtypeStructs that say where each leaf of a state belongs."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-
-
 def from_items(shapes, items, frozen):
     """The TrainState of restored items; `frozen` {path: array} are the parameters not saved."""
     given = {name: items.get(name, getattr(shapes, name)) for name in ITEMS}
-    frozen = tree.unflatten({**tree.flatten(items.get("frozen", {})), **frozen})
-    order = tree.flatten(shapes.frozen)
-    frozen = tree.unflatten({p: tree.flatten(frozen)[p] for p in order})
+    frozen = {**tree.flatten(items.get("frozen", {})), **frozen}
+    frozen = tree.unflatten({p: frozen[p] for p in tree.flatten(shapes.frozen)})
     return shapes.replace(**given, **items["counters"], frozen=frozen)
 
 
@@ -272,41 +263,35 @@ def _dropped(path, patterns):
     return any(re.fullmatch(p, path) for p in patterns)
 
 
-def state_from(fresh, shapes, shardings, leaves):
+def state_from(fresh, shapes, leaves):
     """A TrainState of given leaves; only the others are drawn, and compiled.
 
     Args:
       fresh: function of no argument that draws the whole state.
-      shapes, shardings: TrainStates. leaves: {"params/...": array-like}; a frozen parameter and a
-        moving average begin as the parameter of that path.
+      shapes: a TrainState of ShapeDtypeStructs with their shardings.
+      leaves: {"params/...": array-like}; a frozen parameter and a moving average begin as the
+        parameter of that path.
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    names = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in flat]
-    names = [re.sub("^(frozen|ema)/", "params/", name) for name in names]
-    places = jax.tree.leaves(shardings)
-    missing = [n for n, name in enumerate(names) if name not in leaves]
+    named = [
+        (re.sub("^(frozen|ema)/", "params/", path), like)
+        for path, like in checkpoint.leaves(shapes).items()
+    ]
+    missing = [n for n, (name, _) in enumerate(named) if name not in leaves]
 
     def draw():
-        leaves = jax.tree.leaves(fresh())
-        return [leaves[n] for n in missing]
+        whole = jax.tree.leaves(fresh())
+        return [whole[n] for n in missing]
 
-    found = jax.jit(draw, out_shardings=[places[n] for n in missing])()
-    drawn = dict(zip(missing, found, strict=True))
+    drawn = jax.jit(draw, out_shardings=[named[n][1].sharding for n in missing])()
+    drawn = dict(zip(missing, drawn, strict=True))
 
     def leaf(n):
-        return drawn[n] if n in drawn else put(leaves[names[n]], flat[n][1], places[n])
+        name, like = named[n]
+        return drawn[n] if n in drawn else put(leaves[name], like.dtype, like.sharding)
 
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return jax.tree.unflatten(structure, list(pool.map(leaf, range(len(names)))))
-
-
-def put(value, like, sharding):
-    """An array-like as a global array of `like`'s dtype; each process reads the slices it holds."""
-
-    def read(index):
-        return lazy.owned(value[index], like.dtype)
-
-    return jax.make_array_from_callback(tuple(value.shape), sharding, read)
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(leaf, range(len(named))))
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
 def keep(found, leaves, frozen, workdir):
@@ -330,25 +315,26 @@ def frozen_from(origins):
     return naming[0] if len(naming) == 1 else naming or {}
 
 
-def read_frozen(meta, shapes, shardings, frozen, workdir):
+def read_frozen(meta, shapes, workdir):
     """({path: array} of the frozen parameters that a step names, their origins where they are now).
+
+    shapes: tree of the frozen parameters' ShapeDtypeStructs with their shardings.
 
     Raises:
       StartError: an origin does not hold one of them.
     """
-    found, flat, places = {}, tree.flatten(shapes["params"]), tree.flatten(shardings.frozen)
+    found, frozen = {}, tree.flatten(shapes)
     located = [source.locate(origin, workdir) for origin in source.origins(meta)]
     for origin in located:
         given = source.renamed(source.leaves(origin), origin)
-        names = [p for p in origin.get("leaves", frozen) if p in frozen]
-        if missing := sorted(p for p in names if f"params/{p}" not in given):
+        wanted = {p: frozen[p] for p in origin.get("leaves", frozen) if p in frozen}
+        if missing := sorted(p for p in wanted if f"params/{p}" not in given):
             raise StartError(
                 f"{origin['path']} does not hold the frozen parameters {', '.join(missing)}"
             )
-        leaves = {p: given[f"params/{p}"] for p in names}
-        what = f"frozen parameters of {origin['path']}"
-        tree.compare({p: flat[p] for p in names}, leaves, what=what)
-        found |= {p: put(x, flat[p], places[p]) for p, x in leaves.items()}
+        leaves = {p: given[f"params/{p}"] for p in wanted}
+        tree.compare(wanted, leaves, what=f"frozen parameters of {origin['path']}")
+        found |= {p: put(x, wanted[p].dtype, wanted[p].sharding) for p, x in leaves.items()}
     return found, located
 
 

@@ -213,7 +213,7 @@ def test_processes_list_their_own_failures_and_judge_them_together(failing):
         train = open_train(cfg, layout(cfg), 0, str(path), process_index=process)
         for _ in zip(train.iterate(0, process, 2), range(20), strict=False):
             pass
-        loaders.append(train.loader)
+        loaders.append(train)
     tallies = [x.tally() for x in loaders]
     assert all(0 < x[0] <= 3 for x in tallies), "each has seen some of the three"
     for file, t in zip((path, path.with_name("quarantine.1.jsonl")), tallies, strict=True):

@@ -96,7 +96,7 @@ def test_a_row_holds_the_file_and_its_text(corpus):
     manifest, entries = corpus
     folder = os.path.dirname(manifest)
     train, seen = opened(manifest, CFG), 0
-    for _, batch in take(train, len(train.loader.plan.epoch(0).bucket)):
+    for _, batch in take(train, len(train.plan.epoch(0).bucket)):
         for row in np.flatnonzero(batch["index"] >= 0):
             entry = entries[batch["index"][row]]
             samples, _ = soundfile.read(os.path.join(folder, entry["audio_filepath"]))
@@ -112,13 +112,13 @@ def test_joined_rows_hold_stretched_audio_silence_and_texts_with_a_space(corpus)
     train = opened(manifest)
     joined = 0
     for position in range(6):
-        _, bucket, rows = train.loader.plan.batch(position)
-        _, _, batch = train.loader.load(position)
+        _, bucket, rows = train.plan.batch(position)
+        _, _, batch = train.load(position)
         for i, row in enumerate(rows):
             at, texts, words = 0, [], np.asarray(row.words, np.uint64)
             gaps = [0, *train.layout.gaps(words)[1:]]
             for u, speed, gap in zip(row.items, train.layout.speeds(words), gaps, strict=True):
-                pieces = train.loader.index.pieces_of(u)
+                pieces = train.index.pieces_of(u)
                 samples = train.layout.pcm(pieces) * np.float32(2**-15)
                 if speed != 1.0:
                     samples = audio_text.quantise(audio.speed(samples, speed)) * np.float32(2**-15)
@@ -135,7 +135,7 @@ def test_joined_rows_hold_stretched_audio_silence_and_texts_with_a_space(corpus)
 
 def test_speeds_are_drawn_anew_each_epoch(corpus):
     train = opened(corpus[0])
-    rows = [train.loader.plan.epoch(e).rows for e in range(2)]
+    rows = [train.plan.epoch(e).rows for e in range(2)]
     by_item = [dict(zip(r.item, train.layout.speeds(r.words), strict=True)) for r in rows]
     assert by_item[0] != by_item[1]
     assert set(by_item[0].values()) == {0.9, 1.0, 1.1}

@@ -84,14 +84,14 @@ def lines(tmp_path):
 
 def test_three_axes_with_a_quadratic_cost_make_buckets_and_batches(lines):
     cfg, data = lines, open_train(dataclasses.replace(lines, concat=2), Turns(), 0)
-    found = data.loader.index
+    found = data.index
     assert len(found) == 42 and [b.reason for b in found.bad] == ["missing key: question"]
-    pieces = tuple(Piece(found.piece(6 + k).source, seconds=2.0) for k in (0, 1))
+    pieces = tuple(Piece(p.source, seconds=2.0) for p in found.pieces_of(3))
     assert found.item(3) == Item("l1-b", pieces, {"question": "xb"})
     assert pieces[1].source.endswith("/1b")
     costs = Turns().cost(np.array(data.shapes)[:, 1:])
     assert [b for b, *_ in data.shapes] == [max(1, int(cfg.batch_cost // c)) for c in costs]
-    epoch = data.loader.plan.epoch(0)
+    epoch = data.plan.epoch(0)
     for j, bucket in enumerate(epoch.bucket):
         inside = epoch.members[epoch.begin[j] : epoch.begin[j + 1]]
         assert (epoch.rows.sizes[inside] <= data.shapes[bucket][1:]).all()
@@ -104,7 +104,7 @@ def test_three_axes_with_a_quadratic_cost_make_buckets_and_batches(lines):
 
 
 def test_draws_of_an_item_differ_between_epochs_and_come_again(lines):
-    p = open_train(lines, Turns(), 0).loader.plan
+    p = open_train(lines, Turns(), 0).plan
     drawn = [dict(zip(*(x.tolist() for x in (r.item, r.words[:, 0])), strict=True)) for r in
              (p.epoch(e).rows for e in (0, 1, plan.PERIOD))]  # fmt: skip
     assert drawn[0] == drawn[2] and all(drawn[0][i] != drawn[1][i] for i in drawn[0])

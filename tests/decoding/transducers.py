@@ -76,7 +76,7 @@ def rows_of(out):
 def naive_greedy(enc, n_frames, steps, blank, durations, max_symbols, strategy):
     """One row, one symbol at a time, as NeMo's two loops do it: [(token, frame, duration)], score.
 
-    Written after specs/nemo.md 5.6 and 5.7, for any `durations`; None: RNN-T.
+    Written for any `durations`; None: RNN-T.
     """
     pred, state = steps.predict(jnp.array([blank]), steps.initial_state(1))
     found, score, t, here = [], 0.0, 0, 0

@@ -59,13 +59,11 @@ def test_lact_row_has_the_same_layer_on_both_sides(capsys):
     from experiments.bench import lact
 
     args = argparse.Namespace(
-        frames=40, batch=1, hidden=32, heads=2, lact_heads=2, chunk=16, dtype="float32"
+        frames=40, batch=1, hidden=32, heads=2, lact_heads=2, chunk=16, dtype="float32", muon="off"
     )
-    config = lact.settings(args, muon=False)
-    arrays = lact.problem(config, args.batch, args.frames)
-    ours, _ = lact.jasr_side(config, *arrays)
+    ours = lact.jasr_side(args)
     assert all(abs(grad).max() > 0 for grad in ours()[2].values())
-    lact.compare(ours, lact.torch_side(config, *arrays), muon=False)
+    lact.compare(ours, lact.torch_side(args), args)
     assert "largest difference" in capsys.readouterr().out
 
 
@@ -79,8 +77,7 @@ def test_parakeet_row_has_the_same_model_on_both_sides(tmp_path, capsys):
     )
     args.part, args.shortest, args.nemo_python = "step", 0.75, ""
     assert parakeet.write(args, tmp_path) > 0
-    inputs = dict(np.load(tmp_path / "inputs.npz"))
-    for side, make in parakeet.SIDES.items():
-        np.savez(tmp_path / f"{side}.npz", **make(args, tmp_path, inputs)())
+    for name, make in parakeet.SIDES.items():
+        np.savez(tmp_path / f"{name}.npz", **make(args, tmp_path)())
     parakeet.compare(tmp_path, parakeet.SIDES)
     assert "transformers: loss" in capsys.readouterr().out

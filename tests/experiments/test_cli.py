@@ -136,6 +136,15 @@ def test_subtitles_of_several_recordings_are_a_file_each(
     assert (tmp_path / "out" / "a.vtt").read_text().startswith("WEBVTT\n\n")
 
 
+def test_times_that_a_model_does_not_have_are_refused_with_those_it_has(run, recordings, capsys):
+    argv = [recordings / "a.wav", "--format=json", "--timestamps=other"]
+    status, out, err = call(run, capsys, *argv)
+    assert (status, out) == (1, "") and "timestamps 'other': this model has none" in err
+    with pytest.raises(SystemExit, match="2"):
+        call(run, capsys, recordings / "a.wav", "--timestamps=other")
+    assert "add --format=json" in capsys.readouterr().err
+
+
 def test_ctm_holds_several_recordings(run, recordings, capsys):
     status, out, _ = call(
         run, capsys, recordings / "a.wav", recordings / "long.wav", "--format=ctm"

@@ -41,7 +41,7 @@ def assert_same(got, want):
 
 
 def members_of(path):
-    return torch_zip.members(str(path), torch_zip.part_of(path))[0]
+    return torch_zip.members(np.fromfile(path, np.uint8))[0]
 
 
 # ---- what honest files hold ----------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_any_order_in_the_other_layout_matches_the_reference(golden, name):
 @pytest.mark.slow
 def test_full_update_without_muon_matches_the_reference(golden):
     # bidir_minimal_muon1_refbug is left out: there the reference overwrites the weights with the
-    # orthogonalised gradients (an upstream bug that the specification says not to reproduce).
+    # orthogonalised gradients (an upstream bug that is not reproduced).
     z = golden("bidir_minimal_muon0")
     check(z, lambda w, q, k, v, lr, _: fw.full(fw.start(w), q, k, v, lr)[1], (1e-5, 1e-5))
 

@@ -12,14 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jasr.losses import joint
 from jasr.losses.joint import joint_cells
 from jasr.losses.lattice import log_likelihood
-from jasr.losses.transducer import (
-    has_path,
-    rnnt_loss,
-    rnnt_loss_of_logits,
-    sampled_omega,
-    tdt_loss,
-    tdt_loss_of_logits,
-)
+from jasr.losses.transducer import has_path, loss_of_logits, rnnt_loss, sampled_omega, tdt_loss
 
 DURATIONS = (0, 1, 2, 3, 4)
 
@@ -117,9 +110,9 @@ def test_equals_the_sum_over_all_paths(durations):
     enc_len, token_len = np.array(cases, np.int32).T
     rows = (enc_len, tokens, token_len)
     if durations is None:
-        got = loss_of(rnnt_loss_of_logits, (logits,), rows, blank)
+        got = loss_of(loss_of_logits, (logits,), rows, blank)
     else:
-        got = loss_of(tdt_loss_of_logits, (logits,), rows, blank, durations, (("sigma", 0.05),))
+        got = loss_of(loss_of_logits, (logits,), rows, blank, durations, (("sigma", 0.05),))
     want = np.array(
         [
             enumerate_paths(x, row[:u], t, blank, durations, 0.05) if t + u else 0.0
@@ -160,7 +153,7 @@ def test_joint_inside_of_the_loss_equals_logits_that_exist(options):
     def dense(*args, blank, durations, **settings):
         logits = dense_logits(*args[:4], settings.get("activation", "relu"))
         settings = {k: v for k, v in settings.items() if k not in in_cells}
-        return tdt_loss_of_logits(logits, *args[4:], blank=blank, durations=durations, **settings)
+        return loss_of_logits(logits, *args[4:], blank=blank, durations=durations, **settings)
 
     options = tuple(options.items())
     got, grad = loss_and_grad(tdt_loss, tuple(parts), rows, durations=DURATIONS, options=options)
@@ -223,9 +216,9 @@ def test_losses_equal_nemo(goldens, name):
 def test_gradients_of_logits_equal_nemo(shared_dir, name):
     z = load(shared_dir / "goldens" / "nemo" / f"{name}.npz")
 
-    options, durations, loss = (), None, rnnt_loss_of_logits
+    options, durations, loss = (), None, loss_of_logits
     if name != "tiny_rnnt":
-        options, durations, loss = (("sigma", 0.02),), DURATIONS, tdt_loss_of_logits
+        options, durations, loss = (("sigma", 0.02),), DURATIONS, loss_of_logits
     logits = (z["joint/raw"],)
     _, (grad,) = loss_and_grad(loss, logits, golden_rows(z), 64, durations, options)
     want = z["rnnt/dloss_draw" if name == "tiny_rnnt" else "tdt/dloss_draw_sigma"]
@@ -323,9 +316,9 @@ def test_whether_a_row_has_a_path_follows_from_its_lengths(durations):
     logits = np.zeros((28, 6, 4, outputs), np.float32)
     rows = (frames.astype(np.int32), np.zeros((28, 3), np.int32), count.astype(np.int32))
     if durations is None:
-        _, want = rnnt_loss_of_logits(logits, *rows, blank=3)
+        _, want = loss_of_logits(logits, *rows, blank=3)
     else:
-        _, want = tdt_loss_of_logits(logits, *rows, blank=3, durations=durations)
+        _, want = loss_of_logits(logits, *rows, blank=3, durations=durations)
     got = has_path(rows[0], rows[2], durations, frames=6, tokens=3)
     np.testing.assert_array_equal(got, want)
 
@@ -395,7 +388,7 @@ def test_fastemit_is_nemos():
 
     def loss(logits):
         rows = np.array([T]), np.array([row]), np.array([U])
-        return rnnt_loss_of_logits(logits, *rows, blank=blank, fastemit_lambda=weight)[0].sum()
+        return loss_of_logits(logits, *rows, blank=blank, fastemit_lambda=weight)[0].sum()
 
     value, grad = jit(jax.value_and_grad(loss))(logits[None].astype(np.float32))
     np.testing.assert_allclose(value, -total, rtol=1e-6)
@@ -407,9 +400,9 @@ def test_clamp_limits_the_gradient_of_each_rows_token_logits(durations):
     """As NeMo's kernels: before reduction, the durations' gradients as they are."""
     parts, rows = ragged(4)
     weight, clamp = np.array([1.0, 0.5, 2.0, 0.0, 1.0, 1.0], np.float32), 0.1
-    loss, of_logits, settings = rnnt_loss, rnnt_loss_of_logits, dict(blank=3, fastemit_lambda=0.2)
+    loss, of_logits, settings = rnnt_loss, loss_of_logits, dict(blank=3, fastemit_lambda=0.2)
     if durations is not None:
-        loss, of_logits = tdt_loss, tdt_loss_of_logits
+        loss, of_logits = tdt_loss, loss_of_logits
         settings |= dict(durations=durations, sigma=0.1, omega=0.25)
 
     @jit

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -66,38 +65,23 @@ def test_exactly_one_of_twenty_starters_wins(root, tmp_path):
     assert sum(t.startswith("refused:") for t in told) == 19
 
 
-def test_exactly_one_of_twenty_starters_wins_without_flock(tmp_path, monkeypatch):
-    """Threads stand for processes: the file is made once, whoever asks."""
-
+def test_without_flock_a_run_starts_unless_the_holder_still_runs(tmp_path, monkeypatch, caplog):
     def no_flock(fd, how):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    stale = {"pid": dead.pid, "host": socket.gethostname(), "boot": rundir._boot(), "born": "1"}
-    (tmp_path / "run.lock.4").write_text(json.dumps(stale))
-    won, refused, go = [], [], threading.Barrier(20)
-
-    def one():
-        go.wait()
-        try:
-            with rundir.lock(tmp_path):
-                won.append(1)
-                while len(won) + len(refused) < 20:
-                    time.sleep(0.01)
-        except rundir.WorkdirBusy:
-            refused.append(1)
-
-    threads = [threading.Thread(target=one) for _ in range(20)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert (len(won), len(refused)) == (1, 19)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.lock", "run.lock.5"]
-    with rundir.lock(tmp_path):
-        pass
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    holder = {"pid": sleeper.pid, "host": socket.gethostname(), "started": "today"}
+    (tmp_path / rundir.LOCK).write_text(json.dumps(holder))
+    with pytest.raises(rundir.WorkdirBusy, match=f"in use by process {sleeper.pid} on"):
+        with rundir.lock(tmp_path):
+            pass
+    sleeper.kill()
+    sleeper.wait()
+    for _ in range(2):
+        with rundir.lock(tmp_path):
+            assert json.loads((tmp_path / rundir.LOCK).read_text())["pid"] == os.getpid()
+    assert "has no file locks" in caplog.text
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(root, tmp_path):

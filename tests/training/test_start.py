@@ -50,6 +50,12 @@ def state_of(variables, frozen):
     return State(ours, rest, variables["batch_stats"], ours, jnp.int32(0))
 
 
+def placed(shapes):
+    """The shapes with a sharding each, on one device."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+
+
 def begun(kind, path, folder, **init):
     """(state, origins, wanted variables, frozen paths) of a run that starts from `path`."""
     plain, task, variables = drawn(kind, 1)
@@ -66,10 +72,8 @@ def begun(kind, path, folder, **init):
     def fresh():
         return state_of(jax.tree.map(jnp.asarray, variables), frozen)
 
-    shapes = jax.eval_shape(fresh)
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: one, shapes)
-    return start.state_from(fresh, shapes, shardings, known), found, variables, frozen, shardings
+    shapes = placed(jax.eval_shape(fresh))
+    return start.state_from(fresh, shapes, known), found, variables, frozen, shapes
 
 
 def test_a_part_comes_from_another_model_and_the_rest_is_drawn(tmp_path):
@@ -122,7 +126,7 @@ def test_freezing_has_exceptions_and_the_first_rule_says():
 def test_frozen_leaves_of_an_origin_are_named_and_drawn_ones_are_written(tmp_path):
     path = saved(tmp_path / "ctc", "ctc")
     rules = ("encoder/pre_encode/.*", "joint/.*")
-    state, found, variables, frozen, shardings = begun(
+    state, found, _, frozen, shapes = begun(
         "rnnt", f"encoder={path}", tmp_path / "run", freeze=rules
     )
     meta = {"frozen_from": start.frozen_from(found)}
@@ -139,7 +143,7 @@ def test_frozen_leaves_of_an_origin_are_named_and_drawn_ones_are_written(tmp_pat
     assert {p for p in got if p.startswith("params/")} == {f"params/{p}" for p in want}
     for name, leaf in want.items():
         np.testing.assert_array_equal(got[f"params/{name}"], leaf)
-    back, _ = start.read_frozen(meta, variables, shardings, frozen, tmp_path / "run")
+    back, _ = start.read_frozen(meta, shapes.frozen, tmp_path / "run")
     assert set(back) == named
     for name, leaf in back.items():
         np.testing.assert_array_equal(leaf, want[name])
@@ -170,8 +174,7 @@ def test_files_of_an_origin_are_hashed_once(tmp_path, monkeypatch):
 
 
 def test_only_what_is_drawn_is_compiled():
-    shapes = {"params": {n: jax.ShapeDtypeStruct((64, 64), np.float32) for n in "ab"}}
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = placed({"params": {n: jax.ShapeDtypeStruct((64, 64), np.float32) for n in "ab"}})
     texts, traced = [], []
 
     def fresh():
@@ -186,12 +189,11 @@ def test_only_what_is_drawn_is_compiled():
         texts.append(made.lower().compile().as_text())
         return made
 
-    shardings = jax.tree.map(lambda _: one, shapes)
-    whole = start.state_from(fresh, shapes, shardings, {})["params"]
+    whole = start.state_from(fresh, shapes, {})["params"]
     with pytest.MonkeyPatch.context() as m:
         m.setattr(start.jax, "jit", watched)
         given = {"params/a": np.ones((64, 64), np.float16)}
-        state = start.state_from(fresh, shapes, shardings, given)["params"]
+        state = start.state_from(fresh, shapes, given)["params"]
     assert len(traced) == 2  # once a state
     np.testing.assert_array_equal(state["b"], whole["b"])
     assert state["a"].dtype == np.float32 and (np.asarray(state["a"]) == 1).all()

@@ -5,7 +5,7 @@
 
 The model is restored, the computation runs once, its results are written to --output, and "done" is
 printed; then it runs once more for every line of standard input, with a "done" after each: the
-protocol of `experiments.bench.timing.Worker`, so that `timing.in_turns` of {"jasr": a command line,
+protocol of `experiments.bench.timing.serve`, so that `timing.in_turns` of {"jasr": a command line,
 "NeMo": this one} times it in turns with others. All else that NeMo prints goes to standard error.
 
     COMMAND    --input holds                                --output gets

@@ -14,6 +14,7 @@ import dataclasses
 import os
 import re
 import tempfile
+import uuid
 import warnings
 
 import jax
@@ -300,7 +301,7 @@ def write(path, model):
             ("vocab_path", "vocab.txt", vocab_txt(tokenizer).encode()),
             ("spe_tokenizer_vocab", "tokenizer.vocab", vocab_tsv(tokenizer).encode()),
         ):
-            member = nemo_archive.fresh_name(name)
+            member = f"{uuid.uuid4().hex}_{name}"
             members[member], section[key] = content, f"nemo:{member}"
         _check_artefacts(config)
         config["tokenizer"] = section

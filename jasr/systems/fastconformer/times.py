@@ -1,7 +1,7 @@
 """NeMo's timestamps of one decoded row: tokens, words and segments with offsets in frames.
 
 For comparisons with NeMo and for programs that read its dicts: the same numbers, its peculiarities
-included (specs/nemo.md 5.1 and 5.8). `decoding.ctc.words` is this project's own clock.
+included. `decoding.ctc.words` is this project's own clock.
 """
 
 import functools

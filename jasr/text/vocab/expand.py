@@ -5,12 +5,8 @@
 Rows of vocabulary tensors are moved by meaning: a piece's row goes to the id of the same string,
 blank and durations stay behind the last piece, all bit for bit; rows of new pieces are made by a
 named rule. Nothing else is touched. (NeMo's `change_vocabulary` draws the whole joint, embedding
-and LSTM anew and turns a TDT loss into a plain RNN-T loss: specification nemo.md 6.2, 6.3.)
-
-The logits of old tokens are then sums of the same products as before: equal to the bit where the
-values sum exactly in any order. Otherwise a matrix product of another width may add them in another
-order, which on CPUs can be seen in the last bits (some 1e-7 of the largest logit;
-tests/text/vocab holds it to 1e-6).
+and LSTM anew and turns a TDT loss into a plain RNN-T loss.)
+A matrix product of another width may round old logits otherwise in their last bits.
 """
 
 import dataclasses
@@ -22,7 +18,7 @@ import jax
 import numpy as np
 
 from jasr import tree
-from jasr.text.sentencepiece_model import duplicates
+from jasr.text.sentencepiece_model import duplicates, some
 
 HEADS = ("ctc", "rnnt", "tdt")
 RULES = ("normal", "zero_bias", "mean", "low")
@@ -41,13 +37,11 @@ class NewRows:
         bias; CTC kernel Xavier-uniform at the new size, bias U(+-1/sqrt D). New tokens may win
         before any training.
       "zero_bias": "normal", with biases of zero.
-      "mean": the mean of the old pieces' rows. A new token's logit is then the mean of the old
-        ones', which the largest of them reaches or exceeds whatever the input.
+      "mean": the mean of the old pieces' rows, so that new logits are the mean of old ones.
       "low": "mean", with biases lower by `margin`: every new logit is at least `margin` below the
-        largest old one whatever the input (rounding and noise apart), so that no new token can
-        win before training and greedy transcripts stay as they were, but for ties within the last
-        bits. Those of a beam search may change: the new tokens have a share in the probabilities,
-        another one in every frame.
+        largest old one whatever the input (rounding and noise apart), so that greedy transcripts
+        stay as they were before training. Those of a beam search may change: the new tokens have a
+        share in the probabilities.
     noise: for "mean" and "low": rows of kernels and embedding are spread around the mean by this
       share of the old rows' standard deviation. At 0 all new rows are equal until trained.
     margin: of "low", in natural-logarithm logits.
@@ -62,11 +56,6 @@ class NewRows:
             raise VocabularyError(f"no rule {self.rule!r} for new rows; choose from {RULES}")
         if not self.noise >= 0 or not self.margin > 0:
             raise VocabularyError(f"noise must be at least 0 and margin above 0: {self}")
-
-    @property
-    def draws(self):
-        """Whether random numbers are needed."""
-        return self.rule in ("normal", "zero_bias") or self.noise > 0
 
 
 class Tensor(NamedTuple):
@@ -95,8 +84,7 @@ def tensors(heads, durations=()):
     """
     heads, durations = (heads,) if isinstance(heads, str) else tuple(heads), tuple(durations)
     transducer = [h for h in heads if h in ("rnnt", "tdt")]
-    strange = [h for h in heads if h not in HEADS]
-    if not heads or strange or len(set(heads)) < len(heads) or len(transducer) > 1:
+    if not heads or sorted(heads) != sorted({*heads} & {*HEADS}) or len(transducer) > 1:
         raise VocabularyError(
             f"a model has a CTC head, one transducer head, or both (of {', '.join(HEADS)}), "
             f"not {heads}"
@@ -114,10 +102,7 @@ def tensors(heads, durations=()):
         )
     if "ctc" in heads:
         layer = f"{'ctc_decoder' if transducer else 'decoder'}/decoder_layers_0"
-        found += (
-            Tensor(f"{layer}/kernel", -1, 1, "conv1d"),
-            Tensor(f"{layer}/bias", -1, 1, "conv1d"),
-        )
+        found += tuple(Tensor(f"{layer}/{leaf}", -1, 1, "conv1d") for leaf in ("kernel", "bias"))
     return found
 
 
@@ -128,11 +113,9 @@ def moves(old, new):
       old, new: the pieces in order of their ids, without the blank.
 
     Raises:
-      VocabularyError: pieces that occur twice (as keys of a dict they collapse, and every id
-        behind them shifts), or old pieces that the new vocabulary lacks; all in one error.
+      VocabularyError: pieces that occur twice or that the new vocabulary lacks; all in one error.
     """
-    problems = _vocabulary_problems(old, new)
-    if problems:
+    if problems := _vocabulary_problems(old, new):
         raise VocabularyError("the vocabularies do not fit: " + "; ".join(problems))
     ids = {piece: i for i, piece in enumerate(new)}
     return np.array([ids[piece] for piece in old], np.int32)
@@ -145,7 +128,7 @@ def expand(params, heads, old, new, *, durations=(), rows="low", key=None, repla
       params: tree with the tensors of `tensors(heads, durations)`: kernels [..., rows], biases
         [rows], embedding [rows, P] (with or, blank_as_pad false, without a row for the blank), of
         any float dtype. A moving average of them will do as well.
-      heads, durations: see `tensors`; they are the same before and after.
+      heads, durations: see `tensors`.
       old, new: pieces in order of their ids, without the blank, which is the id behind the last.
       rows: NewRows, or the name of its rule.
       key: jax PRNG key, where rows are drawn ("normal", "zero_bias", noise above 0).
@@ -163,7 +146,7 @@ def expand(params, heads, old, new, *, durations=(), rows="low", key=None, repla
     rows = NewRows(rows) if isinstance(rows, str) else rows
     wanted, flat = tensors(heads, durations), tree.flatten(params)
     problems = _vocabulary_problems(old, new, replace) + _tensor_problems(wanted, flat, len(old))
-    if rows.draws and key is None:
+    if key is None and (rows.rule in ("normal", "zero_bias") or rows.noise):
         problems.append(f"{rows} draws random numbers and needs a key")
     if replace and rows.rule == "low":
         problems.append("rule 'low' keeps new tokens below old ones, of which replace leaves none")
@@ -179,11 +162,12 @@ def expand(params, heads, old, new, *, durations=(), rows="low", key=None, repla
         after[kept] = before[: len(kept)]
         if tensor.layer != "embedding":  # there the tail is the blank's row: zero
             after[len(new) :] = tail
-        shape, inputs = (len(fresh), *after.shape[1:]), _inputs(tensor, flat)
-        draw = _generator(key, tensor.path)
+        shape, draw = (len(fresh), *after.shape[1:]), _generator(key, tensor.path)
         if rows.rule in ("mean", "low"):
             made = _mean_rows(tensor, before[: len(old)], shape, rows, draw)
         else:
+            kernel = flat.get(f"{tensor.path.removesuffix('/bias')}/kernel", flat[tensor.path])
+            inputs = math.prod(kernel.shape) // kernel.shape[tensor.rows]
             made = _drawn_rows(tensor, inputs, len(after), shape, rows, draw)
         after[fresh] = made.astype(before.dtype)
         changed[tensor.path] = np.ascontiguousarray(np.moveaxis(after, 0, tensor.rows))
@@ -224,29 +208,20 @@ def _generator(key, path):
     return np.random.default_rng([*words, zlib.crc32(path.encode())])
 
 
-def _inputs(tensor, flat):
-    """The number of inputs of a tensor's layer: what one row of its kernel has."""
-    kernel = (
-        flat[f"{tensor.path.rsplit('/', 1)[0]}/kernel"] if tensor.is_bias else flat[tensor.path]
-    )
-    return math.prod(kernel.shape) // kernel.shape[tensor.rows]
-
-
 # ---- what does not fit -------------------------------------------------------------------------
 
 
 def _vocabulary_problems(old, new, replace=False):
     problems = []
     for name, pieces in (("old", old), ("new", new)):
-        twice = duplicates(pieces)
-        if twice:
-            problems.append(f"the {name} vocabulary holds pieces more than once: {_some(twice)}")
+        if twice := [repr(piece) for piece in duplicates(pieces)]:
+            problems.append(f"the {name} vocabulary holds pieces more than once: {some(twice)}")
         if not len(pieces):
             problems.append(f"the {name} vocabulary is empty")
-    missing = [] if replace else sorted(set(old) - set(new))
+    missing = [] if replace else [repr(piece) for piece in sorted(set(old) - set(new))]
     if missing:
         problems.append(
-            f"the new vocabulary lacks {len(missing)} of the old pieces: {_some(missing)} (merge "
+            f"the new vocabulary lacks {len(missing)} of the old pieces: {some(missing)} (merge "
             "the tokenizers, or replace the vocabulary)"
         )
     return problems
@@ -272,8 +247,3 @@ def _tensor_problems(wanted, flat, size):
     for path in sorted(every & set(flat) - {t.path for t in wanted}):
         problems.append(f"{path} belongs to a head that was not named")
     return problems
-
-
-def _some(pieces, shown=20):
-    more = f" and {len(pieces) - shown} more" if len(pieces) > shown else ""
-    return ", ".join(map(repr, pieces[:shown])) + more

@@ -6,27 +6,16 @@
     write_directory("en_hi", merged.model)
 
 What keeps the old language's segmentation is the filter, not the scores: an appended piece made
-only of characters that the base knows can fire in the base's texts whatever its score. (BPE joins
-the best pair whose concatenation is a piece, and sooner or later a pair is left that only the new
-piece joins.) Without such pieces no appended piece can occur in a text of the base's characters.
-Specification nemo.md 6.4.
+only of characters that the base knows can fire in the base's texts whatever its score, since BPE
+sooner or later has a pair left that only the new piece joins. Specification nemo.md 6.4.
 """
 
 import dataclasses
 
-from jasr.text.sentencepiece_model import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    WORD_MARK,
-    Model,
-    ModelError,
-)
+from jasr.text import sentencepiece_model as spm
 
 SCORES = ("below", "keep")
+_OWN = (spm.NORMAL, spm.USER_DEFINED)  # pieces of text; the others are special
 
 # What decides how a text is cut into characters, before any piece is looked for.
 _CUTTING = (
@@ -53,7 +42,7 @@ class Merged:
     is unusual about the pair.
     """
 
-    model: Model = dataclasses.field(repr=False)
+    model: spm.Model = dataclasses.field(repr=False)
     base_size: int
     appended: tuple[str, ...]
     shared: tuple[str, ...]
@@ -73,7 +62,7 @@ class Merged:
             ("dropped, special pieces", self.special),
         ):
             if pieces:
-                lines.append(f"{len(pieces)} {words}: {_some(pieces, shown)}")
+                lines.append(f"{len(pieces)} {words}: {spm.some(pieces, shown, ' ')}")
         return [*lines, *self.notes]
 
 
@@ -99,10 +88,9 @@ def merge(
         makes every new piece improbable and so prefers long ones: there "keep" cuts the new
         language as its own model did.
       filter_base_characters: leave out new NORMAL pieces all of whose characters occur in NORMAL
-        or USER_DEFINED pieces of the base. User-defined symbols are always taken: they are
-        whole words by intention.
+        or USER_DEFINED pieces of the base. User-defined symbols are always taken.
       drop_unreachable: leave out new pieces that the merged model can never produce, for instance
-        because the filter took the halves of their last merge. They would be dead rows.
+        because the filter took the halves of their last merge.
       allow_other_normalizer: normalise as the base does although `new` was trained otherwise.
 
     Raises:
@@ -111,16 +99,15 @@ def merge(
     if scores not in SCORES:
         raise MergeError(f"no rule for scores {scores!r}; choose from {', '.join(SCORES)}")
     notes = _judge(base, new, allow_other_normalizer)
-    known, characters = set(base.texts), _characters(base)
+    known = set(base.texts)
+    characters = set().union(*(p.text for p in base.pieces if p.type in _OWN))
     appended, shared, filtered, special = [], [], [], []
     for piece in new.pieces:
-        if piece.type == UNKNOWN or (
-            piece.type in (CONTROL, UNUSED, BYTE) and piece.text not in known
-        ):
-            special.append(piece.text)
-        elif piece.text in known:
+        if piece.text in known and piece.type != spm.UNKNOWN:
             shared.append(piece.text)
-        elif filter_base_characters and piece.type == NORMAL and set(piece.text) <= characters:
+        elif piece.type not in _OWN:
+            special.append(piece.text)
+        elif filter_base_characters and piece.type == spm.NORMAL and set(piece.text) <= characters:
             filtered.append(piece.text)
         else:
             appended.append(piece)
@@ -131,7 +118,8 @@ def merge(
     if drop_unreachable and dead:
         model = model.with_pieces(p for p in model.pieces if p.text not in dead)
     elif dead:
-        notes.append(f"{len(dead)} appended pieces can never be produced: {_some(sorted(dead))}")
+        named = spm.some(sorted(dead), between=" ")
+        notes.append(f"{len(dead)} appended pieces can never be produced: {named}")
     return Merged(
         model=model,
         base_size=len(base.pieces),
@@ -144,31 +132,22 @@ def merge(
     )
 
 
-def _characters(model):
-    """The characters that a model's own text pieces consist of."""
-    pieces = (p.text for p in model.pieces if p.type in (NORMAL, USER_DEFINED))
-    return set().union(*pieces)
-
-
 def _below(base, new, pieces):
     """The pieces with scores shifted as one below the base's lowest NORMAL score.
 
     User-defined symbols are matched before any score is looked at, and keep theirs.
     """
-    lowest = min((p.score for p in base.pieces if p.type == NORMAL), default=0.0)
-    highest = max((p.score for p in new.pieces if p.type == NORMAL), default=0.0)
+    lowest = min((p.score for p in base.pieces if p.type == spm.NORMAL), default=0.0)
+    highest = max((p.score for p in new.pieces if p.type == spm.NORMAL), default=0.0)
     shift = lowest - 1 - highest
-    return [p.with_score(p.score + shift) if p.type == NORMAL else p for p in pieces]
+    return [p.with_score(p.score + shift) if p.type == spm.NORMAL else p for p in pieces]
 
 
 def _judge(base, new, allow_other_normalizer):
     """Lines about what is unusual in the pair. MergeError: they cannot be merged, and why."""
     problems, notes = [], []
     for name, model in (("base", base), ("new", new)):
-        try:
-            model.check()
-        except ModelError as e:
-            problems.append(f"{name}: {e}")
+        problems += [f"{name}: {problem}" for problem in model.problems()]
     if base.kind != new.kind or base.kind not in ("bpe", "unigram"):
         problems.append(
             f"the base is a {base.kind} model and the new one a {new.kind} model: their scores "
@@ -183,26 +162,21 @@ def _judge(base, new, allow_other_normalizer):
         if allow_other_normalizer:
             notes.append(f"texts are cut and normalised as in the base: {said}")
         else:
-            names = [f"{m.setting('normalizer_name') or 'unnamed'}" for m in (base, new)]
+            names = ", ".join(m.setting("normalizer_name") or "unnamed" for m in (base, new))
             problems.append(
-                f"they normalise texts differently ({names[0]}, {names[1]}): {said}. Train the new "
+                f"they normalise texts differently ({names}): {said}. Train the new "
                 "model as the base was, or allow it (--allow_other_normalizer): then the base's "
                 "rules hold and some new pieces may never match"
             )
     if new.setting("byte_fallback") != base.setting("byte_fallback"):
-        has, lacks = ("new", "base") if new.setting("byte_fallback") else ("base", "new")
-        notes.append(
-            f"the {has} model falls back to bytes, the {lacks} model does not: the merged one "
-            f"{'does not' if has == 'new' else 'does'}"
-        )
+        does = {True: "does", False: "does not"}[base.setting("byte_fallback")]
+        notes.append(f"only one model falls back to bytes: the merged one {does}, as the base")
     types = {p.text: p.type for p in base.pieces}
-    special = [
-        p.text
-        for p in new.pieces
-        if p.type in (NORMAL, USER_DEFINED) and types.get(p.text, p.type) not in (NORMAL, p.type)
-    ]
+    ours = [(p.text, p.type) for p in new.pieces if p.type in _OWN]
+    special = [text for text, kind in ours if types.get(text, kind) not in (spm.NORMAL, kind)]
     if special:
-        notes.append(f"in the base these are special pieces and stay so: {_some(special)}")
+        named = spm.some(special, between=" ")
+        notes.append(f"in the base these are special pieces and stay so: {named}")
     if problems:
         raise MergeError("the models cannot be merged: " + "; ".join(problems))
     return notes
@@ -210,11 +184,6 @@ def _judge(base, new, allow_other_normalizer):
 
 def _brief(value):
     return f"of {len(value)} bytes" if isinstance(value, bytes) else repr(value)
-
-
-def _some(pieces, shown=20):
-    more = f" and {len(pieces) - shown} more" if len(pieces) > shown else ""
-    return " ".join(pieces[:shown]) + more
 
 
 def unreachable(model, start=0):
@@ -225,11 +194,11 @@ def unreachable(model, start=0):
     the span is no piece. Unigram: parts that beat the piece alone beat it in every text. What the
     normaliser turns into something else (a capital letter, say) is in no text that it has read.
     """
-    ids = [i for i in range(start, len(model.pieces)) if model.pieces[i].type == NORMAL]
+    ids = [i for i in range(start, len(model.pieces)) if model.pieces[i].type == spm.NORMAL]
     bare = model.with_settings(add_dummy_prefix=False, remove_extra_whitespaces=False)
     texts = [model.pieces[i].text for i in ids]
     if model.setting("escape_whitespaces"):
-        texts = [text.replace(WORD_MARK, " ") for text in texts]
+        texts = [text.replace(spm.WORD_MARK, " ") for text in texts]
     cut = bare.processor.encode(texts)
     return [i for i, got in zip(ids, cut, strict=True) if got != [i]]
 
@@ -263,12 +232,8 @@ class Segmentation:
 
 
 def segmentation(before, after, texts, keep=100):
-    """The Segmentation of sentences by two models, compared piece string by piece string.
-
-    With (base, merged, texts of the old language) it counts what the merge leaves alone; with
-    (new, merged, texts of the new one) what the new language loses. At most `keep` sentences that
-    differ are kept with their pieces.
-    """
+    """The Segmentation of sentences by two models, compared piece string by piece string. At most
+    `keep` sentences that differ are kept with their pieces."""
     sentences, kept, changed, unknown = 0, 0, [], [0, 0]
     for text in texts:
         cuts = []

@@ -1,9 +1,9 @@
 """SentencePiece models trained on texts, as NeMo's recipe trains them.
 
-    train_directory("hi_tokenizer", texts, vocab_size=256)
+    write_directory("hi_tokenizer", train(texts, vocab_size=256))
 
-SentencePiece's trainer gets the flags that NeMo's process_asr_text_tokenizer.py gives it
-(specification nemo.md 6.1): id 0 is <unk>, there is no <s>, </s> or <pad>, spaces are kept as they
+SentencePiece's trainer gets the flags that NeMo's process_asr_text_tokenizer.py gives it:
+id 0 is <unk>, there is no <s>, </s> or <pad>, spaces are kept as they
 are. The same texts in the same order give the same bytes.
 """
 
@@ -11,7 +11,7 @@ import io
 import re
 
 from jasr import text
-from jasr.text.sentencepiece_model import Model, write_directory
+from jasr.text.sentencepiece_model import Model
 
 KINDS = ("bpe", "unigram")
 
@@ -75,7 +75,13 @@ def train(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as e:
-        raise TrainError(_reason(e, vocab_size)) from e
+        few = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e))
+        if not few:
+            raise TrainError(f"sentencepiece cannot train a tokenizer: {e}") from e
+        raise TrainError(
+            f"vocab_size {vocab_size} is too low: the characters of the texts alone need "
+            f"{few[1]} pieces. Ask for more, or lower character_coverage"
+        ) from e
     trained = Model.from_bytes(model.getvalue())
     if len(trained.pieces) < vocab_size and not allow_smaller:
         raise TrainError(
@@ -84,26 +90,3 @@ def train(
             "smaller vocabulary"
         )
     return trained
-
-
-def _reason(error, vocab_size):
-    """sentencepiece's complaint in words that say what to do."""
-    few = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
-    if few:
-        return (
-            f"vocab_size {vocab_size} is too low: the characters of the texts alone need "
-            f"{few[1]} pieces. Ask for more, or lower character_coverage"
-        )
-    return f"sentencepiece cannot train a tokenizer: {error}"
-
-
-def train_directory(folder, texts, vocab_size, kind="bpe", **settings):
-    """The Model trained on texts and written as a NeMo tokenizer directory.
-
-    Args:
-      folder: gets tokenizer.model, tokenizer.vocab and vocab.txt; files there are replaced.
-      texts, settings: see `train`, which also says what is raised.
-    """
-    model = train(texts, vocab_size, kind, **settings)
-    write_directory(folder, model)
-    return model

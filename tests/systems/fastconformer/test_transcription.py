@@ -313,3 +313,5 @@ def test_the_window_is_what_the_model_was_trained_on():
     assert window({"nemo": {"config": recipe}}) == 60
     assert window({"nemo": {"config": {"train_ds": None}}}) == 20
     assert window({"longest_seconds": 12.5, "nemo": {"config": recipe}}) == 12.5
+    longest = {"longest": {"samples": 100000, "tokens": 9}}
+    assert window({**longest, "config": {"data": {"sample_rate": 8000}}}) == 12.5

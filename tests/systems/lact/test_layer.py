@@ -82,7 +82,7 @@ def merge(x):
 
 @pytest.mark.slow
 def test_minimal_bidirectional_layer_matches_the_reference(golden):
-    # layer_minimal_bidir_muon1_refbug is left out: an upstream bug (specification 1.9).
+    # layer_minimal_bidir_muon1_refbug is left out: an upstream bug (ARCHITECTURE.md, Fast weights).
     z = golden("layer_minimal_bidir_muon0")
 
     def layer(p, x):

@@ -232,7 +232,7 @@ def test_a_run_that_reads_the_originals_weights_otherwise_is_refused(run):
     check(reordered, {"drop": ("ctc_head/.*",)})
     (path / "best_model.pt").write_bytes((path / "best_model.pt").read_bytes() + b" ")
     with pytest.raises(checkpoint.CheckpointError, match="checksum changed"):
-        source.read(origin)
+        source.leaves(origin)
 
 
 # ---- files ---------------------------------------------------------------------------------------

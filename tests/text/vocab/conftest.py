@@ -1,7 +1,7 @@
 """NeMo's goldens of vocabulary expansion.
 
 goldens/nemo/vocab: NeMo 3.0.0's tiny hybrid TDT model before ("old/*", where it differs) and after
-("new/*") change_vocabulary and the transfer of specification nemo.md 6.3; its encoder's output;
+("new/*") change_vocabulary and the transfer of the old rows; its encoder's output;
 the base tokenizer; pieces, scores and encodings of three ways to merge. The new tokenizer is
 trained here on corpus_new.txt.
 """

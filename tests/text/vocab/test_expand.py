@@ -94,7 +94,7 @@ def test_ctc_log_probs_after_the_transfer_are_nemos(nemo, pieces):
 
 
 def tdt_greedy(params, encoded, size, max_symbols=10):
-    """[(id, frame, duration)] of encoded [T, D]: specification nemo.md 5.6, in plain numpy."""
+    """[(id, frame, duration)] of encoded [T, D], in plain numpy."""
     flat = tree.flatten(params)
     lstm = {k.split("/")[-1]: v for k, v in flat.items() if "/lstm/" in k}
     joint = params["joint"]

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from jasr.data import entries
 from jasr.data.config import DataError
-from jasr.data.entries import sentences
-from jasr.text.sentencepiece_model import USER_DEFINED, Model
-from jasr.text.vocab.train import TrainError, train, train_directory
+from jasr.text.sentencepiece_model import USER_DEFINED, Model, write_directory
+from jasr.text.vocab.train import TrainError, train
 
 pytest.importorskip("sentencepiece")
 
@@ -24,8 +24,8 @@ def test_trained_on_manifests_as_nemo_trains(tmp_path, kind, capsys):
     sources = [manifest(tmp_path / f"{i}.jsonl", texts[i:]) for i in range(2)]
     (tmp_path / "more.txt").write_text("zehn elf zwölf\n\n", encoding="utf-8")
     sources.append(tmp_path / "more.txt")
-    got = train_directory(tmp_path / "out", sentences(sources), 28, kind)
-    assert got == Model.from_file(tmp_path / "out")
+    got = train(entries.texts(sources), 28, kind)
+    assert got == Model.from_file(write_directory(tmp_path / "out", got))
     assert got.texts[0] == "<unk>" and "ö" in "".join(got.texts)
     assert not {"<s>", "</s>", "<pad>"} & set(got.texts)
     assert got.kind == kind and len(got.pieces) == 28
@@ -73,10 +73,9 @@ def test_no_text_and_unreadable_sources_are_refused(tmp_path):
     with pytest.raises(TrainError, match="'word'"):
         train(["a"], 10, "word")
     with pytest.raises(DataError, match="none.jsonl"):
-        train_directory(tmp_path / "out", sentences(tmp_path / "none.jsonl"), 10)
+        train(entries.texts(tmp_path / "none.jsonl"), 10)
     with pytest.raises(DataError, match="none.txt"):
-        train_directory(tmp_path / "out", sentences(tmp_path / "none.txt"), 10)
+        train(entries.texts(tmp_path / "none.txt"), 10)
     (tmp_path / "latin.txt").write_bytes("zwölf".encode("latin-1"))
     with pytest.raises(DataError, match="latin.txt"):
-        train_directory(tmp_path / "out", sentences(tmp_path / "latin.txt"), 10)
-    assert not (tmp_path / "out").exists()
+        train(entries.texts(tmp_path / "latin.txt"), 10)
