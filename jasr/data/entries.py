@@ -75,8 +75,8 @@ def lines_of(source):
     from jasr.data import shar
 
     if source.startswith(memory.PREFIX):
-        return (Line(source, n, line) for n, line in enumerate(memory.lines(source), 1))
-    if os.path.isdir(source):
+        yield from (Line(source, n, line) for n, line in enumerate(memory.lines(source), 1))
+    elif os.path.isdir(source):
         yield from shar.shar_lines(source)
     elif not os.path.isfile(source):
         raise DataError(f"data source {source} does not exist")
