@@ -6,10 +6,11 @@ config["data"]["train"] = (words,)
 
 import numpy as np
 
+from jasr.audio import AudioError
 from jasr.data.config import DataError
 
 PREFIX = "memory://"
-_lines, _arrays = {}, {}
+_held = {}  # {source: (lines, {path: samples})}
 
 
 def hold(name, lines):
@@ -23,41 +24,42 @@ def hold(name, lines):
     Raises:
       DataError: an array of another type or number of axes.
     """
-    source = PREFIX + name
-    for old in [path for path in _arrays if path.startswith(f"{source}/")]:
-        del _arrays[old]
-    _lines[source] = [_named(line, f"{source}/{n}") for n, line in enumerate(lines, 1)]
+    source, arrays = PREFIX + name, {}
+
+    def named(value, where):
+        """A value with paths in place of its arrays."""
+        if isinstance(value, dict):
+            return {key: named(inner, f"{where}, {key}") for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [named(inner, where) for inner in value]
+        if not isinstance(value, np.ndarray):
+            return value
+        if value.ndim != 1 or value.dtype != np.float32:
+            raise DataError(f"{where}: {value.dtype}{list(value.shape)}; samples are f32[S], mono")
+        path = f"{source}/{len(arrays)}"
+        arrays[path] = value
+        return path
+
+    made = [named(line, f"{source}, line {n}") for n, line in enumerate(lines, 1)]
+    _held[source] = made, arrays
     return source
-
-
-def _named(value, name):
-    """A value with names in place of its arrays, which are kept under them."""
-    if isinstance(value, dict):
-        return {key: _named(inner, f"{name}.{key}") for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_named(inner, f"{name}.{n}") for n, inner in enumerate(value)]
-    if not isinstance(value, np.ndarray):
-        return value
-    if value.ndim != 1 or value.dtype != np.float32:
-        raise DataError(f"{name} is {value.dtype}{list(value.shape)}; samples are f32[S], mono")
-    _arrays[name] = value
-    return name
 
 
 def lines(source):
     """The mappings of a source. Raises DataError if this process holds none of that name."""
-    if source not in _lines:
+    if source not in _held:
         raise DataError(f"data source {source} is not held by this process (data.memory.hold)")
-    return _lines[source]
+    return _held[source][0]
 
 
 def samples(path):
     """f32[S] of a recording that a line names; None for a path of a file.
 
-    Raises DataError if it is not held any more.
+    Raises AudioError if this process does not hold it.
     """
     if not (isinstance(path, str) and path.startswith(PREFIX)):
         return None
-    if path not in _arrays:
-        raise DataError(f"{path} is not held by this process (data.memory.hold)")
-    return _arrays[path]
+    _, arrays = _held.get(path.rpartition("/")[0], ((), {}))
+    if path not in arrays:
+        raise AudioError(path, "not held by this process (data.memory.hold)")
+    return arrays[path]

@@ -30,9 +30,11 @@ def read(piece, sample_rate):
     """
     held = in_memory(piece)
     if held is not None:
+        if piece.channel > 0:
+            raise audio.AudioError(named(piece), f"channel {piece.channel} of 1 asked for")
         first = round(max(piece.start, 0.0) * sample_rate)
         count = round(piece.seconds * sample_rate) if piece.start >= 0 else len(held)
-        return held[first : first + count]
+        return usable(held[first : first + count], named(piece))
     try:
         file = audio_file(piece)
         if piece.start < 0 and piece.channel < 0:
@@ -51,7 +53,17 @@ def in_memory(piece):
 
 def is_there(piece):
     """Whether a piece's recording is in memory or a file."""
-    return in_memory(piece) is not None or os.path.isfile(piece.source)
+    try:
+        return in_memory(piece) is not None or os.path.isfile(piece.source)
+    except audio.AudioError:  # held by another process
+        return False
+
+
+def usable(samples, name):
+    """The samples of a recording or segment; AudioError where there are none or no numbers."""
+    if not len(samples) or not np.isfinite(samples).all():
+        raise audio.AudioError(name, "no samples, or NaN or infinite ones")
+    return samples
 
 
 def read_checked(piece, sample_rate, tolerance):
@@ -91,9 +103,7 @@ def read_part(file, start, duration, channel, sample_rate):
     except (soundfile.LibsndfileError, RuntimeError) as e:
         raise audio.AudioError(name, str(e)) from e
     samples = samples.mean(axis=1) if channel < 0 else samples[:, channel]
-    if not len(samples) or not np.isfinite(samples).all():
-        raise audio.AudioError(name, "no samples, or NaN or infinite ones, in the segment")
-    return resample.resample(samples, rate, sample_rate)
+    return resample.resample(usable(samples, name), rate, sample_rate)
 
 
 def header_seconds(piece, cfg):

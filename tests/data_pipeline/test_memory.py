@@ -8,6 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 
+from jasr import audio
 from jasr.data import AudioText, DataConfig, DataError, memory, open_train
 from tests.children import environment
 
@@ -46,12 +47,35 @@ def test_what_is_not_held_is_named():
     cfg = DataConfig(train=("memory://nothing",))
     with pytest.raises(DataError, match="memory://nothing is not held by this process"):
         open_train(cfg, AudioText(cfg, 16000, lambda text: [1]), seed=0)
-    with pytest.raises(DataError, match=r"1.audio_filepath is float64\[8\]; samples are f32\[S\]"):
+    with pytest.raises(DataError, match=r"line 1, audio_filepath: float64\[8\]; samples are f32"):
         memory.hold("doubles", [{"audio_filepath": np.zeros(8), "text": ""}])
     memory.hold("gone", spoken(1))
+    kept = memory.hold("gone/too", spoken(1))
     memory.hold("gone", [])
-    with pytest.raises(DataError, match="memory://gone/1.audio_filepath is not held"):
-        memory.samples("memory://gone/1.audio_filepath")
+    with pytest.raises(audio.AudioError, match="memory://gone/0: not held by this process"):
+        memory.samples("memory://gone/0")
+    assert len(memory.samples(f"{kept}/0")) == 8000
+
+
+@pytest.mark.parametrize("check", ["files", "header", "decode"])
+def test_bad_recordings_in_memory_are_quarantined_like_files(check, tmp_path):
+    """One line each: nothing else of the source is lost, and its own line says what it is."""
+    good, none, short, endless, left = spoken(5)
+    none["audio_filepath"] = np.zeros(0, np.float32)
+    short |= {"offset": 9.0, "duration": 0.2}
+    endless["audio_filepath"][5] = np.inf
+    left["audio_filepath"] = "memory://nobody/0"
+    cfg = DataConfig(
+        train=(memory.hold("mixed", [good, none, short, endless, left]),),
+        num_buckets=1, bucket_batch_size=(1,), check=check, max_bad_share=0.9, num_threads=0,
+    )  # fmt: skip
+    path = tmp_path / "quarantine.jsonl"
+    layout = AudioText(cfg, 16000, lambda text: [1])
+    trained = open_train(cfg, layout, seed=0, quarantine_path=str(path))
+    batches = trained.iterate()
+    heard = {int(next(batches)[2]["index"][0]) for _ in range(12)} - {-1}
+    assert heard == {0}
+    assert {json.loads(line)["line"] for line in path.read_text().splitlines()} == {2, 3, 4, 5}
 
 
 def test_a_run_without_the_packages_of_files(tmp_path):
