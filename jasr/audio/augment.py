@@ -64,10 +64,12 @@ def spec_augment(mel, mel_len, keys, cfg: SpecAugmentConfig, scale=1.0):
     """Log-mel f32[B, T, F] with its frequency axis stretched and bands of bins and frames masked.
 
     Masks as `masks` draws them. `scale` in [0, 1] shrinks widths and warp, to ramp them in. keys
-    [B], see `row_keys`. In jasr's style frames after mel_len are left alone.
+    [B], see `row_keys`; one key is split by row position. In jasr's style frames after mel_len are
+    left alone.
     """
     valid = (jnp.arange(mel.shape[1]) < mel_len[:, None])[..., None]
     count = 1 + 2 * (cfg.time_masks + cfg.freq_masks)
+    keys = _each_row(keys, len(mel))
     draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
     ends = np.cumsum([1, *[cfg.time_masks] * 2, cfg.freq_masks])
     warp, *draws = jnp.split(draws, ends, axis=1)
@@ -131,9 +133,9 @@ def augment_waveform(audio, audio_len, keys, cfg: WaveAugmentConfig, scale=1.0):
 
     The noise's power is that of the utterance over a ratio drawn from [snr_low_db, snr_high_db].
     Samples after audio_len stay 0. `scale` in [0, 1] ramps gain and share in. keys [B], see
-    `row_keys`.
+    `row_keys`; one key is split by row position.
     """
-    samples = audio.shape[1]
+    rows, samples = audio.shape
     valid = jnp.arange(samples) < audio_len[:, None]
 
     def row(x, n, key):
@@ -147,7 +149,7 @@ def augment_waveform(audio, audio_len, keys, cfg: WaveAugmentConfig, scale=1.0):
         return x * 10 ** (scale * cfg.gain_db * (2 * gain - 1) / 20)
 
     audio = jnp.where(valid, audio, 0)
-    return jnp.where(valid, jax.vmap(row)(audio, audio_len, keys), 0)
+    return jnp.where(valid, jax.vmap(row)(audio, audio_len, _each_row(keys, rows)), 0)
 
 
 def coloured_noise(key, samples: int, ratio):
@@ -176,6 +178,12 @@ def _white(key, samples: int):
     x = (x ^ x >> 15 ^ second) * jnp.uint32(0x846CA68B)
     x = x ^ x >> 16
     return ((x >> 8).astype(jnp.float32) * 2.0**-24 - 0.5) * 12**0.5
+
+
+def _each_row(keys, rows: int):
+    """Keys [B], of one key where it is one."""
+    typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    return row_keys(keys, jnp.arange(rows)) if keys.ndim == (0 if typed else 1) else keys
 
 
 def speed(x, factor: float) -> np.ndarray:

@@ -231,9 +231,13 @@ def test_coloured_noise_falls_by_its_decibels_an_octave(ratio, slope):
     assert np.mean(steps) == pytest.approx(slope, abs=1.0)
 
 
-def test_old_style_keys_work():
+def test_one_key_is_split_by_row_and_old_style_keys_work():
     config = WaveAugmentConfig(gain_db=6.0)
     key = jax.random.key(3)
+    one = augment_waveform(wave(), SAMPLES, key, config)
     rows = augment_waveform(wave(), SAMPLES, augment.row_keys(key, np.arange(4)), config)
+    np.testing.assert_array_equal(one, rows)
     raw = jnp.asarray(jax.random.key_data(augment.row_keys(key, np.arange(4))))
+    np.testing.assert_array_equal(augment_waveform(wave(), SAMPLES, raw, config), rows)
+    raw = jax.random.key_data(key)
     np.testing.assert_array_equal(augment_waveform(wave(), SAMPLES, raw, config), rows)
