@@ -20,6 +20,7 @@ import sys
 import time
 
 LOCK = "run.lock"
+_HOLDER = {"pid": int, "host": str, "started": str}
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 log = logging.getLogger("jasr.train")
 
@@ -68,20 +69,21 @@ def _write(fd, text):
 
 
 def _read(path):
-    """What the holder has written of itself, {} if nothing."""
+    """What the holder has written of itself, {} if nothing that can be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text())
+        return {name: kind(found[name]) for name, kind in _HOLDER.items()}
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return {}
 
 
 def _runs_here(holder):
     """Whether another process of this host has the holder's number."""
-    if holder.get("host") != socket.gethostname() or holder["pid"] == os.getpid():
+    if holder.get("host") != socket.gethostname() or holder["pid"] in (0, os.getpid()):
         return False
     try:
         os.kill(holder["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

@@ -76,6 +76,11 @@ def test_without_flock_a_run_starts_unless_the_holder_still_runs(tmp_path, monke
     with pytest.raises(rundir.WorkdirBusy, match=f"in use by process {sleeper.pid} on"):
         with rundir.lock(tmp_path):
             pass
+    for junk in ("[1]", "5", '{"pid": []}', '{"pid": 1e999}', "{", json.dumps(holder | {"pid": 0})):
+        (tmp_path / rundir.LOCK).write_text(junk)  # nobody that can be asked for
+        with rundir.lock(tmp_path):
+            pass
+    (tmp_path / rundir.LOCK).write_text(json.dumps(holder))
     sleeper.kill()
     sleeper.wait()
     for _ in range(2):
