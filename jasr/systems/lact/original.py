@@ -181,6 +181,9 @@ def parse_config(mapping, where="config.json", vocab_size=0):
 
     vocab_size: rows of the CTC head, which the original's training data overrode the config by.
     """
+    if not isinstance(mapping, dict) or not isinstance(mapping.get("jasr", {}), dict):
+        what = "it" if not isinstance(mapping, dict) else '"jasr"'
+        raise LactFileError(f"{where}: {what} is no mapping of settings")
     if mapping.get("use_fused_kernel") and mapping.get("use_muon"):
         raise LactFileError(
             f"{where}: use_fused_kernel with use_muon orthogonalises two weights jointly, which is "

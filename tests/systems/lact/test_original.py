@@ -290,6 +290,10 @@ def test_missing_settings_and_foreign_files_are_named(run):
     (path / "config.json").write_text("{")
     with pytest.raises(LactFileError, match="config.json is not JSON"):
         original.read_lact(path)
+    for text, what in (("[1]", "it"), ("null", "it"), ('{"jasr": [1]}', '"jasr"')):
+        (path / "config.json").write_text(text)
+        with pytest.raises(LactFileError, match=f"config.json: {what} is no mapping of settings"):
+            original.read_lact(path)
     (path / "config.json").unlink()
     with pytest.raises(LactFileError, match="holds no settings and .*config.json cannot be read"):
         original.read_lact(path)
