@@ -12,6 +12,7 @@ from jasr.audio import augment
 from jasr.audio.features import mel_lengths
 from jasr.data import AudioText, DataConfig
 from jasr.losses.reduction import contribution
+from jasr.systems import catalogue
 from jasr.training import validators
 
 
@@ -45,13 +46,8 @@ class AudioTask:
         Raises:
           settings.SettingsError: a misspelt key or a value of the wrong kind.
         """
-        kinds = {
-            "front_end": audio.FrontEndConfig,
-            "spec_augment": augment.SpecAugmentConfig,
-            "wave_augment": augment.WaveAugmentConfig,
-            "loss": loss,
-            "data": DataConfig,
-        }
+        kinds = {name: catalogue.resolve(place) for name, place in catalogue.AUDIO.items()}
+        kinds |= {"loss": loss, "data": DataConfig}
         found = {n: settings.build(c, config.get(n, {}), f"config.{n}") for n, c in kinds.items()}
         return found | {"loss_config": found.pop("loss")}
 
@@ -77,7 +73,7 @@ class AudioTask:
         )
 
     def check(self, shapes):
-        """Raises ValueError for buckets (B, S, L) that could not be trained on: there are none."""
+        """Accepts all buckets (B, S, L); see `seam.Task.check`."""
 
     def features(self, batch):
         """Log-mel frames f32[B,T,F] and their lengths i32[B] of a batch's audio."""
