@@ -6,7 +6,8 @@ The loop of icefall and ESPnet (torch.load one file after another, add, divide, 
 `jasr.averaging.average_checkpoints` on steps written by `jasr.checkpoint`, each call in a process
 of its own, so that its peak memory is its own; imports are not timed. jasr always flushes its
 result to the disk and computes its checksums, so PyTorch is also timed with a flush. The files, of
-so many million parameters each, are in the page cache for both sides.
+so many million parameters each, are in the page cache for both sides. Then one step is read back
+beside torch.load in one process, every array summed by numpy.
 """
 
 import os
