@@ -1,9 +1,9 @@
 """Recordings in memory as a source, without the packages that read files."""
 
 import json
+import re
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -78,46 +78,22 @@ def test_bad_recordings_in_memory_are_quarantined_like_files(check, tmp_path):
     assert {json.loads(line)["line"] for line in path.read_text().splitlines()} == {2, 3, 4, 5}
 
 
-def test_a_run_without_the_packages_of_files(tmp_path):
-    """The library trains and resumes where soundfile, lhotse, grain, jiwer and ml_collections are
-    not installed, from a plain dict that names what differs from the defaults."""
-    code = """
-        import sys
-        for name in ("soundfile", "lhotse", "grain", "jiwer", "ml_collections", "torch"):
-            sys.modules[name] = None
-        import numpy as np
-        from jasr.data import memory
-        from jasr.training import loop
-        from jasr.systems import loading
-
-        rng = np.random.default_rng(0)
-        lines = [
-            {"audio_filepath": rng.normal(size=9000).astype(np.float32), "text": "ab" * (n % 2)}
-            for n in range(8)
-        ]
-        model = dict(
-            hidden_size=16, num_hidden_layers=1, num_attn_heads=2, num_lact_heads=2,
-            intermediate_size=16, audio_encoder_layers=2, subsampling=4, lact_mode="bidirectional",
-            positions="none",
-        )
-        source = memory.hold("noise", lines)
-        config = {
-            "task": "lact",
-            "data": {"train": (source,), "valid": (source,), "min_tokens": 0, "num_buckets": 1,
-                     "bucket_batch_size": (4,)},
-            "text": {"vocabulary": ("a", "b")},
-            "model": model,
-            "train": {"validate": ("loss",), "log_every": 1},
-            "checkpoint": {"metric": "val_loss"},
-        }
-        for steps in (1, 2):
-            config["train"]["steps"] = steps
-            found = loop.train(config, sys.argv[1])
-            assert np.isfinite(found["val_loss"])
-            assert loading.load(sys.argv[1])[2]["step"] == steps
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+def test_the_documented_run_needs_no_packages_of_files(root, tmp_path):
+    """What docs/environment.md shows trains and resumes where soundfile, lhotse, grain, jiwer,
+    ml_collections and torch are not installed."""
+    shown = (root / "docs" / "environment.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", shown, re.DOTALL)
+    assert '"steps": 100' in code and 'loop.train(config, "runs/words")' in code
+    first, last = (code.replace('"steps": 100', f'"steps": {n}, "log_every": 1') for n in (1, 2))
+    missing = ("soundfile", "lhotse", "grain", "jiwer", "ml_collections", "torch")
+    block = f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", block + first + last],
+        cwd=tmp_path, env=environment() | {"PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows if "grad_norm" in row] == [1, 2]
+    rows = (tmp_path / "runs" / "words" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(row) for row in rows]
+    assert [row["step"] for row in found if "grad_norm" in row] == [1, 2]
+    measured = [row["val_loss"] for row in found if "val_loss" in row]
+    assert len(measured) == 2 and np.isfinite(measured).all()
