@@ -11,8 +11,9 @@ import subprocess
 import sys
 
 HEAD = """\
-# The exact versions that the tests passed with; `make` installs them. `make test-newest` ignores
-# this file, `make constraints` writes it anew from the newest of everything.
+# The exact versions that `make` installs, so that a release of a package breaks no fresh clone. The
+# whole suite is run with those of Python 3.11. `make test-newest` ignores this file, `make
+# constraints` writes it anew from the newest of everything.
 """
 
 
